@@ -1,0 +1,197 @@
+"""Config dicts: the defaults (those of arXiv 2412.06410), and their completion and validation.
+
+A config is a plain dict. Take `get_default_cfg()`, edit it, pass it through `post_init_cfg`, which checks
+every key and derives `hook_point` and `name`.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import warnings
+
+import torch
+
+from sae import SAE_CLASSES
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, the value, what is allowed."""
+
+
+def get_default_cfg() -> dict:
+    """The paper's BatchTopK run on GPT-2 small, layer 8, as a config dict to edit."""
+    return {
+        # The SAE
+        "sae_type": "batchtopk",  # "vanilla", "topk", "batchtopk" or "jumprelu"
+        "dict_size": 12288,  # F, number of features
+        "top_k": 32,  # k: active features per token (topk), or on average over the batch (batchtopk)
+        "top_k_aux": 512,  # dead features per token that the aux loss revives (topk, batchtopk)
+        "aux_penalty": 1 / 32,  # coefficient of the aux loss (topk, batchtopk)
+        "l1_coeff": 0.0,  # coefficient of the L1 penalty; of the L0 penalty for jumprelu
+        "bandwidth": 0.001,  # width of the kernel that estimates the gradient of the thresholds (jumprelu)
+        "n_batches_to_dead": 5,  # a feature inactive for this many batches is dead
+        "input_unit_norm": True,  # normalise each activation vector to mean 0, standard deviation 1
+        "dtype": "float32",  # of the SAE's weights: "float32" or "float64"
+        # Its training
+        "seed": 49,  # draws the initial weights
+        "batch_size": 4096,  # tokens per training step
+        "num_tokens": 1_000_000_000,  # tokens to train on, rounded up to whole batches
+        "lr": 3e-4,  # Adam's learning rate
+        "beta1": 0.9,  # Adam's decay of the mean gradient
+        "beta2": 0.99,  # Adam's decay of the mean squared gradient
+        "max_grad_norm": 100_000.0,  # the norm of the whole gradient is clipped to this
+        # The language model and where it is read
+        "model_name": "gpt2-small",  # hub name or local Hugging Face directory
+        "site": "resid_pre",  # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name
+        "layer": 8,  # block whose site is read (a full hook name overrides it)
+        "act_size": 768,  # d, width of the activations; None: read it from the model
+        "device": best_device(),  # "cuda", "mps" or "cpu"; the default is the best one present
+        # The stream of activations
+        "dataset_path": "Skylion007/openwebtext",  # hub name, or a local file, folder or saved dataset
+        "dataset_config": None,  # configuration of a hub dataset, e.g. "en"
+        "dataset_split": "train",  # split of the dataset
+        "dataset_revision": None,  # branch, tag or commit of a hub dataset
+        "seq_len": 128,  # tokens per context; cut to what the model can take
+        "model_batch_size": 512,  # contexts per forward of the language model
+        "num_batches_in_buffer": 10,  # forwards whose activations are shuffled together
+        "shuffle_seed": 49,  # of that shuffle; runs share a stream only if they agree on it
+        # Evaluation: the first documents of the dataset are held out and never trained on
+        "eval_tokens": 65_536,  # held-out tokens, rounded up to whole contexts
+        "eval_skip_positions": 1,  # first positions of a context that evaluation leaves alone (attention sink)
+        # Records
+        "log_freq": 50,  # steps between lines of training metrics
+        "perf_log_freq": 1000,  # steps between evaluations on the first batch_size held-out tokens
+        "checkpoint_freq": 10_000,  # steps between saves of the SAE while it trains
+        "output_dir": "runs",  # where records go: output_dir/sweep/name
+        "sweep": "single",  # folder of the runs that belong together; main.py sets it
+        "wandb_project": "sparse_autoencoders",  # Weights & Biases project
+        "wandb_mode": None,  # "online", "offline" or "disabled"; None: online if logged in, or WANDB_MODE
+    }
+
+
+# Keys that do not change the trained weights or the final figures, so they are no part of a run's name.
+# (Another device rounds differently; the run is still the same run. act_size follows from model and hook point.)
+NOT_IN_NAME = {
+    "act_size", "device", "log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project",
+    "wandb_mode", "name", "hook_point",
+}  # fmt: skip
+
+# Runs that agree on these keys are trained in one group: they see the same batches and report at the same steps.
+GROUP_KEYS = (
+    "model_name", "site", "layer", "act_size", "device", "dataset_path", "dataset_config", "dataset_split",
+    "dataset_revision", "seq_len", "model_batch_size", "num_batches_in_buffer", "shuffle_seed", "batch_size",
+    "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq", "checkpoint_freq", "log_freq",
+)  # fmt: skip
+
+DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
+NONE_ALLOWED = {"act_size": int, "dataset_config": str, "dataset_revision": str, "wandb_mode": str}
+SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
+CHOICES = {
+    "sae_type": tuple(SAE_CLASSES),
+    "dtype": ("float32", "float64"),
+    "wandb_mode": ("online", "offline", "disabled"),
+}
+AT_LEAST = {
+    "dict_size": 1, "top_k": 1, "top_k_aux": 1, "aux_penalty": 0, "l1_coeff": 0, "n_batches_to_dead": 1, "seed": 0,
+    "batch_size": 1, "num_tokens": 1, "beta1": 0, "beta2": 0, "layer": 0, "act_size": 2, "seq_len": 2,
+    "model_batch_size": 1, "num_batches_in_buffer": 1, "shuffle_seed": 0, "eval_tokens": 1, "eval_skip_positions": 0,
+    "log_freq": 1, "perf_log_freq": 1, "checkpoint_freq": 1,
+}  # fmt: skip
+BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63, "shuffle_seed": 2**63}
+POSITIVE = ("lr", "bandwidth", "max_grad_norm")
+
+
+def post_init_cfg(cfg: dict) -> dict:
+    """Check a config and return a completed copy: missing keys get their default, `hook_point` and `name` are derived.
+
+    Pure and idempotent. Two configs that differ in a key that changes the result get different names.
+    Raises InputError for an unknown key, a wrong type or an impossible value.
+    """
+    defaults = get_default_cfg()
+    for key in cfg:
+        if key not in defaults and key not in DERIVED:
+            nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(defaults)}"
+            raise InputError(f"unknown config key {key!r}; {hint}")
+    cfg = {key: check_value(key, cfg.get(key, default), default) for key, default in defaults.items()}
+
+    if cfg["top_k"] > cfg["dict_size"] and cfg["sae_type"] in ("topk", "batchtopk"):
+        raise InputError(f"top_k = {cfg['top_k']} is impossible: at most dict_size = {cfg['dict_size']}")
+    if cfg["eval_skip_positions"] > cfg["seq_len"] - 2:
+        raise InputError(
+            f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate: at most seq_len - 2"
+        )
+    if cfg["l1_coeff"] == 0 and cfg["sae_type"] in ("vanilla", "jumprelu"):
+        warnings.warn(f"l1_coeff is 0: nothing makes this {cfg['sae_type']} SAE sparse", stacklevel=2)
+
+    if "." in cfg["site"]:
+        cfg["hook_point"] = cfg["site"]
+        block = re.search(r"blocks\.(\d+)\.", cfg["site"])
+        cfg["layer"] = int(block.group(1)) if block else cfg["layer"]
+    else:
+        cfg["hook_point"] = f"blocks.{cfg['layer']}.hook_{cfg['site']}"
+    cfg["name"] = run_name(cfg)
+    return cfg
+
+
+def check_value(key: str, value, default):
+    """The value in the type of its key, or InputError naming the key, the value and what is allowed."""
+    if value is None and key in NONE_ALLOWED:
+        return None
+    kind = NONE_ALLOWED.get(key, type(default))
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # num_tokens = 1e9
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{key} = {value!r} is of type {type(value).__name__}; it must be of type {kind.__name__}")
+
+    allowed = None
+    if key in CHOICES and value not in CHOICES[key]:
+        allowed = "one of " + ", ".join(CHOICES[key])
+    elif kind is float and not math.isfinite(value):
+        allowed = "a finite number"
+    elif key in AT_LEAST and value < AT_LEAST[key]:
+        allowed = f"at least {AT_LEAST[key]}"
+    elif key in BELOW and value >= BELOW[key]:
+        allowed = f"below {BELOW[key]}"
+    elif key in POSITIVE and value <= 0:
+        allowed = "above 0"
+    elif key == "site" and "." not in value and value not in SITES:
+        allowed = f"one of {', '.join(SITES)}, or a full hook name such as blocks.8.hook_resid_pre"
+    elif kind is str and not value.strip():
+        allowed = "not empty"
+    elif key == "sweep" and (value in (".", "..") or "/" in value or "\\" in value):
+        allowed = "a plain folder name"
+    elif key == "device":
+        allowed = device_problem(value)
+    if allowed:
+        nearest = difflib.get_close_matches(value, CHOICES.get(key, ()), n=1) if kind is str else []
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise InputError(f"{key} = {value!r} is not allowed: it must be {allowed}{hint}")
+    return value
+
+
+def run_name(cfg: dict) -> str:
+    """Readable parts, then a hash over every key that changes the result."""
+    sparsity = f"k{cfg['top_k']}" if cfg["sae_type"] in ("topk", "batchtopk") else f"l1_{cfg['l1_coeff']:g}"
+    counted = {key: value for key, value in sorted(cfg.items()) if key not in NOT_IN_NAME}
+    digest = hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:8]
+    return f"{cfg['sae_type']}_{cfg['dict_size']}_{sparsity}_seed{cfg['seed']}_{digest}"
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_problem(device: str) -> str | None:
+    """What `device` should have been, or None if torch can use it here."""
+    try:
+        torch.empty(1, device=device)
+    except Exception:  # torch raises whatever its backend does (RuntimeError, AssertionError, NotImplementedError)
+        return f"a device that torch can use on this machine, such as {best_device()!r}"
+    return None

@@ -1,0 +1,205 @@
+"""Train the SAEs of a sweep and draw the comparison.
+
+    python main.py [SWEEP] [KEY=VALUE ...] [--seeds N N N] [--list] [--force]
+
+A sweep is a base and a list of overrides of the default config (config.py), one per run: edit them here.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import psutil
+import torch
+
+from activation_store import ActivationsStore, check_hook_point, load_model, stay_offline_without_network, tell
+from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg
+from demo.text import write_demo_text
+from logs import is_finished, run_folder
+from results import draw_results
+from sae import SAE_CLASSES
+from training import train_sae_group
+
+# The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
+PAPER = [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.004, 0.0018, 0.0008)]
+PAPER += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (16, 32, 64)]
+PAPER += [dict(sae_type=sae_type, dict_size=768 * n) for sae_type in ("topk", "batchtopk") for n in (4, 8, 32)]
+
+# The same comparison, and vanilla, on the language model in demo/: minutes on a laptop.
+DEMO = [dict(sae_type="vanilla", l1_coeff=l1_coeff) for l1_coeff in (0.02, 0.01, 0.005)]
+DEMO += [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.01, 0.005, 0.0025)]
+DEMO += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
+DEMO += [dict(sae_type=sae_type, dict_size=size) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
+DEMO_FOLDER = Path(os.path.relpath(Path(__file__).parent / "demo"))
+DEMO_BASE = dict(
+    model_name=str(DEMO_FOLDER / "lm"), dataset_path=str(DEMO_FOLDER / "text.jsonl"), layer=2, act_size=128,
+    dict_size=512, top_k=16, top_k_aux=64, bandwidth=0.03, lr=3e-3, batch_size=1024, num_tokens=1_000_000,
+    model_batch_size=64, num_batches_in_buffer=32, n_batches_to_dead=20, eval_tokens=32_768, perf_log_freq=250,
+)  # fmt: skip
+
+SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO)}
+
+LONGEST_DAYS = 30  # a sweep whose matrix products alone take longer on this machine is not started
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "sweep", nargs="?", default="paper", metavar="SWEEP", help=f"one of {', '.join(SWEEPS)} (default: paper)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="config keys that hold for every run of the sweep"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="train every run once with each of these seeds"
+    )
+    parser.add_argument("--list", action="store_true", help="print the runs of the sweep, one a line, and stop")
+    parser.add_argument("--force", action="store_true", help="start even if this machine seems too small")
+    args = parser.parse_intermixed_args(argv)
+    if "=" in args.sweep:
+        args.sweep, args.overrides = "paper", [args.sweep, *args.overrides]
+
+    cfgs = sweep_configs(args.sweep, dict(map(parse_override, args.overrides)), args.seeds)
+    if args.list:
+        for cfg in cfgs:
+            print(cfg["name"])
+        return
+    todo = [cfg for cfg in cfgs if not is_finished(cfg)]
+    if len(todo) < len(cfgs):
+        tell(f"{len(cfgs) - len(todo)} of {len(cfgs)} runs are finished already and are left as they are")
+    if todo:
+        train(todo, args.force)
+    draw_results(run_folder(cfgs[0]).parent)
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """KEY=VALUE from the command line; the value is a Python literal if it can be read as one, else a string."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"{text!r} is not of the form KEY=VALUE")
+    if key in ("hook_point", "name", "sweep"):
+        raise InputError(
+            f"{key} cannot be set: it follows from the sweep and its overrides (hook_point from site and layer)"
+        )
+    if isinstance(get_default_cfg().get(key), str):
+        return key, value
+    try:
+        return key, ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -> list[dict]:
+    """The completed configs of a sweep under overrides; runs that these make equal are merged, and the log says so.
+
+    A sweep with overrides that change its results has a folder of its own.
+    """
+    if sweep not in SWEEPS:
+        raise InputError(f"there is no sweep {sweep!r}; choose one of {', '.join(SWEEPS)}")
+    base, runs = SWEEPS[sweep]
+    if seeds and "seed" in overrides:
+        raise InputError(f"seed = {overrides['seed']} and --seeds are both given: one of them is enough")
+    completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are one value
+    changes = {key: completed[key] for key in sorted(overrides) if key not in NOT_IN_NAME}
+    folder = f"{sweep}-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:6]}" if changes else sweep
+    per_seed = [{"seed": seed} for seed in seeds] if seeds else [{}]
+    cfgs = {}
+    for run in runs:
+        for seed in per_seed:
+            cfg = post_init_cfg(base | run | overrides | seed | {"sweep": folder})
+            cfgs[cfg["name"]] = cfg
+    if len(cfgs) < len(runs) * len(per_seed):
+        tell(f"{len(runs) * len(per_seed)} runs are {len(cfgs)} under these overrides: equal ones are merged")
+    return list(cfgs.values())
+
+
+def train(cfgs: list[dict], force: bool) -> None:
+    """Train the runs, those that can share a stream side by side."""
+    groups = {}
+    for cfg in cfgs:
+        groups.setdefault(tuple(cfg[key] for key in GROUP_KEYS), []).append(cfg)
+    if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
+        write_demo_text(Path(DEMO_BASE["dataset_path"]))
+    for group in groups.values():
+        stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
+        model = load_model(group[0])
+        width = check_hook_point(model, group[0])
+        group = [post_init_cfg(cfg | {"act_size": width}) for cfg in group]
+        announce(group, model, force)
+        store = ActivationsStore(model, group[0])
+        saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
+        started = time.time()
+        train_sae_group(saes, store, model, group)
+        tell(f"Trained and evaluated {len(group)} SAEs in {(time.time() - started) / 60:.1f} minutes")
+
+
+def announce(group: list[dict], model, force: bool) -> None:
+    """Say what is to be trained and what it takes at the least; raises InputError if this machine is too small for it."""
+    cfg = group[0]
+    d, tokens, features = cfg["act_size"], cfg["num_tokens"], [cfg["dict_size"] for cfg in group]
+    blocks = [(re.search(r"blocks\.(\d+)\.", name), parameter.numel()) for name, parameter in model.named_parameters()]
+    below = sum(size for block, size in blocks if block and int(block[1]) < cfg["layer"])
+    # Per token: six products of d x F for each SAE, and one forward of the blocks below the hook point.
+    flop = tokens * (12 * d * sum(features) + 2 * below)
+    days = flop / matmul_flops(cfg["device"]) / 86400
+
+    weights = 4 * sum(2 * d * F * 3 for F in features)  # W_enc and W_dec with Adam's two moments, in float32
+    step = 4 * (6 * cfg["batch_size"] * max(features) + 2 * d * max(features))  # activations and gradients of one SAE
+    buffer = 4 * 2 * d * min(cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * cfg["seq_len"], tokens)
+    logits = 4 * 3 * max(cfg["batch_size"], cfg["seq_len"]) * model.cfg.d_vocab
+    needed = (weights + max(step, logits) + buffer) / 2**30
+    present = free_memory(cfg["device"]) / 2**30
+
+    tell(
+        f"{len(group)} SAEs on {cfg['model_name']}, {cfg['hook_point']}, {tokens:,} tokens of {cfg['dataset_path']}\n"
+        f"on {cfg['device']}: about {needed:.1f} GiB of memory ({present:.1f} GiB are free); "
+        f"the matrix products alone take about {duration(days)}"
+    )
+    too_small = []
+    if needed > present:
+        too_small.append(f"it needs about {needed:.0f} GiB of memory, and {present:.0f} GiB are free")
+    if days > LONGEST_DAYS:
+        too_small.append(f"it would take more than {days:,.0f} days")
+    if too_small and not force:
+        raise InputError(
+            f"this machine is too small for the sweep: {'; '.join(too_small)}. `python main.py demo` runs in minutes, "
+            f"and num_tokens=… makes a smaller one (--force starts it anyway)"
+        )
+
+
+def matmul_flops(device: str) -> float:
+    """float32 operations per second that a matrix product reaches here, measured for about a second."""
+    a = torch.rand(2048, 2048, device=device)
+    for repeats in (1, 5):  # once to warm up
+        started = time.time()
+        for _ in range(repeats):
+            b = a @ a
+        b[0, 0].item()  # waits for the device
+    return repeats * 2 * 2048**3 / (time.time() - started)
+
+
+def free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+
+
+def duration(days: float) -> str:
+    for unit, length in (("days", 1), ("hours", 1 / 24)):
+        if days >= 2 * length:
+            return f"{days / length:,.0f} {unit}"
+    return f"{max(days * 24 * 60, 1):.0f} minutes"
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

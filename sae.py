@@ -1,0 +1,274 @@
+"""The four sparse autoencoders of arXiv 2412.06410: equations, and nothing else.
+
+Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
+
+    W_enc [d, F]   W_dec [F, d], rows of unit norm   b_enc [F]   b_dec [d]
+
+A subclass of BaseAutoencoder says how activations come about (`pre_activation`, `activation`) and what its
+sparsity penalty counts (`sparsity`); everything else they share.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class BaseAutoencoder(nn.Module):
+    """x̂ = (x − μ)/(σ + 1e-5);  f = activation(pre_activation(x̂));  reconstruction = f W_dec + b_dec.
+
+    `cfg` is a completed config (config.post_init_cfg). The initial weights come from cfg["seed"] through a
+    generator of their own; the global one is neither read nor set.
+    """
+
+    def __init__(self, cfg: dict):
+        super().__init__()
+        self.cfg = cfg
+        d, dict_size, dtype = cfg["act_size"], cfg["dict_size"], getattr(torch, cfg["dtype"])
+        if d is None:
+            raise ValueError("act_size is None: set it to the width of the activations before building an SAE")
+        # The published Kaiming call on a [d, F] matrix takes F for its fan-in: U(±√(6/F)).
+        bound = (6 / dict_size) ** 0.5
+        generator = torch.Generator().manual_seed(cfg["seed"])
+        W_enc = (torch.rand(d, dict_size, generator=generator, dtype=dtype) * 2 - 1) * bound
+        self.W_enc = nn.Parameter(W_enc)
+        self.W_dec = nn.Parameter(F.normalize(W_enc.T, dim=-1).contiguous())
+        self.b_enc = nn.Parameter(torch.zeros(dict_size, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
+        # Training batches since each feature was last active.
+        self.register_buffer("num_batches_not_active", torch.zeros(dict_size, dtype=torch.int64))
+        self.to(cfg["device"])
+
+    # What the subclasses define
+
+    def pre_activation(self, x: torch.Tensor) -> torch.Tensor:
+        """z [B, F] of normalised inputs [B, d]."""
+        raise NotImplementedError
+
+    def activation(self, z: torch.Tensor) -> torch.Tensor:
+        """f [B, F], non-negative and sparse."""
+        raise NotImplementedError
+
+    def sparsity(self, z: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        """What l1_coeff multiplies in the loss: the L1 norm of the activations, mean over the batch."""
+        return acts.sum(-1).mean()
+
+    aux_loss_on_dead_features = False
+
+    # What they share
+
+    def preprocess_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d."""
+        x = x.to(self.W_enc.dtype)
+        if not self.cfg["input_unit_norm"]:
+            return x, None, None
+        mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        return (x - mean) / (std + 1e-5), mean, std
+
+    def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
+        """[B, d] back in the residual stream's units."""
+        return reconstruction if mean is None else reconstruction * std + mean
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature activations [B, F], dense, of residual-stream vectors [B, d].
+
+        Raises RuntimeError in eval() for a BatchTopK whose threshold has never been estimated.
+        """
+        return self.activation(self.pre_activation(self.preprocess_input(x)[0]))
+
+    def decode(self, acts: torch.Tensor) -> torch.Tensor:
+        """Reconstruction [B, d], still normalised, of feature activations [B, F]."""
+        return acts @ self.W_dec + self.b_dec
+
+    def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual-stream vectors [B, d] -> (their reconstruction in the same units, feature activations [B, F])."""
+        x, mean, std = self.preprocess_input(x)
+        acts = self.activation(self.pre_activation(x))
+        return self.postprocess_output(self.decode(acts), mean, std), acts
+
+    def forward(self, x: torch.Tensor) -> dict:
+        """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.
+
+        sae_out [B, d] in the units of x; feature_acts [B, F]; the scalars loss, l2_loss, l1_loss, l0_norm,
+        l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the counters
+        as they stand after this batch. No side effects: counters, thresholds and RNG move only in
+        training.training_step, so whoever writes their own loop calls update_statistics(output) too.
+        """
+        x, mean, std = self.preprocess_input(x)
+        z = self.pre_activation(x)
+        acts = self.activation(z)
+        reconstruction = self.decode(acts)
+
+        l2_loss = (reconstruction - x).pow(2).mean()
+        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts)
+        loss = l2_loss + l1_loss
+        with torch.no_grad():
+            active = acts > 0
+            not_active = torch.where(active.any(0), 0, self.num_batches_not_active + 1)
+            dead = not_active >= self.cfg["n_batches_to_dead"]
+            output = {
+                "l0_norm": active.sum(-1, dtype=x.dtype).mean(),
+                "l1_norm": acts.sum(-1).mean(),
+                "num_dead_features": dead.sum(),
+                "num_batches_not_active": not_active,
+            }
+        if self.aux_loss_on_dead_features:
+            output["aux_loss"] = self.aux_loss(z, x - reconstruction, dead)
+            loss = loss + output["aux_loss"]
+        sae_out = self.postprocess_output(reconstruction, mean, std)
+        return {
+            "sae_out": sae_out,
+            "feature_acts": acts,
+            "loss": loss,
+            "l2_loss": l2_loss,
+            "l1_loss": l1_loss,
+            **output,
+        }
+
+    def aux_loss(self, z: torch.Tensor, residual: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+        """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
+        features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
+        """
+        index = dead.nonzero().squeeze(-1)  # its length is needed here: the step's one device sync
+        if len(index) == 0:
+            return residual.new_zeros(())
+        acts = keep_top_k(F.relu(z[:, index]), min(self.cfg["top_k_aux"], len(index)))
+        return self.cfg["aux_penalty"] * (acts @ self.W_dec[index] - residual).pow(2).mean()
+
+    @torch.no_grad()
+    def update_statistics(self, output: dict) -> None:
+        """Store what a training forward learned about the features. No device sync."""
+        self.num_batches_not_active.copy_(output["num_batches_not_active"])
+
+    @torch.no_grad()
+    def make_decoder_weights_and_grad_unit_norm(self) -> None:
+        """Before the optimizer's step: take from each decoder row's gradient what is parallel to the row.
+
+        The rows are unit vectors here, and are made so again after the step (normalize_decoder).
+        """
+        grad = self.W_dec.grad
+        grad -= (grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """After the optimizer's step: decoder rows of unit norm again."""
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
+
+
+def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`values` [..., n] with all but the k largest of the last dimension set to 0."""
+    top = values.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values).scatter(-1, top.indices, top.values)
+
+
+class VanillaSAE(BaseAutoencoder):
+    """f = relu((x̂ − b_dec) W_enc + b_enc);  loss = L2 + l1_coeff · mean_B Σ_j f_j."""
+
+    def pre_activation(self, x):
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def activation(self, z):
+        return F.relu(z)
+
+
+class TopKSAE(BaseAutoencoder):
+    """z = (x̂ − b_dec) W_enc;  f = the k largest of relu(z) in each row;  loss = L2 + aux (arXiv 2406.04093)."""
+
+    aux_loss_on_dead_features = True
+
+    def pre_activation(self, x):
+        return (x - self.b_dec) @ self.W_enc
+
+    def activation(self, z):
+        return keep_top_k(F.relu(z), self.cfg["top_k"])
+
+
+class BatchTopKSAE(TopKSAE):
+    """z = (x̂ − b_dec) W_enc;  f = the B·k largest of relu(z) in the whole batch (arXiv 2412.06410, eq. 3).
+
+    In eval() f = z · 1[z > θ] instead (eq. 4), so that a token's features do not depend on the other tokens of
+    its batch; θ is the buffer `threshold`, the mean over training batches of the smallest positive activation
+    kept (eq. 5), as a running mean that forgets: at least 1 % of each new batch.
+    """
+
+    def __init__(self, cfg: dict):
+        super().__init__(cfg)
+        self.register_buffer("threshold", torch.zeros((), dtype=self.W_enc.dtype, device=self.W_enc.device))
+        self.register_buffer("threshold_num_batches", torch.zeros((), dtype=torch.int64, device=self.W_enc.device))
+
+    def activation(self, z):
+        if self.training:
+            return keep_top_k(F.relu(z).flatten(), self.cfg["top_k"] * len(z)).view_as(z)
+        if self.threshold_num_batches == 0:
+            raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
+        return z * (z > self.threshold)
+
+    @torch.no_grad()
+    def update_statistics(self, output):
+        super().update_statistics(output)
+        acts = output["feature_acts"]
+        smallest = torch.where(acts > 0, acts, torch.inf).min()
+        found = smallest.isfinite()  # a batch with nothing positive says nothing about the threshold
+        self.threshold_num_batches += found
+        weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
+        self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
+
+
+class JumpReLUSAE(BaseAutoencoder):
+    """z = x̂ W_enc + b_enc;  f = z · 1[z > θ], θ = exp(log_threshold);  loss = L2 + l1_coeff · mean_B Σ_j 1[z_j > θ_j].
+
+    The steps have the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12) with respect to θ.
+    """
+
+    def __init__(self, cfg: dict):
+        super().__init__(cfg)
+        self.jumprelu = nn.Module()  # so that the parameter has its published name, jumprelu.log_threshold
+        self.jumprelu.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    def pre_activation(self, x):
+        return x @ self.W_enc + self.b_enc
+
+    def activation(self, z):
+        return JumpReLU.apply(z, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"])
+
+    def sparsity(self, z, acts):
+        """The L0 norm, mean over the batch, differentiable in θ alone."""
+        return Step.apply(z, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"]).sum(-1).mean()
+
+
+def rectangle(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """K((z − θ)/ε) with K(u) = 1[|u| < 1/2]."""
+    return ((z - threshold).abs() < bandwidth / 2).to(z.dtype)
+
+
+class JumpReLU(torch.autograd.Function):
+    """z · 1[z > θ];  ∂/∂z = 1[z > θ],  ∂/∂θ := −(θ/ε) K((z − θ)/ε)  (arXiv 2407.14435, eq. 11)."""
+
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, threshold = ctx.saved_tensors
+        grad_threshold = -(threshold / ctx.bandwidth) * (rectangle(z, threshold, ctx.bandwidth) * grad).sum(0)
+        return grad * (z > threshold), grad_threshold, None
+
+
+class Step(torch.autograd.Function):
+    """1[z > θ];  ∂/∂z := 0,  ∂/∂θ := −(1/ε) K((z − θ)/ε)  (arXiv 2407.14435, eq. 12)."""
+
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, threshold = ctx.saved_tensors
+        return None, -(rectangle(z, threshold, ctx.bandwidth) * grad).sum(0) / ctx.bandwidth, None
+
+
+SAE_CLASSES = {"vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE}
