@@ -2,7 +2,7 @@
 
 The documents of a dataset are joined into one stream of tokens, each beginning with BOS, and cut into contexts
 of fixed length: a long document goes on in the next context, a short one shares its context with others. The
-first eval_tokens of the stream are held out; training starts with the document after them.
+first eval_tokens of the stream are held out; training starts with the token after them.
 """
 
 import hashlib
@@ -39,13 +39,19 @@ class ActivationsStore:
     def __init__(self, model, cfg: dict):
         self.model, self.cfg = model, cfg
         self.act_size = check_hook_point(model, cfg)
-        self.tokenizer = model.tokenizer
+        # As it is: the bridge's own has a BOS even where the model has none.
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]))
         self.bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         if not self.bos:
             tell(f"{cfg['model_name']} has no BOS token: documents are joined without one")
         self.seq_len = min(cfg["seq_len"], model.cfg.n_ctx)
         if self.seq_len < cfg["seq_len"]:
             tell(f"contexts are cut to {self.seq_len} tokens, what {cfg['model_name']} can take")
+        if cfg["eval_skip_positions"] > self.seq_len - 2:
+            raise InputError(
+                f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate in contexts of "
+                f"{self.seq_len} tokens: at most {self.seq_len - 2}"
+            )
 
         self.dataset = load_text(cfg)
         self.column = find_column(self.dataset, cfg)
@@ -68,46 +74,64 @@ class ActivationsStore:
         """Token ids of each document of the dataset, BOS first. Documents without tokens are passed over."""
         rows = iter(self.dataset)
         while batch := read_rows(rows, self.column, self.cfg):
+            self.check_documents(batch)
             if self.column == "text":
                 batch = self.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
             for ids in batch:
-                ids = list(ids)
-                if self.column != "text" and ids and not 0 <= min(ids) <= max(ids) < self.model.cfg.d_vocab:
-                    raise InputError(
-                        f"dataset_path = {self.cfg['dataset_path']!r}: column {self.column!r} holds token {max(ids)}, "
-                        f"but {self.cfg['model_name']} knows 0 to {self.model.cfg.d_vocab - 1}"
-                    )
                 if ids:
                     yield ids if ids[:1] == self.bos else self.bos + ids
 
+    def check_documents(self, documents: list) -> None:
+        """Raises InputError for a text that is no string, or for tokens that the language model does not know."""
+        d_vocab = self.model.cfg.d_vocab
+        where = f"dataset_path = {self.cfg['dataset_path']!r}: column {self.column!r} holds"
+        for document in filter(None, documents):
+            if not isinstance(document, str if self.column == "text" else list):
+                kind = "text" if self.column == "text" else "a list of tokens"
+                raise InputError(f"{where} {document!r} of type {type(document).__name__}; it must be {kind}")
+            if self.column != "text":
+                for token in document:
+                    if type(token) is not int or not 0 <= token < d_vocab:
+                        raise InputError(
+                            f"{where} token {token!r}, but {self.cfg['model_name']} knows 0 to {d_vocab - 1}"
+                        )
+
+    def take_contexts(self, count: int) -> torch.Tensor:
+        """The stream's next contexts [count, seq_len]; fewer at its end."""
+        while len(self.leftover) < count * self.seq_len:
+            document = next(self.documents, None)
+            if document is None:
+                break
+            self.leftover += document
+        take = min(count, len(self.leftover) // self.seq_len) * self.seq_len
+        tokens, self.leftover = self.leftover[:take], self.leftover[take:]
+        return torch.tensor(tokens, dtype=torch.int64).view(-1, self.seq_len)
+
     def hold_out(self) -> torch.Tensor:
-        """The stream's first contexts [n, seq_len]; the rest of the last document among them is used by nobody."""
+        """The stream's first contexts [n, seq_len]; training goes on with the token after them."""
         num_contexts = -(-self.cfg["eval_tokens"] // self.seq_len)
-        tokens: list[int] = []
-        for document in self.documents:
-            tokens += document
-            if len(tokens) >= num_contexts * self.seq_len:
-                self.held_out_rest = len(tokens) - num_contexts * self.seq_len
-                return torch.tensor(tokens[: num_contexts * self.seq_len]).view(num_contexts, self.seq_len)
-        raise InputError(
-            f"dataset_path = {self.cfg['dataset_path']!r} is too short: it has {len(tokens):,} tokens, and "
-            f"eval_tokens = {self.cfg['eval_tokens']:,} are held out before num_tokens = {self.cfg['num_tokens']:,} "
-            f"are trained on"
-        )
+        contexts = self.take_contexts(num_contexts)
+        if len(contexts) < num_contexts:
+            raise InputError(
+                f"dataset_path = {self.cfg['dataset_path']!r} is too short: it has "
+                f"{contexts.numel() + len(self.leftover):,} tokens, and eval_tokens = {self.cfg['eval_tokens']:,} are "
+                f"held out before num_tokens = {self.cfg['num_tokens']:,} are trained on"
+            )
+        return contexts
 
     def check_length(self) -> None:
         """Local data too short for num_tokens is found out before anything is trained (hub data: when it ends)."""
         if not Path(self.cfg["dataset_path"]).exists():
             return
         enough = min(self.tokens_needed, MAX_COUNTED)
-        total, unusable = 0, self.eval_contexts.numel() + self.held_out_rest
+        total, held_out = 0, self.eval_contexts.numel()
         with tqdm(total=enough, unit="tok", unit_scale=True, desc="counting tokens", leave=False, delay=2) as bar:
             for document in self.document_tokens():
                 total += len(document)
                 bar.update(len(document))
-                if total - unusable >= enough + self.seq_len:  # room for a last partial context
+                if total - held_out >= enough + self.seq_len:  # room for a last partial context
                     return
-        usable = max(total - unusable, 0) // self.seq_len * self.seq_len
+        usable = max(total - held_out, 0) // self.seq_len * self.seq_len
         if usable < self.tokens_needed:
             raise self.too_short(usable)
 
@@ -122,18 +146,11 @@ class ActivationsStore:
 
         Raises InputError when nothing is left.
         """
-        wanted = self.cfg["model_batch_size"] * self.seq_len
-        while len(self.leftover) < wanted:
-            document = next(self.documents, None)
-            if document is None:
-                break
-            self.leftover += document
-        take = min(wanted, len(self.leftover) // self.seq_len * self.seq_len)
-        if take == 0:
+        contexts = self.take_contexts(self.cfg["model_batch_size"])
+        if len(contexts) == 0:
             raise self.too_short(self.tokens_read)
-        tokens, self.leftover = self.leftover[:take], self.leftover[take:]
-        self.tokens_read += take
-        return torch.tensor(tokens).view(-1, self.seq_len)
+        self.tokens_read += contexts.numel()
+        return contexts
 
     # Tokens -> activations
 
@@ -159,15 +176,15 @@ class ActivationsStore:
         Near the end of the training no more is harvested than is still needed.
         """
         left = self.buffer[self.order[self.offset :].to(self.buffer.device)]
-        batches, missing = [left], self.tokens_needed - self.tokens_read
-        for _ in range(self.cfg["num_batches_in_buffer"]):
-            if missing <= 0 and sum(map(len, batches)) >= self.cfg["batch_size"]:
-                break
-            batches.append(self.get_activations(self.get_batch_tokens()).flatten(0, 1))
-            missing = self.tokens_needed - self.tokens_read
+        parts, harvested = [left], 0
+        while sum(map(len, parts)) < self.cfg["batch_size"] or (
+            harvested < self.cfg["num_batches_in_buffer"] and self.tokens_read < self.tokens_needed
+        ):
+            parts.append(self.get_activations(self.get_batch_tokens()).flatten(0, 1))
+            harvested += 1
         del left
-        batches[0] = batches[0].to(batches[-1].device)
-        self.buffer = torch.cat(batches)
+        parts[0] = parts[0].to(parts[-1].device)
+        self.buffer = torch.cat(parts)
         self.order = torch.randperm(len(self.buffer), generator=self.generator)
         self.offset = 0
 
@@ -184,7 +201,7 @@ def load_model(cfg: dict):
 
     Raises InputError if there is no such model, it has no weights or no tokenizer, or the hub cannot be reached.
     """
-    name = {"gpt2-small": "gpt2"}.get(cfg["model_name"], cfg["model_name"])  # what the hub calls it
+    name = hub_name(cfg["model_name"])
     where = f"model_name = {cfg['model_name']!r}"
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -201,12 +218,28 @@ def load_model(cfg: dict):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = TransformerBridge.boot_transformers(name, device=cfg["device"])
+        model = TransformerBridge.boot_transformers(name, device=cfg["device"], model_class=CompleteModel)
     except Exception as error:  # the libraries below raise what they like; the user gets one line
         raise InputError(f"{where} cannot be loaded: {one_line(error)}{offline_hint(name)}") from error
     if model.tokenizer is None:
         raise InputError(f"{where} comes without a tokenizer")
     return model.requires_grad_(False).eval()
+
+
+def hub_name(model_name: str) -> str:
+    """What the hub calls a model."""
+    return {"gpt2-small": "gpt2"}.get(model_name, model_name)
+
+
+class CompleteModel:
+    """A causal language model whose weights are all there: transformers itself makes up what is missing."""
+
+    @staticmethod
+    def from_pretrained(name: str, **options):
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+        return model
 
 
 def check_hook_point(model, cfg: dict) -> int:
@@ -246,6 +279,8 @@ def run_to_hook(model, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
         model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_point, stop)])
     except HookReached:
         return caught[0]
+    except ValueError as error:  # the bridge refuses hook points that a mode of its own must be set for
+        raise InputError(f"hook point {hook_point!r} cannot be read: {one_line(error)}") from error
     raise InputError(f"hook point {hook_point!r} is never reached in a forward of this model")
 
 
@@ -261,6 +296,7 @@ def load_text(cfg: dict) -> datasets.IterableDataset:
     path, split = Path(cfg["dataset_path"]), cfg["dataset_split"]
     where = f"dataset_path = {cfg['dataset_path']!r}"
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised too, and told in one line
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
@@ -282,6 +318,8 @@ def load_text(cfg: dict) -> datasets.IterableDataset:
         return load_hub_dataset(cfg)
     except InputError:
         raise
+    except StopIteration as error:  # what datasets raises for a file of no rows
+        raise InputError(f"{where} is empty") from error
     except Exception as error:
         hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
         raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error

@@ -86,6 +86,7 @@ GROUP_KEYS = (
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
+RECORDED = ("_provenance",)  # what a run's config.json holds beside its config
 NONE_ALLOWED = {"act_size": int, "dataset_config": str, "dataset_revision": str, "wandb_mode": str}
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 CHOICES = {
@@ -111,7 +112,7 @@ def post_init_cfg(cfg: dict) -> dict:
     """
     defaults = get_default_cfg()
     for key in cfg:
-        if key not in defaults and key not in DERIVED:
+        if key not in defaults and key not in (*DERIVED, *RECORDED):
             nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(defaults)}"
             raise InputError(f"unknown config key {key!r}; {hint}")

@@ -40,7 +40,10 @@ class RunLog:
                 number += 1
             self.folder.rename(aside)
             tell(f"{self.folder} was never finished: moved aside to {aside.name}, and starting again")
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"output_dir = {cfg['output_dir']!r} cannot be written to: {error}") from error
         write_json(self.folder / "config.json", cfg | {"_provenance": provenance})
         self.metrics = open(
             self.folder / "metrics.jsonl", "w", buffering=1

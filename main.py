@@ -40,7 +40,7 @@ DEMO += [dict(sae_type=sae_type, dict_size=size) for sae_type in ("topk", "batch
 DEMO_FOLDER = Path(os.path.relpath(Path(__file__).parent / "demo"))
 DEMO_BASE = dict(
     model_name=str(DEMO_FOLDER / "lm"), dataset_path=str(DEMO_FOLDER / "text.jsonl"), layer=2, act_size=128,
-    dict_size=512, top_k=16, top_k_aux=64, bandwidth=0.03, lr=3e-3, batch_size=1024, num_tokens=1_000_000,
+    dict_size=512, top_k=16, top_k_aux=64, bandwidth=0.03, lr=3e-3, batch_size=1024, num_tokens=700_000,
     model_batch_size=64, num_batches_in_buffer=32, n_batches_to_dead=20, eval_tokens=32_768, perf_log_freq=250,
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def parse_override(text: str) -> tuple[str, object]:
         return key, value
     try:
         return key, ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value.lower(), value))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return key, value
 
 
@@ -126,7 +126,10 @@ def train(cfgs: list[dict], force: bool) -> None:
     for cfg in cfgs:
         groups.setdefault(tuple(cfg[key] for key in GROUP_KEYS), []).append(cfg)
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
-        write_demo_text(Path(DEMO_BASE["dataset_path"]))
+        try:
+            write_demo_text(Path(DEMO_BASE["dataset_path"]))
+        except OSError as error:  # a Python without the source of its library, or a folder that is read-only
+            raise InputError(f"the demo's text cannot be written: {error}") from error
     for group in groups.values():
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         model = load_model(group[0])
@@ -141,7 +144,7 @@ def train(cfgs: list[dict], force: bool) -> None:
 
 
 def announce(group: list[dict], model, force: bool) -> None:
-    """Say what is to be trained and what it takes at the least; raises InputError if this machine is too small for it."""
+    """Say what is to be trained and what that takes; raises InputError if this machine is too small for it."""
     cfg = group[0]
     d, tokens, features = cfg["act_size"], cfg["num_tokens"], [cfg["dict_size"] for cfg in group]
     blocks = [(re.search(r"blocks\.(\d+)\.", name), parameter.numel()) for name, parameter in model.named_parameters()]

@@ -6,6 +6,9 @@ splits it by file into three parts that never mix, whatever the Python version:
     lm       what the demo's language model was trained on (the library's test folders join it)
     sae      what the demo's SAEs are trained on; the language model has never seen it
     heldout  what both are judged on
+
+The tables in encodings/ and the generated text in pydoc_data/ are neither in "sae" nor in "heldout": they are a
+quarter of the library, and so unlike the rest that their share would decide every mean.
 """
 
 import hashlib
@@ -15,14 +18,19 @@ import tokenize
 from pathlib import Path
 
 TEST_FOLDERS = {"test", "tests", "idle_test"}
+TABLE_FOLDERS = {"encodings", "pydoc_data"}
 
 
-def part_of(relative_path: Path) -> str:
-    """The part ("lm", "sae" or "heldout") that a file of the standard library belongs to."""
+def part_of(relative_path: Path) -> str | None:
+    """The part ("lm", "sae" or "heldout") that a file of the standard library belongs to; None: to none of them."""
     if TEST_FOLDERS & set(relative_path.parts):
         return "lm"
     share = path_hash(relative_path) % 100
-    return "heldout" if share < 12 else "sae" if share < 52 else "lm"
+    if share >= 52:
+        return "lm"
+    if TABLE_FOLDERS & set(relative_path.parts):
+        return None
+    return "heldout" if share < 12 else "sae"
 
 
 def path_hash(relative_path: Path) -> int:

@@ -1,0 +1,6 @@
+"""The repo is flat modules: make them importable from the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

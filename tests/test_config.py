@@ -1,0 +1,287 @@
+"""Config dicts: the paper's defaults, what is rejected and how, and names that tell runs apart."""
+
+import copy
+import inspect
+import re
+import warnings
+
+import pytest
+
+import config
+from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg
+
+# For every key a value that is allowed and is not the default.
+OTHER_VALUE = {
+    "sae_type": "topk",
+    "dict_size": 6144,
+    "top_k": 33,
+    "top_k_aux": 256,
+    "aux_penalty": 0.03,
+    "l1_coeff": 1e-9,
+    "bandwidth": 0.002,
+    "n_batches_to_dead": 6,
+    "input_unit_norm": False,
+    "dtype": "float64",
+    "seed": 50,
+    "batch_size": 2048,
+    "num_tokens": 1_000_000_001,
+    "lr": 3.0000001e-4,
+    "beta1": 0.91,
+    "beta2": 0.999,
+    "max_grad_norm": 1.0,
+    "model_name": "gpt2-medium",
+    "site": "resid_post",
+    "layer": 7,
+    "act_size": 1024,
+    "device": "cpu:0",
+    "dataset_path": "NeelNanda/openwebtext-tokenized-9b",
+    "dataset_config": "en",
+    "dataset_split": "validation",
+    "dataset_revision": "main",
+    "seq_len": 64,
+    "model_batch_size": 256,
+    "num_batches_in_buffer": 11,
+    "shuffle_seed": 50,
+    "eval_tokens": 65_537,
+    "eval_skip_positions": 2,
+    "log_freq": 51,
+    "perf_log_freq": 1001,
+    "checkpoint_freq": 10_001,
+    "output_dir": "elsewhere",
+    "sweep": "another",
+    "wandb_project": "another",
+    "wandb_mode": "offline",
+}
+
+DEFAULTS = get_default_cfg() | {"device": "cpu"}
+
+
+def completed(**changes) -> dict:
+    return post_init_cfg(DEFAULTS | changes)
+
+
+def rejection(**changes) -> str:
+    """The message with which a config is rejected: a single line."""
+    with pytest.raises(InputError) as caught:
+        completed(**changes)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_defaults_are_the_papers():
+    """The default config is the paper's BatchTopK run."""
+    paper = dict(
+        sae_type="batchtopk", seed=49, batch_size=4096, lr=3e-4, beta1=0.9, beta2=0.99, num_tokens=1_000_000_000,
+        seq_len=128, model_name="gpt2-small", site="resid_pre", layer=8, act_size=768, dict_size=12288, top_k=32,
+        top_k_aux=512, aux_penalty=1 / 32, bandwidth=0.001, n_batches_to_dead=5, model_batch_size=512,
+        num_batches_in_buffer=10, input_unit_norm=True, max_grad_norm=100000, dataset_path="Skylion007/openwebtext",
+        perf_log_freq=1000, checkpoint_freq=10000, eval_skip_positions=1, output_dir="runs",
+    )  # fmt: skip
+    defaults = get_default_cfg()
+    assert {key: defaults[key] for key in paper} == paper
+    assert post_init_cfg({})["hook_point"] == "blocks.8.hook_resid_pre"
+
+
+def test_every_key_is_explained():
+    """get_default_cfg has a comment on every key."""
+    source = inspect.getsource(get_default_cfg)
+    for key in DEFAULTS:
+        assert re.search(rf'^ +"{key}": .*,  # \S', source, re.MULTILINE), key
+
+
+def test_defaults_are_a_fresh_dict():
+    """Editing one config does not change the next one."""
+    get_default_cfg()["lr"] = 1.0
+    assert get_default_cfg()["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("key", list(DEFAULTS))
+def test_a_key_changes_the_name_or_is_documented_as_not_changing_the_result(key):
+    """Two configs that differ in a key that changes the result have different names; NOT_IN_NAME is the rest."""
+    before, after = completed(), completed(**{key: OTHER_VALUE[key]})
+    assert after[key] == OTHER_VALUE[key] != before[key], "the value is taken over"
+    assert (before["name"] == after["name"]) == (key in NOT_IN_NAME)
+
+
+def test_not_in_name_holds_only_what_cannot_change_the_result():
+    """What is left out of the name is the device, how a run is recorded, and what follows from other keys."""
+    records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
+    assert NOT_IN_NAME == records | {"device", "act_size", "name", "hook_point"}
+
+
+def test_names_of_all_types_differ():
+    """The same key and value in runs of different types never give the same name, and names are plain file names."""
+    names = [
+        completed(sae_type=sae_type, l1_coeff=l1_coeff, top_k=top_k)["name"]
+        for sae_type in ("vanilla", "topk", "batchtopk", "jumprelu")
+        for l1_coeff in (0.004, 0.0040000001)
+        for top_k in (16, 32)
+    ]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w.+-]+", name) for name in names)
+
+
+def test_name_and_hook_point_are_always_recomputed():
+    """A name or hook point that is given is not believed."""
+    cfg = completed()
+    assert completed(name="mine", hook_point="blocks.0.hook_resid_pre") == cfg
+    assert post_init_cfg(cfg | {"layer": 3})["hook_point"] == "blocks.3.hook_resid_pre"
+    assert post_init_cfg(cfg | {"lr": 1.0})["name"] != cfg["name"]
+
+
+def test_group_keys_are_config_keys_that_decide_the_stream():
+    """Runs may share a stream only if they agree on all that the stream and the moments of reporting depend on."""
+    per_sae = {
+        "sae_type", "dict_size", "top_k", "top_k_aux", "aux_penalty", "l1_coeff", "bandwidth", "n_batches_to_dead",
+        "input_unit_norm", "dtype", "seed", "lr", "beta1", "beta2", "max_grad_norm",
+    }  # fmt: skip
+    records = {"output_dir", "sweep", "wandb_project", "wandb_mode"}
+    assert set(GROUP_KEYS) == set(DEFAULTS) - per_sae - records
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER_VALUE, {"num_tokens": 1e9, "lr": 1, "site": "blocks.3.hook_mlp_out"}])
+def test_post_init_is_pure_and_idempotent(changes):
+    """post_init_cfg leaves its input alone, and completing twice is completing once."""
+    given = DEFAULTS | changes
+    before = copy.deepcopy(given)
+    cfg = post_init_cfg(given)
+    assert given == before
+    assert post_init_cfg(cfg) == cfg
+    assert {key: type(value) for key, value in post_init_cfg(cfg).items()} == {
+        key: type(value) for key, value in cfg.items()
+    }
+
+
+def test_a_partial_config_is_completed():
+    """Missing keys get their defaults."""
+    assert post_init_cfg({"top_k": 16, "device": "cpu"}) == completed(top_k=16)
+
+
+@pytest.mark.parametrize(
+    "wrong, meant", [("top_kk", "top_k"), ("learning_rate_", None), ("dictsize", "dict_size"), ("Seed", "seed")]
+)
+def test_unknown_key_suggests_the_nearest(wrong, meant):
+    """An unknown key is rejected by name, with the nearest known key."""
+    message = rejection(**{wrong: 1})
+    assert repr(wrong) in message
+    if meant:
+        assert f"did you mean {meant!r}" in message
+
+
+def wrong_types():
+    for key, default in DEFAULTS.items():
+        kind = NONE_ALLOWED.get(key, type(default))
+        wrong = {
+            int: [True, "3", 1.5, [1]],
+            float: [True, "0.1", [0.1]],
+            bool: [1, 0, "True", 1.0],
+            str: [3, True, 1.0, ["cpu"]],
+        }[kind]
+        yield from ((key, value) for value in wrong)
+        if key not in NONE_ALLOWED:
+            yield key, None
+
+
+@pytest.mark.parametrize("key, value", wrong_types())
+def test_wrong_type_is_rejected(key, value):
+    """A value of the wrong type is rejected with the key, the value and the type it must have."""
+    message = rejection(**{key: value})
+    kind = NONE_ALLOWED.get(key, type(DEFAULTS[key]))
+    assert message.startswith(f"{key} = {value!r} ") and kind.__name__ in message
+
+
+@pytest.mark.parametrize("key", NONE_ALLOWED)
+def test_none_where_it_means_something(key):
+    """None is a value of the keys that document it."""
+    assert completed(**{key: None})[key] is None
+
+
+def test_whole_floats_for_integers_and_integers_for_floats():
+    """num_tokens = 1e9 is an integer, lr = 1 a float; equal values give equal names."""
+    cfg = completed(num_tokens=1e9, lr=1)
+    assert type(cfg["num_tokens"]) is int and cfg["num_tokens"] == 10**9
+    assert type(cfg["lr"]) is float and cfg["lr"] == 1.0
+    assert cfg["name"] == completed(num_tokens=10**9, lr=1.0)["name"]
+
+
+NAN, INF = float("nan"), float("inf")
+IMPOSSIBLE = [
+    ("sae_type", "gated"), ("dict_size", 0), ("dict_size", -5), ("top_k", 0), ("top_k", 12289), ("top_k_aux", 0),
+    ("aux_penalty", -1.0), ("aux_penalty", NAN), ("l1_coeff", -0.1), ("l1_coeff", INF), ("bandwidth", 0.0),
+    ("bandwidth", -1.0), ("n_batches_to_dead", 0), ("dtype", "float16"), ("dtype", "torch.float32"), ("seed", -1),
+    ("seed", 2**63), ("batch_size", 0), ("num_tokens", 0), ("lr", 0.0), ("lr", -1e-3), ("lr", NAN), ("lr", INF),
+    ("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", -0.1), ("beta2", NAN), ("max_grad_norm", 0.0),
+    ("max_grad_norm", INF), ("model_name", " "), ("site", "resid"), ("site", ""), ("layer", -1), ("act_size", 1),
+    ("device", "gpu"), ("device", "cpu:x"), ("dataset_path", ""), ("dataset_split", ""), ("seq_len", 1),
+    ("model_batch_size", 0), ("num_batches_in_buffer", 0), ("shuffle_seed", -1), ("shuffle_seed", 2**63),
+    ("eval_tokens", 0), ("eval_skip_positions", -1), ("eval_skip_positions", 127), ("log_freq", 0),
+    ("perf_log_freq", 0), ("checkpoint_freq", 0), ("output_dir", ""), ("sweep", ""), ("sweep", ".."),
+    ("sweep", "a/b"), ("sweep", "a\\b"), ("wandb_project", ""), ("wandb_mode", "on"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", IMPOSSIBLE)
+def test_impossible_value_is_rejected(key, value):
+    """An impossible value is rejected with the key and the value."""
+    assert rejection(**{key: value}).startswith(f"{key} = {value!r} ")
+
+
+EXTREME = [
+    ("dict_size", 32), ("top_k", 12288), ("aux_penalty", 0.0), ("n_batches_to_dead", 1), ("seed", 0),
+    ("seed", 2**63 - 1), ("batch_size", 1), ("num_tokens", 1), ("beta1", 0.0), ("layer", 0), ("seq_len", 3),
+    ("model_batch_size", 1), ("num_batches_in_buffer", 1), ("eval_tokens", 1), ("eval_skip_positions", 126),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value", EXTREME)
+def test_extreme_but_possible_value_is_accepted(key, value):
+    """The ends of what is allowed are allowed."""
+    assert completed(**{key: value})[key] == value
+
+
+def test_unknown_sae_type_lists_the_choices():
+    """An unknown sae_type is answered with all that exist, and with the one that was probably meant."""
+    message = rejection(sae_type="batchtopkk")
+    for sae_type in ("vanilla", "topk", "batchtopk", "jumprelu"):
+        assert sae_type in message
+    assert "did you mean 'batchtopk'" in message
+
+
+def test_top_k_is_bounded_by_the_dictionary_where_it_counts():
+    """top_k > dict_size is impossible for the types that keep k features, and only for them."""
+    for sae_type in ("topk", "batchtopk"):
+        assert "dict_size = 16" in rejection(sae_type=sae_type, dict_size=16, top_k=17)
+        completed(sae_type=sae_type, dict_size=16, top_k=16)
+    for sae_type in ("vanilla", "jumprelu"):
+        completed(sae_type=sae_type, dict_size=16, top_k=17, l1_coeff=0.1)
+
+
+def test_site_may_be_a_full_hook_name():
+    """A full hook name is the hook point, and the layer is its block's."""
+    cfg = completed(site="blocks.3.attn.hook_z", layer=5)
+    assert cfg["hook_point"] == "blocks.3.attn.hook_z" and cfg["layer"] == 3
+    assert completed(site="ln_final.hook_normalized")["hook_point"] == "ln_final.hook_normalized"
+    assert cfg["name"] != completed(site="blocks.4.attn.hook_z", layer=5)["name"]
+    for site in ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"):
+        assert completed(site=site, layer=2)["hook_point"] == f"blocks.2.hook_{site}"
+
+
+def test_no_sparsity_penalty_is_warned_of():
+    """l1_coeff 0 warns for the types that have nothing else to make them sparse, and is silent for the others."""
+    for sae_type in ("vanilla", "jumprelu"):
+        with pytest.warns(UserWarning, match="l1_coeff is 0"):
+            completed(sae_type=sae_type, l1_coeff=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        completed(sae_type="vanilla", l1_coeff=1e-3)
+        completed(sae_type="topk", l1_coeff=0)
+        completed(sae_type="batchtopk", l1_coeff=0)
+
+
+def test_default_device_is_the_best_one_present(monkeypatch):
+    """The default device is CUDA where there is one, then MPS, then the CPU."""
+    for cuda, mps, best in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:
+        monkeypatch.setattr(config.torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(config.torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert get_default_cfg()["device"] == best

@@ -1,0 +1,152 @@
+"""The model and the dataset by hub name, through the real libraries, from a hub on this machine (hub_server.py).
+
+The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+from hub_server import Hub
+
+ROOT = Path(__file__).resolve().parent.parent
+LM = ROOT / "demo" / "lm"
+ONE_SMALL_RUN = dict(  # under these overrides the runs of the demo sweep are one
+    sae_type="batchtopk", dict_size=256, top_k=8, l1_coeff=0, num_tokens=8192, eval_tokens=1024, device="cpu"
+)  # fmt: skip
+FIRST_WORDS = """
+import json, sys
+from activation_store import load_text
+from config import get_default_cfg
+for keys in json.loads(sys.argv[1]):
+    print(next(iter(load_text(get_default_cfg() | keys)))["text"].split()[0])
+"""
+CARD = """---
+configs:
+- config_name: en
+  data_files: [{split: train, path: english/one.parquet}, {split: test, path: english/two.parquet}]
+- config_name: de
+  data_files: [{split: train, path: german/one.parquet}]
+---
+"""
+
+
+def write_parquet(path: Path, word: str) -> Path:
+    """Some 20,000 tokens of text, of which `word` is the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [f"{word} = {i}\ndef function_{i}(x):\n    return x + {i}\n" * 20 for i in range(60)]
+    pandas.DataFrame({"text": texts}).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the hub's repositories hold, a folder for each revision."""
+    folder = tmp_path_factory.mktemp("hub")
+    write_parquet(folder / "text" / "train.parquet", "text")
+    (folder / "script").mkdir()
+    (folder / "script" / "script.py").write_text("raise SystemExit('somebody ran the loading script')")
+    write_parquet(folder / "converted" / "plain_text" / "train" / "0000.parquet", "text")
+    write_parquet(folder / "card" / "english" / "one.parquet", "english_train")
+    write_parquet(folder / "card" / "english" / "two.parquet", "english_test")
+    write_parquet(folder / "card" / "german" / "one.parquet", "german_train")
+    (folder / "card" / "README.md").write_text(CARD)
+    write_parquet(folder / "branch" / "train.parquet", "branch")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(folder):
+    repos = {
+        "models/gpt2": "models/openai-community/gpt2",  # it has moved there, on the hub too
+        "models/openai-community/gpt2": {"main": LM},
+        "models/someone/lm": {"main": LM},
+        "datasets/someone/text": {"main": folder / "text"},
+        "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
+        "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
+    }
+    with Hub(repos) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def local_record(folder, tmp_path_factory) -> dict:
+    """The record of the run on local files that the runs from the hub are compared with."""
+    output_dir = tmp_path_factory.mktemp("local")
+    process = run_demo(output_dir, None, model_name=LM, dataset_path=folder / "text" / "train.parquet")
+    assert process.returncode == 0, process.stderr
+    return record(output_dir)
+
+
+def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
+    """Python in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_demo(folder: Path, hub: Hub | None, **overrides) -> subprocess.CompletedProcess:
+    overrides = ONE_SMALL_RUN | {"output_dir": folder / "runs"} | overrides
+    return run_python(folder, hub, "main.py", "demo", *(f"{key}={value}" for key, value in overrides.items()))
+
+
+def record(folder: Path) -> dict:
+    """Result of the one run in `folder`, and the fingerprints of its model and text; not the time it took."""
+    (result,) = folder.glob("runs/*/*/result.json")
+    made_with = json.loads((result.parent / "config.json").read_text())["_provenance"]
+    return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
+
+
+def first_words(folder: Path, hub: Hub, *dataset_keys: dict) -> list[str]:
+    """The first word of each of these datasets."""
+    process = run_python(folder, hub, "-c", FIRST_WORDS, json.dumps(dataset_keys))
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split()
+
+
+def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, local_record):
+    """`gpt2-small` is the hub's gpt2, a hub dataset is streamed, and the run is that on the same files, to the bit."""
+    process = run_demo(tmp_path, hub, model_name="gpt2-small", dataset_path="someone/text")
+    assert process.returncode == 0, process.stderr
+    assert record(tmp_path) == local_record
+    asked = "\n".join(hub.requests)
+    assert "/gpt2/resolve/" in asked and "gpt2-small" not in asked
+    assert not list(tmp_path.rglob("*.parquet")), "the dataset was downloaded, not streamed"
+
+
+def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):
+    """Of a dataset that is only a script, the hub's conversion to parquet is read, and a line says so."""
+    process = run_demo(tmp_path, hub, model_name="someone/lm", dataset_path="someone/script")
+    assert process.returncode == 0, process.stderr
+    (line,) = (line for line in process.stderr.splitlines() if "refs/convert/parquet" in line)
+    assert "someone/script is only a loading script" in line
+    assert record(tmp_path) == local_record
+
+
+@pytest.mark.parametrize("key", ["model_name", "dataset_path"])
+def test_name_that_the_hub_does_not_know(tmp_path, hub, key):
+    """A name that the hub does not know ends the program with code 2 and one line that gives key and name."""
+    process = run_demo(tmp_path, hub, **{"model_name": LM, "dataset_path": "someone/text"} | {key: "someone/nothing"})
+    assert process.returncode == 2, process.stderr
+    (line,) = (line for line in process.stderr.splitlines() if line.startswith("error:"))
+    assert line == process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
+    assert f"{key} = 'someone/nothing'" in line and "Without a network" not in line
+
+
+def test_dataset_keys_reach_the_hub(tmp_path, hub):
+    """dataset_config, dataset_split and dataset_revision each choose what is read of a hub dataset."""
+    languages = {"dataset_path": "someone/languages"}
+    assert first_words(
+        tmp_path,
+        hub,
+        languages | {"dataset_config": "en"},
+        languages | {"dataset_config": "de"},
+        languages | {"dataset_config": "en", "dataset_split": "test"},
+        languages | {"dataset_revision": "v2"},
+    ) == ["english_train", "german_train", "english_test", "branch"]

@@ -1,0 +1,507 @@
+"""main.py and results.py as a user runs them: sweeps end to end, bad input in one line, tables and figures."""
+
+import concurrent.futures
+import csv
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+DEMO_LM = REPO / "demo" / "lm"
+# Few tokens, and runs of one group: seconds, not minutes.
+TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", "top_k_aux=16"]
+DEMO_RUNS, PAPER_RUNS = 16, 15
+
+
+def environment(home: Path) -> dict:
+    """No network, no account, nothing of the user's: the hub is a port that nobody listens on."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HF_"))}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
+    home.mkdir(parents=True, exist_ok=True)
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
+    return env | offline | {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
+
+
+def run(script: str, *args: str, home: Path) -> subprocess.CompletedProcess:
+    """`python SCRIPT ARGS` from the root of the repo."""
+    command = [sys.executable, script, *map(str, args)]
+    return subprocess.run(
+        command, cwd=REPO, env=environment(home), capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
+    )
+
+
+def run_folders(sweep: Path) -> list[Path]:
+    return sorted(path.parent for path in sweep.glob("*/config.json"))
+
+
+def snapshot(folder: Path) -> dict:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
+
+
+# A whole sweep
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`python main.py demo` with fewer tokens, and the same command again."""
+    folder = tmp_path_factory.mktemp("demo")
+    args = ["demo", *TINY[:3], "perf_log_freq=6", f"output_dir={folder / 'runs'}"]
+    first = run("main.py", *args, home=folder / "home")
+    assert first.returncode == 0, first.stderr
+    (sweep,) = (folder / "runs").iterdir()
+    before = snapshot(sweep)
+    (sweep / "results.png").unlink()
+    again = run("main.py", *args, home=folder / "home")
+    return first, again, sweep, before
+
+
+def test_demo_trains_all_runs_and_draws_them(demo):
+    """The demo leaves a finished record per run, the figure as PNG and PDF, the numbers as CSV, and a table."""
+    first, _, sweep, _ = demo
+    folders = run_folders(sweep)
+    assert len(folders) == DEMO_RUNS
+    types = set()
+    for folder in folders:
+        types.add(json.loads((folder / "config.json").read_text())["sae_type"])
+        result = json.loads((folder / "result.json").read_text())
+        assert result["tokens"] == 6144 and np.isfinite(list(result.values())).all()
+        assert (folder / "sae" / "sae_weights.safetensors").is_file()
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+    assert types == {"vanilla", "topk", "batchtopk", "jumprelu"}
+    assert sweep.name != "demo", "a sweep with overrides has a folder of its own"
+    assert (sweep / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert (sweep / "results.pdf").read_bytes()[:4] == b"%PDF"
+    with open(sweep / "results.csv", newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {folder.name for folder in folders}
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        assert float(rows[folder.name]["nmse"]) == pytest.approx(result["nmse"])
+    table = first.stdout
+    for label, count in {"BatchTopK": 5, " TopK": 5, "JumpReLU": 3, "Vanilla (L1)": 3}.items():
+        assert sum(line.lstrip().startswith(label.strip()) for line in table.splitlines()) == count
+    assert "ce_degradation" in table and str(sweep / "results.png") in table
+
+
+def test_demo_says_what_it_does(demo):
+    """The plan, the progress and the missing login are told on stderr; nothing is a traceback or a warning."""
+    first, _, _, _ = demo
+    assert "16 SAEs on " in first.stderr and "blocks.2.hook_resid_pre" in first.stderr
+    for shown in ("tok/s", "loss", "L0", "dead"):
+        assert shown in first.stderr
+    assert first.stderr.count("Not logged in to Weights & Biases") == 1
+    assert "Traceback" not in first.stderr and "Warning" not in first.stderr
+
+
+def test_rerun_skips_what_is_finished(demo):
+    """The same command again trains nothing, touches no record, and draws the figure anew."""
+    first, again, sweep, before = demo
+    assert again.returncode == 0, again.stderr
+    assert snapshot(sweep) == before
+    assert "16 of 16 runs are finished" in again.stderr and "tok/s" not in again.stderr
+    assert again.stdout == first.stdout
+    assert (sweep / "results.png").is_file()
+
+
+def test_results_of_a_sweep_folder(demo, tmp_path):
+    """`python results.py FOLDER` prints the same table and redraws the figure."""
+    first, _, sweep, _ = demo
+    copy = tmp_path / "copy"
+    shutil.copytree(sweep, copy, ignore=shutil.ignore_patterns("results.*"))
+    done = run("results.py", copy, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace(str(copy), str(sweep)) == first.stdout
+    assert {path.name for path in copy.glob("results.*")} == {"results.png", "results.pdf", "results.csv"}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A demo whose overrides leave one kind of run, with two seeds."""
+    folder = tmp_path_factory.mktemp("merged")
+    overrides = ["sae_type=batchtopk", "top_k=4", "l1_coeff=0", *TINY, f"output_dir={folder / 'runs'}"]
+    done = run("main.py", "demo", *overrides, "--seeds", "1", "2", home=folder / "home")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (folder / "runs").iterdir()
+    return done, sweep
+
+
+def test_equal_runs_are_merged_and_seeds_are_not(merged):
+    """Runs that overrides make equal are trained once, which the log says; each seed is a run of its own."""
+    done, sweep = merged
+    configs = [json.loads((folder / "config.json").read_text()) for folder in run_folders(sweep)]
+    assert sorted(config["seed"] for config in configs) == [1, 2]
+    assert all((folder / "result.json").is_file() for folder in run_folders(sweep))
+    assert re.search(r"\b32 runs are 2\b.*merged", done.stderr)
+    overrides = {"sae_type": "batchtopk", "top_k": 4, "dict_size": 64, "num_tokens": 6000, "eval_tokens": 512}
+    for config in configs:
+        assert {key: config[key] for key in overrides} == overrides
+
+
+def test_seeds_are_averaged(merged):
+    """The table has mean ± standard error over the seeds of each metric."""
+    done, sweep = merged
+    results = [json.loads((folder / "result.json").read_text()) for folder in run_folders(sweep)]
+    nmse = np.array([result["nmse"] for result in results])
+    assert f"{nmse.mean():.4f} ± {nmse.std(ddof=1) / np.sqrt(2):.4f}" in done.stdout
+    assert nmse[0] != nmse[1]
+
+
+def test_without_login_it_is_said_once(merged):
+    """Without a Weights & Biases account training goes on, and says so once for all runs."""
+    done, sweep = merged
+    assert done.stderr.count("Not logged in to Weights & Biases") == 1
+    assert not list(sweep.glob("*/wandb"))
+
+
+# Without training: this process runs main.py's own __main__ block, which saves the import of torch
+
+
+@pytest.fixture
+def main_here(monkeypatch, capfd, tmp_path):
+    """Run `python main.py ARGS` in this process; exit code, stdout and stderr. Any other exception fails the test."""
+    import datasets
+    import huggingface_hub
+
+    for key in ("HTTPS_PROXY", "https_proxy", "WANDB_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.chdir(REPO)
+
+    def call(*args) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, args)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(REPO / "main.py"), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+def test_list_prints_the_runs(main_here, tmp_path):
+    """--list prints one unique name a line and does nothing else: 15 runs for the paper, which is the default."""
+    names = {}
+    for sweep, count in [("paper", PAPER_RUNS), ("demo", DEMO_RUNS)]:
+        code, out, err = main_here(sweep, "--list", f"output_dir={tmp_path / 'runs'}")
+        names[sweep] = out.splitlines()
+        assert (code, err) == (0, "")
+        assert len(names[sweep]) == len(set(names[sweep])) == count
+    assert main_here("--list") == (0, "\n".join(names["paper"]) + "\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_sweep(monkeypatch):
+    """The 15 runs of the paper: JumpReLU at three coefficients, TopK and BatchTopK over k and over dictionary sizes."""
+    import main
+
+    runs = {
+        (cfg["sae_type"], cfg["dict_size"], cfg["l1_coeff"] if cfg["sae_type"] == "jumprelu" else cfg["top_k"])
+        for cfg in main.sweep_configs("paper", {})
+    }
+    wanted = {("jumprelu", 12288, l1_coeff) for l1_coeff in (0.004, 0.0018, 0.0008)}
+    for sae_type in ("topk", "batchtopk"):
+        wanted |= {(sae_type, 12288, k) for k in (16, 32, 64)}
+        wanted |= {(sae_type, 768 * n, 32) for n in (4, 8, 32)}
+    assert runs == wanted
+    assert {cfg["sweep"] for cfg in main.sweep_configs("paper", {})} == {"paper"}
+
+
+def test_overrides_hold_for_every_run(main_here):
+    """An override changes every name, an override with the default's value none; the order does not matter."""
+    plain = main_here("demo", "--list")[1].splitlines()
+    assert main_here("demo", "--list", "lr=0.003")[1].splitlines() == plain
+    changed = main_here("demo", "lr=1e-3", "n_batches_to_dead=7", "--list")[1].splitlines()
+    assert not set(changed) & set(plain)
+    assert main_here("demo", "--list", "n_batches_to_dead=7", "lr=.001")[1].splitlines() == changed
+    _, out, err = main_here("demo", "--list", "sae_type=topk", "--seeds", "1", "2", "3")
+    assert len(out.splitlines()) == len(set(out.splitlines())) < 48
+    assert "merged" in err
+
+
+def test_sweeps_with_overrides_have_folders_of_their_own():
+    """The folder changes with overrides that change results, not with those that say how runs are recorded."""
+    import main
+
+    def folder(**overrides):
+        return {cfg["sweep"] for cfg in main.sweep_configs("demo", overrides)}
+
+    assert folder() == folder(output_dir="x", log_freq=3) == {"demo"}
+    assert folder(lr=1e-3) == folder(lr=0.001, log_freq=3)
+    assert len({*folder(), *folder(lr=1e-3), *folder(lr=2e-3), *folder(num_tokens=1e5)}) == 4
+    assert folder(num_tokens=1e5) == folder(num_tokens=100000)
+
+
+BAD_CONFIG = {
+    "unknown sweep": (["papr"], r"papr.*paper, demo"),
+    "unknown key": (["demo", "top_kk=3"], "'top_kk'.*'top_k'"),
+    "unknown sae_type": (["demo", "sae_type=topkk"], "sae_type = 'topkk'.*vanilla, topk, batchtopk, jumprelu"),
+    "a word for a number": (["demo", "top_k=many"], "top_k = 'many'.*int"),
+    "a fraction for an integer": (["demo", "top_k=1.5"], "top_k = 1.5.*int"),
+    "a boolean for a number": (["demo", "lr=True"], "lr = True.*float"),
+    "a number for a boolean": (["demo", "input_unit_norm=1"], "input_unit_norm = 1 .*bool"),
+    "none for a number": (["demo", "top_k=none"], "top_k = None"),
+    "a literal that is none": (["demo", "lr={[]:1}"], r"lr = .*\{\[\]:1\}"),
+    "a negative rate": (["demo", "lr=-1"], "lr = -1.0.*above 0"),
+    "top_k above dict_size": (["demo", "top_k=9000"], "top_k = 9000.*dict_size = (512|256)"),
+    "unknown dtype": (["demo", "dtype=float16"], "dtype = 'float16'.*float32"),
+    "unknown device": (["demo", "device=gpu"], "device = 'gpu'"),
+    "unknown site": (["demo", "site=resid"], "site = 'resid'.*resid_pre"),
+    "no value": (["demo", "top_k"], "'top_k'.*KEY=VALUE"),
+    "a key that is derived": (["demo", "name=mine"], "name cannot be set"),
+    "seed twice": (["demo", "seed=1", "--seeds", "1", "2"], "seed = 1.*--seeds"),
+    "a negative seed": (["demo", "--seeds", "1", "-1"], "seed = -1"),
+}
+BAD_STREAM = {
+    "layer out of range": (["layer=4"], r"blocks\.4\.hook_resid_pre.*0 to 3"),
+    "wrong act_size": (["act_size=64"], "act_size = 64.*128"),
+    "no such hook point": (["site=blocks.1.hook_nothing"], "blocks.1.hook_nothing"),
+    "no model directory": (["model_name={tmp}/nothing"], "nothing'.*no such folder"),
+    "model without weights": (["model_name={tmp}/no_weights"], "no_weights'.*no weights"),
+    "model without tokenizer": (["model_name={tmp}/no_tokenizer"], "no_tokenizer'.*no tokenizer"),
+    "broken weights": (["model_name={tmp}/broken_weights"], "broken_weights' cannot be loaded"),
+    "no data file": (["dataset_path={tmp}/none.jsonl"], "none.jsonl'.*no such file"),
+    "no known column": (["dataset_path={tmp}/columns.jsonl"], "columns.jsonl'.*tokens, input_ids, text.*body"),
+    "empty data": (["dataset_path={tmp}/empty.jsonl"], "empty.jsonl' is empty"),
+    "too little data": (["dataset_path={tmp}/short.jsonl"], "short.jsonl' is too short.*6,000"),
+    "not JSON": (["dataset_path={tmp}/broken.jsonl"], "broken.jsonl' cannot be"),
+    "not Parquet": (["dataset_path={tmp}/broken.parquet"], "broken.parquet' cannot be"),
+    "output_dir is a file": (["output_dir={tmp}/short.jsonl"], "output_dir = .*short.jsonl"),
+}
+
+
+@pytest.fixture
+def bad_files(tmp_path) -> Path:
+    """Bad models and bad data."""
+    for name in ("no_weights", "no_tokenizer", "broken_weights"):
+        shutil.copytree(DEMO_LM, tmp_path / name)
+    (tmp_path / "no_weights" / "model.safetensors").unlink()
+    (tmp_path / "no_tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "broken_weights" / "model.safetensors").write_bytes(b"garbage" * 99)
+    (tmp_path / "columns.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "short.jsonl").write_text('{"text": "import sys"}\n' * 900)
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nthis is not JSON\n')
+    (tmp_path / "broken.parquet").write_text("this is not Parquet")
+    return tmp_path
+
+
+def the_error(code: int, err: str) -> str:
+    """The one line on stderr that is not the plan of a sweep, nor the bar that a slow machine shows."""
+    lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
+    told = r"\d+ SAEs on |on cpu: about |\d+ runs are \d+ |counting tokens: |$"
+    lines = [line for line in lines if not re.match(told, line)]
+    assert code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", BAD_CONFIG)
+def test_bad_overrides(main_here, tmp_path, case):
+    """A bad command line is one line on stderr that names key and value, exit code 2, and nothing on the disk."""
+    args, pattern = BAD_CONFIG[case]
+    code, out, err = main_here(args[0], f"output_dir={tmp_path / 'runs'}", *args[1:])
+    assert re.search(pattern, the_error(code, err)) and out == ""
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", BAD_STREAM)
+def test_bad_model_or_data(main_here, bad_files, case):
+    """A bad model or dataset is found out before any training: one line, exit code 2, no run folder."""
+    args, pattern = BAD_STREAM[case]
+    args = [arg.replace("{tmp}", str(bad_files)) for arg in args]
+    before = snapshot(bad_files.parent)
+    code, out, err = main_here("demo", *TINY, f"output_dir={bad_files / 'runs'}", *args)
+    assert re.search(pattern, the_error(code, err)) and out == ""
+    assert snapshot(bad_files.parent) == before and not (bad_files / "runs").exists()
+
+
+def test_bad_input_as_a_user_sees_it(bad_files):
+    """The same in processes of their own: nothing but the plan and one line, on stderr, and exit code 2."""
+    cases = [
+        ("demo", *BAD_CONFIG["unknown sae_type"][0][1:]),
+        ("demo", *TINY, *BAD_STREAM["wrong act_size"][0]),
+        ("demo", *TINY, f"dataset_path={bad_files}/broken.jsonl"),
+        ("demo", *TINY, f"dataset_path={bad_files}/short.jsonl", "l1_coeff=0"),
+    ]
+    patterns = ["sae_type = 'topkk'", "act_size = 64", "broken.jsonl", "short.jsonl' is too short"]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = list(
+            pool.map(
+                lambda args: run("main.py", *args, f"output_dir={bad_files / 'runs'}", home=bad_files / "home"), cases
+            )
+        )
+    for process, pattern in zip(done, patterns):
+        lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: l1_coeff is 0")]
+        assert re.search(pattern, the_error(process.returncode, "\n".join(lines)))
+        assert "Traceback" not in process.stderr and process.stdout == ""
+    assert process.stderr.count("warning: l1_coeff is 0") >= 1, "a warning is a line too, not a stack"
+    assert not (bad_files / "runs").exists()
+
+
+def test_without_a_network_it_points_to_the_demo(tmp_path):
+    """`python main.py` without a network ends in a line or two that name the way out; nothing is left behind."""
+    done = run("main.py", f"output_dir={tmp_path / 'runs'}", home=tmp_path / "home")
+    assert done.returncode == 2
+    assert 1 <= len(done.stderr.splitlines()) <= 2
+    for way_out in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):
+        assert way_out in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_network_the_data_is_told_too(main_here, tmp_path):
+    """A local model with a hub dataset and no network: one line that names the dataset and the way out."""
+    code, out, err = main_here("demo", *TINY, "dataset_path=Skylion007/openwebtext", f"output_dir={tmp_path / 'runs'}")
+    error = the_error(code, err)
+    assert "Skylion007/openwebtext" in error and "dataset_path" in error and "main.py demo" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_machine_that_is_too_small(main_here, tmp_path):
+    """A sweep far beyond the machine is refused by an estimate that is printed before anything starts."""
+    code, out, err = main_here("demo", "num_tokens=1e15", f"output_dir={tmp_path / 'runs'}")
+    error = the_error(code, err)
+    assert "too small" in error and "days" in error and "main.py demo" in error
+    assert "1,000,000,000,000,000 tokens" in err and not (tmp_path / "runs").exists()
+
+
+# results.py on records written by hand
+
+METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
+
+
+def write_run(sweep: Path, result: dict | None, **config) -> str:
+    """A run's record by hand; unfinished without a result."""
+    config = {"sae_type": "batchtopk", "dict_size": 512, "top_k": 16, "l1_coeff": 0.0, "seed": 1, "lr": 1e-3} | config
+    name = "_".join(f"{value}" for value in config.values())
+    (sweep / name).mkdir(parents=True)
+    config |= {"name": name, "sweep": sweep.name, "device": "cpu", "_provenance": {"python": "3"}}
+    (sweep / name / "config.json").write_text(json.dumps(config))
+    if result is not None:
+        (sweep / name / "result.json").write_text(json.dumps(result))
+    return name
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Two types at three k and three sizes, three seeds each, a JumpReLU of one seed, and two unfinished runs."""
+    rng, sweep, results = np.random.default_rng(0), tmp_path / "sweep", {}
+    points = [(sae_type, 512, k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
+    points += [(sae_type, size, 16) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
+    for point in points:
+        results[point] = [dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS)))) for _ in range(3)]
+        for seed, result in enumerate(results[point]):
+            result["l0"] = point[2] + rng.uniform(-1, 1)
+            write_run(sweep, result, sae_type=point[0], dict_size=point[1], top_k=point[2], seed=seed)
+    results["jumprelu", 512, 0.01] = [dict(zip(METRICS, [0.5, 0.6, 20.0, 0.1, 0.7, 0.8]))]
+    write_run(sweep, results["jumprelu", 512, 0.01][0], sae_type="jumprelu", l1_coeff=0.01)
+    unfinished = [write_run(sweep, None, sae_type="vanilla"), write_run(sweep, None, seed=7)]
+    return sweep, results, unfinished
+
+
+def mean_and_error(results: list[dict], metric: str) -> tuple[float, float]:
+    values = np.array([result[metric] for result in results])
+    return values.mean(), values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+
+
+def point_of(row) -> tuple:
+    return row["sae_type"], row["dict_size"], row["l1_coeff"] if row["sae_type"] == "jumprelu" else row["top_k"]
+
+
+def test_mean_and_standard_error_over_seeds(by_hand):
+    """Each metric's mean and standard error over the seeds of a configuration, against plain numpy."""
+    from results import over_seeds, read_runs
+
+    sweep, results, unfinished = by_hand
+    configs, metrics, left_out = read_runs(sweep)
+    assert sorted(left_out) == sorted(unfinished)
+    table = over_seeds(configs, metrics)
+    assert {point_of(row) for _, row in table.iterrows()} == results.keys() and len(table) == len(results)
+    for _, row in table.iterrows():
+        runs = results[point_of(row)]
+        assert row["seeds"] == len(runs)
+        for metric in METRICS:
+            wanted = mean_and_error(runs, metric)
+            np.testing.assert_allclose([row[metric], row[f"{metric}_se"]], wanted, rtol=1e-12)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsys):
+    """Another learning rate is another point, and the reader is told that the runs are not alike."""
+    from results import draw_results, over_seeds, read_runs
+
+    for lr in (1e-3, 2e-3):
+        for seed in (1, 2):
+            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, lr), lr=lr, seed=seed)
+    assert len(over_seeds(*read_runs(tmp_path / "sweep")[:2])) == 2
+    draw_results(tmp_path / "sweep")
+    assert re.search(r"differ in lr\b", capsys.readouterr().out)
+
+
+def test_figure_shows_the_numbers(by_hand):
+    """NMSE and CE degradation, above against dictionary size at fixed k, below against L0 at fixed dictionary size."""
+    import matplotlib.pyplot as plt
+
+    from results import STYLES, over_seeds, paper_figure, read_runs
+
+    sweep, results, _ = by_hand
+    figure = paper_figure(over_seeds(*read_runs(sweep)[:2]))
+    labels = {label: sae_type for sae_type, (label, _, _) in STYLES.items()}
+    axes = np.array(figure.axes).reshape(2, 2)
+    for column, metric in enumerate(["nmse", "ce_degradation"]):
+        for row, fixed in enumerate([lambda p: p[0] != "jumprelu" and p[2] == 16, lambda p: p[1] == 512]):
+            drawn = {}
+            for container in axes[row, column].containers:
+                x, y = container.lines[0].get_data()
+                drawn[labels[container.get_label()]] = sorted(zip(x, y))
+            wanted = {}
+            for point in filter(fixed, results):
+                x = point[1] if row == 0 else mean_and_error(results[point], "l0")[0]
+                wanted.setdefault(point[0], []).append((x, mean_and_error(results[point], metric)[0]))
+            assert drawn.keys() == wanted.keys()
+            for sae_type, points in wanted.items():
+                np.testing.assert_allclose(drawn[sae_type], sorted(points), rtol=1e-12)
+    plt.close(figure)
+
+
+def test_results_leave_out_unfinished_runs_and_name_them(by_hand, tmp_path):
+    """`python results.py FOLDER` names the unfinished runs and puts only finished ones into table and CSV."""
+    sweep, results, unfinished = by_hand
+    done = run("results.py", sweep, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("2 unfinished") and all(name in first for name in unfinished)
+    assert "Vanilla" not in done.stdout
+    mean, error = mean_and_error(results["topk", 512, 8], "nmse")
+    assert f"{mean:.4f} ± {error:.4f}" in done.stdout
+    (jumprelu,) = [line for line in done.stdout.splitlines() if line.lstrip().startswith("JumpReLU")]
+    assert "0.5000" in jumprelu and "±" not in jumprelu, "one seed has no standard error"
+    with open(sweep / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(map(len, results.values()))
+
+
+def test_results_of_an_empty_folder(tmp_path):
+    """A folder without finished runs is said in a line, and no figure is made; a missing folder is an error."""
+    (tmp_path / "empty").mkdir()
+    unfinished = write_run(tmp_path / "sweep", None)
+    for folder, said in [("empty", "no finished run"), ("sweep", unfinished), ("missing", "holds no run records")]:
+        done = run("results.py", tmp_path / folder, home=tmp_path / "home")
+        assert said in done.stdout + done.stderr and str(tmp_path / folder) in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        assert (done.returncode == 0) == (folder != "missing")
+    assert not (tmp_path / "missing").exists()
+    assert not list(tmp_path.glob("*/results.*"))

@@ -1,0 +1,71 @@
+"""The README's commands and example run as a user runs them, and its table of keys is config.py's."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import get_default_cfg
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The repository's own files in a folder of their own, without anything that earlier runs left behind."""
+    folder = tmp_path_factory.mktemp("clone") / "repo"
+    left_out = shutil.ignore_patterns(".git", "runs", "wandb", "text.jsonl", "tests", ".venv*", "__pycache__")
+    shutil.copytree(REPO, folder, ignore=left_out)
+    return folder
+
+
+def run(arguments, folder, **options):
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, **options)
+
+
+def test_demo_command_then_example(clone):
+    """The main command, cut short, trains and draws; the README's Python example then runs on what it left."""
+    command = re.search(r"python (main\.py demo)$", README, re.MULTILINE).group(1)
+    done = run([*command.split(), "num_tokens=20000", "eval_tokens=2048"], clone)
+    assert done.returncode == 0, done.stderr
+    figure = re.search(r"Figure: (\S+)", done.stdout).group(1)
+    assert (clone / figure).stat().st_size > 10_000
+
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    done = run(["-c", example.replace("100_000", "20_000")], clone)
+    assert done.returncode == 0, done.stderr
+    nmse, l0, _ = map(float, done.stdout.split())
+    assert 0 < nmse < 1 and 0 < l0 < 512
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python (main\.py[^#\n]*)", README, re.MULTILINE))
+def test_other_commands_are_understood(clone, command):
+    """Every other command line of the README names a sweep and keys that exist."""
+    done = run([*command.split(), "--list"], clone)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 1
+
+
+def test_table_of_keys_is_complete():
+    """Every config key stands in the README with its default and its comment in config.py, and no other key does."""
+    source = (REPO / "config.py").read_text(encoding="utf-8")
+    comments = dict(re.findall(r'^        "(\w+)": .*?,  # (.*)$', source, re.MULTILINE))
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
+    rows = {key: (default, text) for key, default, text in table}
+    keys = get_default_cfg()
+    assert set(comments) == set(keys)
+    for key, default in keys.items():
+        written, meaning = rows[key]
+        assert meaning == comments[key]
+        if key == "device":
+            assert written == "best present"
+        elif isinstance(default, str) or default is None:
+            assert written == str(default)
+        else:
+            assert eval(written) == default
+    metrics = {"nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"}
+    assert set(rows) - metrics == set(keys)

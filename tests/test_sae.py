@@ -1,0 +1,650 @@
+"""The four SAEs hold to their definitions: values, gradients, selection, counters, thresholds, initialisation."""
+
+import math
+
+import pytest
+import reference
+import torch
+
+from config import get_default_cfg, post_init_cfg
+from sae import SAE_CLASSES
+from training import make_optimizer, training_step
+
+KINDS = ("vanilla", "topk", "batchtopk", "jumprelu")
+TOP_K_KINDS = ("topk", "batchtopk")
+# seed, B, d, F, k
+SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_cfg(kind, d=5, F=24, k=3, **changes):
+    """A completed config of a small SAE on the CPU, in float64 unless told otherwise."""
+    cfg = get_default_cfg() | {
+        "sae_type": kind,
+        "act_size": d,
+        "dict_size": F,
+        "top_k": k,
+        "top_k_aux": 3,
+        "aux_penalty": 0.5,
+        "l1_coeff": 0.07,
+        "bandwidth": 0.8,
+        "n_batches_to_dead": 4,
+        "dtype": "float64",
+        "device": "cpu",
+    }
+    return post_init_cfg(cfg | changes)
+
+
+def make_sae(kind, seed=0, **changes):
+    """An SAE with nothing left at its initial value: biases, thresholds, untied decoder, counters."""
+    sae = SAE_CLASSES[kind](make_cfg(kind, **changes))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) * 0.5)
+        sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
+        sae.num_batches_not_active.copy_(torch.randint(0, 8, sae.b_enc.shape, generator=g))
+    return sae
+
+
+def make_x(B, d, seed=0, dtype=torch.float64):
+    """Activations with a mean and a scale of their own."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    return (torch.randn(B, d, generator=g, dtype=torch.float64) * 2 + 0.7).to(dtype)
+
+
+def params(sae, dtype=torch.float64):
+    return {name: parameter.detach().clone().to(dtype) for name, parameter in sae.named_parameters()}
+
+
+def set_threshold(sae, value):
+    """As if training had estimated BatchTopK's inference threshold at `value`."""
+    with torch.no_grad():
+        sae.threshold.fill_(value)
+        sae.threshold_num_batches.fill_(1)
+
+
+def dense(tensor):
+    return tensor.detach().to_dense()
+
+
+def assert_outputs_match(output, expected, **tolerance):
+    for key, value in expected.items():
+        actual = dense(output[key])
+        assert actual.shape == value.shape, key
+        torch.testing.assert_close(actual.double(), value.double(), msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+
+
+def assert_gradients_match(sae, expected):
+    assert {name for name, _ in sae.named_parameters()} == set(expected)
+    for name, parameter in sae.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else dense(parameter.grad)
+        torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Values and gradients against the reference
+
+
+@pytest.mark.parametrize("input_unit_norm", [True, False])
+@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_equal_the_reference(kind, seed, B, d, F, k, input_unit_norm):
+    """In training, everything forward returns and every parameter's gradient are as defined, in float64."""
+    sae = make_sae(kind, seed, d=d, F=F, k=k, input_unit_norm=input_unit_norm)
+    x = make_x(B, d, seed)
+    counters = sae.num_batches_not_active.clone()
+    output = sae(x)
+    output["loss"].backward()
+    expected = reference.forward(params(sae), x, sae.cfg, counters)
+    assert ("aux_loss" in output) == (kind in TOP_K_KINDS)
+    assert_outputs_match(output, expected, rtol=1e-10, atol=1e-12)
+    assert_gradients_match(sae, reference.gradients(params(sae), x, sae.cfg, counters))
+
+
+@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_outputs_equal_the_reference(kind, seed, B, d, F, k):
+    """A float32 SAE returns float32, within float32 rounding of the reference in float64."""
+    sae = make_sae(kind, seed, d=d, F=F, k=k, dtype="float32")
+    x = make_x(B, d, seed, torch.float32)
+    output = sae(x)
+    assert output["sae_out"].dtype == output["feature_acts"].dtype == output["loss"].dtype == torch.float32
+    expected = reference.forward(params(sae), x.double(), sae.cfg, sae.num_batches_not_active)
+    assert_outputs_match(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encode_decode_and_reconstruct_equal_the_reference(kind):
+    """encode is feature_acts, decode of it mapped back is sae_out, reconstruct is both."""
+    sae, x = make_sae(kind), make_x(7, 5)
+    expected = reference.forward(params(sae), x, sae.cfg, sae.num_batches_not_active)
+    acts = sae.encode(x)
+    torch.testing.assert_close(acts, expected["feature_acts"])
+    _, mean, std = sae.preprocess_input(x)
+    torch.testing.assert_close(sae.decode(acts) * std + mean, expected["sae_out"])
+    sae_out, acts = sae.reconstruct(x)
+    torch.testing.assert_close(dense(acts), expected["feature_acts"])
+    torch.testing.assert_close(sae_out, expected["sae_out"])
+
+
+@pytest.mark.parametrize("top_k_aux", [1, 4, 512])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", TOP_K_KINDS)
+def test_aux_loss_equals_the_reference(kind, seed, top_k_aux):
+    """With dead features, the aux loss and its gradients are as published: residual not detached, any top_k_aux."""
+    sae = make_sae(kind, seed, d=6, F=40, k=2, top_k_aux=top_k_aux, aux_penalty=3.0)
+    x = make_x(5, 6, seed)
+    sae.num_batches_not_active[:30] = 3  # with this batch 4 = n_batches_to_dead, unless active in it
+    counters = sae.num_batches_not_active.clone()
+    output = sae(x)
+    assert 4 < output["num_dead_features"] < 40
+    assert output["aux_loss"] > 0
+    output["loss"].backward()
+    expected = reference.forward(params(sae), x, sae.cfg, counters)
+    assert_outputs_match(output, expected, rtol=1e-10, atol=1e-12)
+    assert_gradients_match(sae, reference.gradients(params(sae), x, sae.cfg, counters))
+
+
+@pytest.mark.parametrize("kind", TOP_K_KINDS)
+def test_aux_loss_is_zero_without_dead_features(kind):
+    """Where no feature is dead there is no aux loss: it is 0, and the loss is L2 + L1."""
+    sae, x = make_sae(kind), make_x(7, 5)
+    sae.num_batches_not_active.fill_(2)
+    output = sae(x)
+    assert output["num_dead_features"] == 0
+    assert output["aux_loss"] == 0
+    torch.testing.assert_close(output["loss"], output["l2_loss"] + output["l1_loss"])
+    sae.num_batches_not_active.fill_(3)
+    assert sae(x)["aux_loss"] > 0
+
+
+# Gradients against finite differences, where the loss is differentiable
+
+
+@pytest.mark.parametrize("input_unit_norm", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, seed, input_unit_norm):
+    """loss and sae_out have the finite-difference gradients, in the input too, away from ties and thresholds."""
+    sae = make_sae(kind, seed, d=4, F=10, k=2, top_k_aux=2, input_unit_norm=input_unit_norm)
+    x = make_x(4, 4, seed)
+    sae.num_batches_not_active.fill_(3)
+    names = [name for name, _ in sae.named_parameters() if name != "jumprelu.log_threshold"]
+    inputs = [parameter.detach().clone().requires_grad_() for _, parameter in sae.named_parameters()]
+    inputs = [value for (name, _), value in zip(sae.named_parameters(), inputs) if name in names]
+
+    # No selection changes within the steps of the finite differences.
+    z = reference.pre_activation(params(sae), reference.normalise(x, sae.cfg)[0], sae.cfg)
+    z = z - sae.jumprelu.log_threshold.exp() if kind == "jumprelu" else z
+    distances = torch.cat([z.flatten().abs(), z.flatten().sort().values.diff()])
+    assert distances.min() > 1e-4
+    assert sae(x)["num_dead_features"] > 2 or kind not in TOP_K_KINDS
+
+    def function(x, *values):
+        output = torch.func.functional_call(sae, dict(zip(names, values)), (x,))
+        return output["loss"], output["sae_out"]
+
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), *inputs), check_undefined_grad=False)
+
+
+# JumpReLU's pseudo-derivatives
+
+BANDWIDTH = 0.1
+OFFSETS = {"upper half": 0.04, "lower half": -0.04, "above": 0.06, "below": -0.06}  # z − θ; half the width is .05
+
+
+def identity_jumprelu(thresholds, **changes):
+    """z = x, so that every pre-activation can be set; the decoder is the identity too."""
+    n = len(thresholds)
+    sae = SAE_CLASSES["jumprelu"](make_cfg("jumprelu", d=n, F=n, input_unit_norm=False, **changes))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(n))
+        sae.W_dec.copy_(torch.eye(n))
+        sae.jumprelu.log_threshold.copy_(torch.tensor(thresholds, dtype=torch.float64).log())
+    return sae
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize("place", OFFSETS)
+def test_jumprelu_threshold_gradients_in_and_out_of_the_window(place, theta):
+    """θ's gradient is −θ/ε for the activation and −1/ε for the L0, times θ for the logarithm, in both halves only."""
+    sae = identity_jumprelu([theta] * 2, bandwidth=BANDWIDTH, l1_coeff=0.3)
+    x = torch.tensor([[theta + OFFSETS[place], 100.0], [100.0, 100.0]], dtype=torch.float64)
+    inside = 1.0 if place.endswith("half") else 0.0
+    log_threshold = sae.jumprelu.log_threshold
+
+    (grad,) = torch.autograd.grad((sae(x)["sae_out"] * 7).sum(), [log_threshold])
+    torch.testing.assert_close(grad, torch.tensor([-inside * 7 * theta**2 / BANDWIDTH, 0.0], dtype=torch.float64))
+    (grad,) = torch.autograd.grad(sae(x)["l1_loss"], [log_threshold])
+    expected = -inside * 0.3 / 2 * theta / BANDWIDTH  # mean over 2 tokens
+    torch.testing.assert_close(grad, torch.tensor([expected, 0.0], dtype=torch.float64))
+
+
+def test_jumprelu_gradients_sum_over_the_tokens():
+    """Each token in a feature's window adds its own pseudo-derivative, weighted by its own upstream gradient."""
+    sae = identity_jumprelu([1.0, 2.0], bandwidth=BANDWIDTH)
+    x = torch.tensor([[1.01, 1.98], [0.97, 5.0], [1.2, 2.02]], dtype=torch.float64)
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    (sae(x)["sae_out"] * weight).sum().backward()
+    expected = torch.tensor([-(1 + 3) * 1**2, -(2 + 6) * 2**2], dtype=torch.float64) / BANDWIDTH
+    torch.testing.assert_close(sae.jumprelu.log_threshold.grad, expected)
+
+
+def test_jumprelu_window_is_of_the_pre_activation_and_not_of_its_relu():
+    """A window that reaches below 0 holds z = −.4 but not z = −.6, though relu makes both 0."""
+    sae = identity_jumprelu([1.0] * 4, bandwidth=3.0, l1_coeff=1.0)  # the window is (−.5, 2.5)
+    x = torch.tensor([[-0.4, -0.6, 2.4, 2.6]], dtype=torch.float64)
+    inside = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    (grad,) = torch.autograd.grad(sae(x)["l1_loss"], [sae.jumprelu.log_threshold])
+    torch.testing.assert_close(grad, -inside / 3)
+    (grad,) = torch.autograd.grad(sae(x)["sae_out"].sum(), [sae.jumprelu.log_threshold])
+    torch.testing.assert_close(grad, -inside / 3)
+
+
+def test_jumprelu_l0_penalty_moves_thresholds_only():
+    """The L0 penalty counts z > θ and has no gradient in anything but the thresholds."""
+    sae, x = make_sae("jumprelu"), make_x(7, 5)
+    output = sae(x)
+    count = (dense(output["feature_acts"]) > 0).sum() / len(x)
+    torch.testing.assert_close(output["l1_loss"], sae.cfg["l1_coeff"] * count.double())
+    output["l1_loss"].backward()
+    for name, parameter in sae.named_parameters():
+        moved = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert moved == (name == "jumprelu.log_threshold"), name
+
+
+def test_jumprelu_keeps_the_value_above_the_threshold():
+    """f is z itself above θ = exp(log_threshold), not z − θ, and 0 at θ or below; its slope in z is 1 or 0."""
+    sae = identity_jumprelu([1.0, 1.0, 1.0, 1.0])
+    x = torch.tensor([[1.5, 1.0, 0.5, -3.0]], dtype=torch.float64, requires_grad=True)
+    acts = sae.encode(x)
+    assert acts.tolist() == [[1.5, 0, 0, 0]]
+    assert torch.autograd.grad(acts.sum(), x)[0].tolist() == [[1, 0, 0, 0]]
+
+
+# Selection
+
+
+@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
+def test_topk_keeps_k_of_each_row(seed, B, d, F, k):
+    """Each row keeps exactly its k largest pre-activations, less those that are not positive."""
+    sae, x = make_sae("topk", seed, d=d, F=F, k=k), make_x(B, d, seed)
+    z = sae.pre_activation(sae.preprocess_input(x)[0])
+    for row, kept in zip(z, sae.encode(x)):
+        assert (kept > 0).sum() == min(k, (row > 0).sum())
+        assert kept[kept > 0].sort(descending=True).values.tolist() == [
+            v for v in sorted(row.tolist(), reverse=True)[:k] if v > 0
+        ]
+
+
+@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
+def test_batchtopk_keeps_k_per_row_of_the_whole_batch(seed, B, d, F, k):
+    """The batch keeps exactly its B·k largest pre-activations, less those that are not positive."""
+    sae, x = make_sae("batchtopk", seed, d=d, F=F, k=k), make_x(B, d, seed)
+    z = sae.pre_activation(sae.preprocess_input(x)[0])
+    acts = sae.encode(x)
+    assert (acts > 0).sum() == min(B * k, (z > 0).sum())
+    largest = sorted(z.flatten().tolist(), reverse=True)[: B * k]
+    assert acts[acts > 0].sort(descending=True).values.tolist() == [v for v in largest if v > 0]
+
+
+def test_batchtopk_spends_its_budget_across_rows():
+    """A row may have more than k features active, or none, while the batch has B·k."""
+    sae, x = positive_encoder("batchtopk", k=3), torch.ones(4, 5, dtype=torch.float64)
+    x[0], x[1] = 10, -1
+    l0 = (sae.encode(x) > 0).sum(-1)
+    assert l0.tolist()[:2] == [12, 0]
+    assert l0.sum() == 12
+
+
+def positive_encoder(kind, F=24, **changes):
+    """Every pre-activation has the sign of the inputs: b_dec 0, W_enc positive, no normalisation."""
+    sae = SAE_CLASSES[kind](make_cfg(kind, F=F, input_unit_norm=False, **changes))
+    with torch.no_grad():
+        sae.W_enc.abs_().add_(0.01)
+        sae.W_dec.copy_(sae.W_enc.T / sae.W_enc.T.norm(dim=-1, keepdim=True))
+    return sae
+
+
+@pytest.mark.parametrize("kind", TOP_K_KINDS)
+def test_ties_keep_exactly_k(kind):
+    """Where all pre-activations are equal, still exactly k per row (topk) or B·k per batch survive."""
+    sae = positive_encoder(kind, k=3)
+    with torch.no_grad():
+        sae.W_enc.fill_(0.5)
+    x = torch.ones(4, 5, dtype=torch.float64)
+    output = sae(x)
+    acts = dense(output["feature_acts"])
+    assert (acts > 0).sum() == 12
+    assert acts[acts > 0].tolist() == [2.5] * 12
+    assert output["l0_norm"] == 3
+    if kind == "topk":
+        assert (acts > 0).sum(-1).tolist() == [3] * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_nothing_positive(kind):
+    """A row whose pre-activations are all negative has no active feature and is reconstructed as b_dec."""
+    sae = positive_encoder(kind)
+    x = torch.ones(4, 5, dtype=torch.float64)
+    x[1:3] = -2
+    with torch.no_grad():
+        sae.b_dec.fill_(0.25)
+    output = sae(x)
+    acts = dense(output["feature_acts"])
+    assert (acts[1:3] == 0).all()
+    assert (acts[[0, 3]] > 0).any(-1).all()
+    assert (output["sae_out"][1:3] == 0.25).all()
+    output["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_with_nothing_positive(kind):
+    """With no active feature at all the figures are 0, every feature counts as inactive, gradients are finite."""
+    sae = positive_encoder(kind, n_batches_to_dead=1)
+    x = -torch.ones(4, 5, dtype=torch.float64)
+    output = sae(x)
+    output["loss"].backward()
+    assert (dense(output["feature_acts"]) == 0).all()
+    assert output["l0_norm"] == output["l1_norm"] == output["l1_loss"] == 0
+    assert output["num_dead_features"] == 24
+    torch.testing.assert_close(output["l2_loss"], torch.tensor(1.0, dtype=torch.float64))
+    if kind in TOP_K_KINDS:  # nothing positive among the dead either: the whole residual remains
+        torch.testing.assert_close(output["aux_loss"], torch.tensor(0.5, dtype=torch.float64))
+    assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_variance(kind, value):
+    """A constant row normalises to 0 and comes back as its own mean; nothing is infinite or undefined."""
+    sae, x = make_sae(kind), make_x(6, 5)
+    x[2] = value
+    counters = sae.num_batches_not_active
+    output = sae(x)
+    output["loss"].backward()
+    assert (output["sae_out"][2] == value).all()
+    assert_outputs_match(output, reference.forward(params(sae), x, sae.cfg, counters), rtol=1e-10, atol=1e-12)
+    assert_gradients_match(sae, reference.gradients(params(sae), x, sae.cfg, counters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_input_unit_norm_makes_features_blind_to_scale_and_offset(kind):
+    """With input_unit_norm, a x + b has the features of x and its reconstruction is a·r + b."""
+    sae, x = make_sae(kind), make_x(6, 5)
+    one, other = sae(x), sae(1000 * x + 50)
+    torch.testing.assert_close(dense(other["feature_acts"]), dense(one["feature_acts"]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(other["sae_out"], 1000 * one["sae_out"] + 50, rtol=1e-3, atol=1e-1)
+
+
+# No side effects
+
+
+def state(sae):
+    return {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_has_no_side_effects(kind, train):
+    """forward, encode, reconstruct and backward leave the state dict, the mode and the global RNG as they were."""
+    sae, x = make_sae(kind).train(train), make_x(7, 5)
+    if kind == "batchtopk":
+        set_threshold(sae, 0.4)
+    before, rng, x_before = state(sae), torch.get_rng_state(), x.clone()
+    first = sae(x)
+    first["loss"].backward()
+    sae.encode(x)
+    sae.reconstruct(x)
+    second = sae(x)
+    assert_same_state(state(sae), before)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(x, x_before)
+    assert sae.training == train
+    for key in first:
+        assert torch.equal(dense(first[key]), dense(second[key])), key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluating_between_steps_does_not_change_training(kind):
+    """A run with forwards in eval() between its steps ends with the same state as one without."""
+    ends = []
+    for evaluating in (False, True):
+        sae = make_sae(kind)
+        optimizer = make_optimizer(sae, sae.cfg)
+        for step in range(4):
+            training_step(sae, optimizer, make_x(7, 5, step), sae.cfg)
+            if evaluating:
+                with torch.no_grad():
+                    sae.eval()(make_x(3, 5, 100 + step))
+                    sae.train()(make_x(3, 5, 200 + step))
+        ends.append(state(sae))
+    assert_same_state(*ends)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constructing_leaves_the_global_rng_alone(kind):
+    """Building an SAE neither reads nor moves the global RNG."""
+    weights = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        weights.append(state(SAE_CLASSES[kind](make_cfg(kind))))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert_same_state(*weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_decides_the_weights(kind):
+    """Same seed, same weights; another seed, other weights. All four types draw the same W_enc from a seed."""
+    one, same, other = (SAE_CLASSES[kind](make_cfg(kind, seed=seed)) for seed in (7, 7, 8))
+    assert_same_state(state(one), state(same))
+    assert not torch.isclose(one.W_enc, other.W_enc).any()
+    assert torch.equal(one.W_enc, SAE_CLASSES["vanilla"](make_cfg("vanilla", seed=7)).W_enc)
+
+
+# train() and eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_batchtopk_differs_in_eval(kind):
+    """train() and eval() give the same figures for every type but BatchTopK."""
+    sae, x = make_sae(kind), make_x(7, 5)
+    if kind == "batchtopk":
+        set_threshold(sae, 0.4)
+    training, evaluating = sae.train()(x), sae.eval()(x)
+    assert training.keys() == evaluating.keys()
+    same = all(torch.equal(dense(training[key]), dense(evaluating[key])) for key in training)
+    assert same == (kind != "batchtopk")
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.4, 1.5])
+def test_batchtopk_eval_equals_the_reference(threshold):
+    """In eval() BatchTopK keeps z where z > threshold; the other figures follow from that."""
+    sae, x = make_sae("batchtopk").eval(), make_x(7, 5)
+    set_threshold(sae, threshold)
+    expected = reference.forward(params(sae), x, sae.cfg, sae.num_batches_not_active, threshold)
+    assert_outputs_match(sae(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(sae.encode(x), expected["feature_acts"])
+
+
+def test_batchtopk_eval_threshold_is_exclusive():
+    """A pre-activation equal to the threshold is not active: f = z · 1[z > θ]."""
+    sae = positive_encoder("batchtopk").eval()
+    with torch.no_grad():
+        sae.W_enc.fill_(0.5)
+    set_threshold(sae, 2.5)
+    ones = torch.ones(1, 5, dtype=torch.float64)
+    assert (sae.encode(ones) == 0).all()
+    assert (sae.encode(ones * 1.001) > 2.5).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_eval_a_token_does_not_see_the_others(kind):
+    """In eval() a token's features are the same alone, among other tokens, and in another order."""
+    sae, x = make_sae(kind).eval(), make_x(7, 5)
+    if kind == "batchtopk":
+        set_threshold(sae, 0.4)
+    together = sae.encode(x)
+    assert (together > 0).any()
+    torch.testing.assert_close(torch.cat([sae.encode(token[None]) for token in x]), together)
+    torch.testing.assert_close(sae.encode(torch.cat([x[:1], 100 * make_x(6, 5, 9)]))[0], together[0])
+    torch.testing.assert_close(sae.encode(x.flip(0)), together.flip(0))
+
+
+def test_batchtopk_in_train_does_see_the_others():
+    """In train() the batch decides: the same token keeps fewer features beside stronger ones."""
+    sae, x = positive_encoder("batchtopk"), torch.ones(2, 5, dtype=torch.float64)
+    alone = sae.encode(x[:1])
+    x[1] = 10
+    assert (sae.encode(x)[0] > 0).sum() < (alone > 0).sum()
+
+
+def test_batchtopk_eval_without_a_threshold_raises():
+    """Without an inference threshold, eval() encoding raises instead of answering; train() works."""
+    sae, x = make_sae("batchtopk").eval(), make_x(7, 5)
+    for encode in (sae, sae.encode, sae.reconstruct):
+        with pytest.raises(RuntimeError, match="threshold"):
+            encode(x)
+    sae.train()(x)
+    optimizer = make_optimizer(sae, sae.cfg)
+    training_step(sae, optimizer, x, sae.cfg)
+    sae.eval()(x)
+
+
+# What training_step keeps: thresholds and counters
+
+
+def test_batchtopk_threshold_is_the_forgetting_mean_of_the_smallest_kept():
+    """threshold += (v − threshold) · max(1/n, .01), n counting only the batches with something positive."""
+    sae = make_sae("batchtopk", input_unit_norm=False)
+    optimizer = make_optimizer(sae, sae.cfg)
+    threshold, n, skipped = 0.0, 0, 0
+    for step in range(130):
+        x = make_x(4, 5, step)
+        if step in (0, 5, 120):
+            x = sae.b_dec.detach().expand(4, 5).clone()  # z is 0 everywhere
+        acts = reference.forward(params(sae), x, sae.cfg, sae.num_batches_not_active)["feature_acts"]
+        v = reference.smallest_positive(acts)
+        if v is None:
+            skipped += 1
+        else:
+            n += 1
+            threshold += (v - threshold) * max(1 / n, 0.01)
+        training_step(sae, optimizer, x, sae.cfg)
+        assert sae.threshold.item() == pytest.approx(threshold, rel=1e-6), step
+        if step == 0:  # nothing learnt yet
+            with pytest.raises(RuntimeError):
+                sae.eval().encode(x)
+            sae.train()
+    assert (n, skipped) == (127, 3)
+
+
+def test_batchtopk_threshold_skips_a_batch_of_negatives():
+    """A batch whose pre-activations are all negative leaves threshold and its count as they were."""
+    sae = positive_encoder("batchtopk")
+    optimizer = make_optimizer(sae, sae.cfg)
+    training_step(sae, optimizer, torch.ones(4, 5, dtype=torch.float64), sae.cfg)
+    before = {name: tensor for name, tensor in state(sae).items() if name.startswith("threshold")}
+    assert before["threshold"] > 0
+    training_step(sae, optimizer, -torch.ones(4, 5, dtype=torch.float64), sae.cfg)
+    after = {name: tensor for name, tensor in state(sae).items() if name.startswith("threshold")}
+    assert_same_state(before, after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counters_equal_a_plain_loop(kind):
+    """num_batches_not_active counts training steps since a feature was active; only training_step moves it."""
+    sae = SAE_CLASSES[kind](make_cfg(kind, F=20, k=2, lr=0.02, n_batches_to_dead=3))
+    optimizer = make_optimizer(sae, sae.cfg)
+    counts = [0] * 20
+    revived = died = 0
+    for step in range(25):
+        x = make_x(3, 5, step)
+        acts = reference.forward(params(sae), x, sae.cfg, torch.tensor(counts))["feature_acts"]
+        for j in range(20):
+            active = bool((acts[:, j] > 0).any())
+            revived += active and counts[j] >= 3
+            counts[j] = 0 if active else counts[j] + 1
+            died += counts[j] == 3
+        output = training_step(sae, optimizer, x, sae.cfg)
+        assert sae.num_batches_not_active.tolist() == counts
+        assert output["num_dead_features"] == sum(count >= 3 for count in counts)
+        sae(x)
+        assert sae.num_batches_not_active.tolist() == counts
+    assert revived and died  # the run has seen both
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_loop_needs_only_update_statistics(kind):
+    """forward and update_statistics do for the counters and the threshold what training_step does."""
+    by_step, by_hand = make_sae(kind), make_sae(kind)
+    optimizer = torch.optim.SGD(by_step.parameters(), lr=0.0)
+    for step in range(3):
+        training_step(by_step, optimizer, make_x(3, 5, step), by_step.cfg)
+        by_hand.update_statistics(by_hand(make_x(3, 5, step)))
+    for name, buffer in by_step.named_buffers():
+        torch.testing.assert_close(buffer, dict(by_hand.named_buffers())[name])
+    assert not torch.equal(by_hand.num_batches_not_active, make_sae(kind).num_batches_not_active)
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_names_and_shapes(kind):
+    """Parameters have their published names and shapes; what a resume needs is in the state dict."""
+    sae = SAE_CLASSES[kind](make_cfg(kind, d=6, F=10))
+    expected = {"W_enc": (6, 10), "W_dec": (10, 6), "b_enc": (10,), "b_dec": (6,)}
+    if kind == "jumprelu":
+        expected["jumprelu.log_threshold"] = (10,)
+    assert {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()} == expected
+    assert sae.state_dict()["num_batches_not_active"].shape == (10,)
+    if kind == "batchtopk":
+        assert sae.state_dict()["threshold"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_values(kind, dtype):
+    """W_enc fills U(±√(6/F)), W_dec is its transpose with unit rows, biases, thresholds' logs and counters are 0."""
+    d, F = 30, 200
+    sae = SAE_CLASSES[kind](make_cfg(kind, d=d, F=F, dtype=dtype))
+    assert all(parameter.dtype == getattr(torch, dtype) for parameter in sae.parameters())
+    W_enc, bound = sae.W_enc.detach().double(), math.sqrt(6 / F)
+    assert W_enc.abs().max() <= bound
+    assert W_enc.min() < -0.99 * bound
+    assert W_enc.max() > 0.99 * bound
+    assert W_enc.mean().abs() < 4 * bound / math.sqrt(3 * d * F)  # four standard errors of the mean
+    assert W_enc.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)  # that of a uniform distribution
+    rows = W_enc.T / W_enc.T.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(sae.W_dec.detach().double(), rows, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(sae.W_dec.detach().double().norm(dim=-1), torch.ones(F).double(), rtol=0, atol=1e-6)
+    zero = {"b_enc", "b_dec", "num_batches_not_active", "threshold", "jumprelu.log_threshold"} & set(sae.state_dict())
+    assert len(zero) == (3 if kind in ("vanilla", "topk") else 4)
+    for name in zero:
+        assert (sae.state_dict()[name] == 0).all(), name
+
+
+def test_encoder_and_decoder_share_no_memory():
+    """W_dec starts as W_enc's transpose but is a parameter of its own."""
+    sae = SAE_CLASSES["topk"](make_cfg("topk"))
+    before = sae.W_dec.detach().clone()
+    with torch.no_grad():
+        sae.W_enc.add_(1)
+    assert torch.equal(sae.W_dec, before)

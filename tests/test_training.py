@@ -1,0 +1,310 @@
+"""The training loop: reproducible, the same in any group, undisturbed by evaluation, and completely recorded."""
+
+import inspect
+import json
+import math
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from activation_store import ActivationsStore, load_model
+from checkpoint import load_sae
+from config import InputError, get_default_cfg, post_init_cfg
+from evaluation import evaluate, heldout_baseline
+from logs import RunLog, is_finished, run_folder
+from sae import SAE_CLASSES
+from training import train_sae, train_sae_group
+
+DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
+BATCH, STEPS = 64, 12
+SAES = [
+    dict(sae_type="vanilla", l1_coeff=0.02),
+    dict(sae_type="topk", top_k=4),
+    dict(sae_type="batchtopk", top_k=4, n_batches_to_dead=2),
+    dict(sae_type="batchtopk", top_k=6, dict_size=32, input_unit_norm=False, seed=3),
+    dict(sae_type="jumprelu", l1_coeff=0.01, bandwidth=0.03, lr=1e-2),
+    dict(sae_type="topk", top_k=2, dict_size=200, dtype="float64"),
+]
+METRICS = {
+    "nmse", "fvu", "l0", "dead_fraction", "ce_original", "ce_reconstructed", "ce_degradation", "recovery_from_zero",
+    "recovery_from_mean", "tokens", "steps", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch):
+    """Local records only, whoever is logged in."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(get_default_cfg() | {"model_name": str(DEMO_LM), "device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "code.jsonl"
+    parts = inspect.getsource(textwrap).split("\n\n")
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return str(path)
+
+
+@pytest.fixture
+def make_cfg(data, tmp_path):
+    def make(output_dir: str = "runs", **changes) -> dict:
+        cfg = get_default_cfg() | dict(
+            model_name=str(DEMO_LM), dataset_path=data, layer=1, act_size=128, dict_size=64, top_k_aux=8, lr=3e-3,
+            device="cpu", seq_len=16, batch_size=BATCH, num_tokens=STEPS * BATCH, model_batch_size=4,
+            num_batches_in_buffer=3, eval_tokens=96, n_batches_to_dead=4, output_dir=str(tmp_path / output_dir),
+        )  # fmt: skip
+        return post_init_cfg(cfg | changes)
+
+    return make
+
+
+def train(model, cfgs: list[dict], store_class=ActivationsStore) -> tuple[list, list[dict]]:
+    """Train a group from scratch; the SAEs and their final metrics."""
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    return saes, train_sae_group(saes, store_class(model, cfgs[0]), model, cfgs)
+
+
+def same_bits(sae, other) -> bool:
+    state, other = sae.state_dict(), other.state_dict()
+    assert state.keys() == other.keys()
+    return all(torch.equal(state[name], other[name]) for name in state)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(result: dict) -> dict:
+    """A result without the time it took."""
+    return {key: value for key, value in result.items() if key != "seconds"}
+
+
+# Reproducible
+
+
+def test_same_seed_same_bits(model, make_cfg):
+    """The same configs give bit-identical weights, buffers and figures, whatever the global random state."""
+    runs = []
+    for i in (1, 2):
+        torch.manual_seed(i)
+        runs.append(train(model, [make_cfg(f"again{i}", **changes) for changes in SAES]))
+    (saes, results), (others, other_results) = runs
+    assert all(same_bits(sae, other) for sae, other in zip(saes, others))
+    assert list(map(figures, results)) == list(map(figures, other_results))
+
+
+@pytest.mark.parametrize("change", [{"seed": 50}, {"shuffle_seed": 50}, {"lr": 3.001e-3}])
+def test_another_seed_gives_other_weights(model, make_cfg, change):
+    """The seed of the weights, that of the shuffle and the learning rate each make a difference."""
+    saes = [train(model, [make_cfg(sae_type="topk", top_k=4, **c)])[0][0] for c in ({}, change)]
+    assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
+    assert not torch.equal(saes[0].W_dec, saes[1].W_dec)
+
+
+def test_recording_does_not_change_the_weights(model, make_cfg):
+    """Evaluating, logging and saving at every step or never gives bit-identical weights and final figures."""
+    often, never = (dict(perf_log_freq=n, log_freq=n, checkpoint_freq=n) for n in (1, 1000))
+    runs = [train(model, [make_cfg(n, **changes, **f) for changes in SAES]) for n, f in [("a", often), ("b", never)]]
+    (saes, results), (others, other_results) = runs
+    assert all(same_bits(sae, other) for sae, other in zip(saes, others))
+    assert list(map(figures, results)) == list(map(figures, other_results))
+
+
+def test_an_sae_is_the_same_in_any_group(model, make_cfg):
+    """Trained in a group or alone by train_sae, an SAE has bit for bit the same weights and the same figures."""
+    saes, results = train(model, [make_cfg("together", **changes) for changes in SAES])
+    for sae, result, changes in zip(saes, results, SAES):
+        cfg = make_cfg("alone", **changes)
+        alone = SAE_CLASSES[cfg["sae_type"]](cfg)
+        result_alone = train_sae(alone, ActivationsStore(model, cfg), model, cfg)
+        assert same_bits(sae, alone), changes
+        assert figures(result_alone) == figures(result), changes
+
+
+def test_training_learns(model, make_cfg):
+    """Held-out error falls with training: the loop does train on the language model's activations."""
+    short, long = (
+        train(model, [make_cfg(**changes, num_tokens=steps * BATCH) for changes in SAES[:3]])[1] for steps in (2, 60)
+    )
+    for few, many in zip(short, long):
+        assert many["nmse"] < 0.8 * few["nmse"]
+
+
+# Records
+
+
+@pytest.fixture
+def recorded(model, make_cfg):
+    """A group of three with its records: configs, trained SAEs, results."""
+    cfgs = [make_cfg(**changes, log_freq=5, perf_log_freq=4, num_tokens=STEPS * BATCH - 1) for changes in SAES[:3]]
+    store = ActivationsStore(model, cfgs[0])
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    return cfgs, saes, train_sae_group(saes, store, model, cfgs), store
+
+
+def test_a_run_is_recorded_completely(model, recorded):
+    """config.json, metrics.jsonl, result.json and sae/ hold what the run was, did and came to."""
+    cfgs, saes, results, store = recorded
+    for cfg, sae, result in zip(cfgs, saes, results):
+        folder = run_folder(cfg)
+        assert folder == Path(cfg["output_dir"]) / cfg["sweep"] / cfg["name"]
+        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "result.json", "sae"}
+
+        config = json.loads((folder / "config.json").read_text())
+        made_with = config.pop("_provenance")
+        assert config == cfg
+        assert made_with["versions"]["torch"] == torch.__version__
+        assert made_with["heldout_tokens_sha256"] == store.fingerprint()
+        assert {"python", "commit", "model_sha256"} <= made_with.keys()
+
+        assert json.loads((folder / "result.json").read_text()) == result
+        assert METRICS <= result.keys()
+        assert result["steps"] == STEPS and result["tokens"] == STEPS * BATCH and result["seconds"] > 0
+        batch = {"nmse_batch", "fvu_batch", "l0_batch", "ce_degradation_batch", "threshold"}
+        assert batch & result.keys() == (batch if cfg["sae_type"] == "batchtopk" else set())
+
+        loaded = load_sae(folder)
+        assert same_bits(loaded, sae) and loaded.cfg == cfg and not loaded.training
+        again = evaluate([loaded], model, store, heldout_baseline(model, store))[0]
+        assert again == {key: result[key] for key in again}, "the saved SAE has the figures of its record"
+
+
+def test_metrics_have_the_right_steps(recorded):
+    """A line at step 1, every log_freq and perf_log_freq steps and at the end; tokens = step * batch_size."""
+    for cfg in recorded[0]:
+        lines = lines_of(run_folder(cfg))
+        assert [line["step"] for line in lines] == [1, 4, 5, 8, 10, 12]
+        for line in lines:
+            assert line["tokens"] == line["step"] * BATCH
+            logged, evaluated = line["step"] in (1, 5, 10, 12), line["step"] in (4, 8)
+            training = {"loss", "l2_loss", "l1_loss", "l0_norm", "l1_norm", "num_dead_features"}
+            assert training & line.keys() == (training if logged else set())
+            assert ("aux_loss" in line) == (logged and cfg["sae_type"] != "vanilla")
+            assert ({"nmse", "l0", "ce_degradation"} <= line.keys()) == evaluated
+            assert all(math.isfinite(value) for value in line.values())
+
+
+def test_logged_metrics_are_those_of_the_training_step(model, recorded, make_cfg):
+    """The first line is the untrained SAE's loss on the first batch."""
+    cfgs, _, _, store = recorded
+    x = ActivationsStore(model, cfgs[0]).next_batch()
+    for cfg in cfgs:
+        output = SAE_CLASSES[cfg["sae_type"]](cfg)(x)
+        first = lines_of(run_folder(cfg))[0]
+        for key in ("loss", "l2_loss", "l0_norm", "num_dead_features"):
+            assert first[key] == output[key].item()
+
+
+def test_a_recorded_config_is_a_config(recorded):
+    """config.json is completed to the same config again: its _provenance is ignored."""
+    for cfg in recorded[0]:
+        assert post_init_cfg(json.loads((run_folder(cfg) / "config.json").read_text())) == cfg
+
+
+def test_a_finished_run_is_refused(model, recorded):
+    """A finished run is never trained again or written over: an InputError of one line names its folder."""
+    cfgs, saes, _, store = recorded
+    folder = run_folder(cfgs[0])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert is_finished(cfgs[0])
+    with pytest.raises(InputError) as caught:
+        train(model, [cfgs[0]])
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert len(list(folder.parent.iterdir())) == len(cfgs)
+
+
+class StoppedStore(ActivationsStore):
+    """A stream that is interrupted in its eighth batch."""
+
+    batches = 0
+
+    def next_batch(self):
+        self.batches += 1
+        if self.batches == 8:
+            raise KeyboardInterrupt
+        return super().next_batch()
+
+
+def test_an_interrupted_run_is_moved_aside(model, make_cfg, capsys):
+    """A run that was cut off counts as unfinished, keeps its last saved SAE, and is moved aside, not written over."""
+    cfg = make_cfg(sae_type="batchtopk", top_k=4, log_freq=2, checkpoint_freq=3)
+    folder = run_folder(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], StoppedStore)
+    assert not is_finished(cfg)
+    assert [line["step"] for line in lines_of(folder)] == [1, 2, 4, 6], "what was logged is on the disk"
+    six_steps = post_init_cfg(cfg | {"num_tokens": 6 * BATCH})
+    assert same_bits(load_sae(folder), train(model, [six_steps])[0][0]), "saved after step 6"
+    content = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], StoppedStore)
+    capsys.readouterr()
+    saes, _ = train(model, [cfg])
+    assert folder.name in capsys.readouterr().err
+    aside = sorted(path for path in folder.parent.iterdir() if path.name.startswith(folder.name) and path != folder)
+    assert len(aside) == 2
+    for other in aside:
+        assert {p.relative_to(other): p.read_bytes() for p in other.rglob("*") if p.is_file()} == content
+    assert same_bits(load_sae(folder), saes[0])
+    assert [line["step"] for line in lines_of(folder)] == [1, 2, 4, 6, 8, 10, 12]
+
+
+def test_data_that_ends_early_finishes_no_run(model, make_cfg, data):
+    """Where the data ends before num_tokens the run is not finished, and an InputError says so."""
+    cfg = make_cfg(sae_type="topk", top_k=4)
+    store = ActivationsStore(model, cfg)
+    store.tokens_needed = 10**9  # as with a dataset whose length is not known before
+    with pytest.raises(InputError, match="too short"):
+        train_sae_group([SAE_CLASSES["topk"](cfg)], store, model, [cfg])
+    assert not is_finished(cfg)
+
+
+# Weights & Biases
+
+
+def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):
+    """WANDB_MODE=offline gives one offline run per SAE; the local record is the same with and without it."""
+    import wandb
+
+    for mode in ("disabled", "offline"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        cfgs = [make_cfg(mode, **changes, log_freq=4, perf_log_freq=6) for changes in SAES[:3]]
+        train(model, cfgs)
+        for cfg in cfgs:
+            runs = list((run_folder(cfg) / "wandb").glob("offline-run-*/*.wandb"))
+            assert len(runs) == (mode == "offline")
+            assert all(path.stat().st_size > 0 for path in runs)
+    wandb.teardown()
+    for changes in SAES[:3]:
+        plain, mirrored = (run_folder(make_cfg(mode, **changes)) for mode in ("disabled", "offline"))
+        assert lines_of(plain) == lines_of(mirrored)
+        records = [json.loads((folder / "result.json").read_text()) for folder in (plain, mirrored)]
+        assert figures(records[0]) == figures(records[1])
+        assert same_bits(load_sae(plain), load_sae(mirrored))
+
+
+def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):
+    """wandb_mode of the config overrides WANDB_MODE."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = RunLog(make_cfg(wandb_mode="disabled"), {})
+    assert log.wandb_run is None
+    log.finish({})

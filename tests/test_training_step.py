@@ -1,0 +1,258 @@
+"""One training step is what it says, and a saved SAE comes back as it was."""
+
+import json
+import shutil
+
+import pytest
+import reference
+import torch
+from test_sae import KINDS, assert_same_state, dense, make_cfg, make_sae, make_x, params, state
+
+import checkpoint
+from checkpoint import load_sae, save_sae
+from config import InputError
+from sae import SAE_CLASSES
+from training import make_optimizer, training_step
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These tensors are too small to share between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients_at_the_optimizer(sae, optimizer, x, cfg):
+    """One training step; the gradients as the optimizer's step found them, by parameter name."""
+    seen = {}
+
+    def look(*_):
+        seen.update({name: dense(p.grad).clone() for name, p in sae.named_parameters() if p.grad is not None})
+
+    handle = optimizer.register_step_pre_hook(look)
+    training_step(sae, optimizer, x, cfg)
+    handle.remove()
+    return seen
+
+
+# The step
+
+
+@pytest.mark.parametrize("lr", [3e-4, 0.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_rows_have_unit_norm_after_every_step(kind, lr):
+    """In float32, whenever anyone looks, decoder rows have norm 1 to 1e-6, however large the step."""
+    sae = SAE_CLASSES[kind](make_cfg(kind, d=16, F=48, k=4, lr=lr, dtype="float32"))
+    optimizer = make_optimizer(sae, sae.cfg)
+    start = sae.W_dec.detach().clone()
+    for step in range(8):
+        training_step(sae, optimizer, make_x(12, 16, step, torch.float32), sae.cfg)
+        assert (sae.W_dec.detach().double().norm(dim=-1) - 1).abs().max() < 1e-6
+    assert not torch.equal(sae.W_dec, start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_gradient_along_the_decoder_rows(kind):
+    """The optimizer sees the decoder's gradient without its part parallel to each row, and all of the rest."""
+    sae = make_sae(kind)
+    optimizer = make_optimizer(sae, sae.cfg)
+    for step in range(3):
+        rows, x = sae.W_dec.detach().clone(), make_x(7, 5, step)
+        full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)["W_dec"]
+        grad = gradients_at_the_optimizer(sae, optimizer, x, sae.cfg)["W_dec"]
+        assert (full * rows).sum(-1).abs().max() > 1e-3  # there was something to remove
+        assert (grad * rows).sum(-1).abs().max() < 1e-12
+        torch.testing.assert_close(grad, full - (full * rows).sum(-1, keepdim=True) * rows)
+
+
+@pytest.mark.parametrize("max_grad_norm", [100_000.0, 0.05])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps_equal_the_reference(kind, max_grad_norm):
+    """Forward, backward, clip, projection, Adam, renormalisation, counters: in float64, step after step."""
+    sae = make_sae(kind, lr=0.02, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)
+    cfg = sae.cfg
+    optimizer = make_optimizer(sae, cfg)
+    p = {name: value.requires_grad_() for name, value in params(sae).items()}
+    plain = torch.optim.Adam(list(p.values()), lr=0.02, betas=(0.8, 0.95), foreach=False)
+    counters = sae.num_batches_not_active.clone()
+    start = params(sae)
+    for step in range(6):
+        x = make_x(7, 5, step)
+        expected = reference.forward(params(sae), x, cfg, counters)
+        output = training_step(sae, optimizer, x, cfg)
+        torch.testing.assert_close(output["loss"].detach(), expected["loss"])
+        counters = reference.training_step(p, plain, x, cfg, counters)
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(
+                parameter.detach(), p[name].detach(), rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert torch.equal(sae.num_batches_not_active, counters)
+    unused = {"topk": {"b_enc"}, "batchtopk": {"b_enc"}}.get(kind, set())
+    for name, parameter in sae.named_parameters():
+        assert torch.equal(parameter, start[name]) == (name in unused), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_max_grad_norm_clips(kind):
+    """A gradient longer than max_grad_norm is scaled down to it as a whole; a shorter one is left alone."""
+    sae, x = make_sae(kind), make_x(7, 5)
+    full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)
+    norm = torch.cat([grad.flatten() for grad in full.values()]).norm().item()
+    for max_grad_norm in (norm / 10, norm / 3, norm * 1.01, norm * 10):
+        sae = make_sae(kind, max_grad_norm=max_grad_norm)
+        seen = gradients_at_the_optimizer(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+        for name in set(seen) - {"W_dec"}:  # the decoder's is projected afterwards
+            scale = min(1, max_grad_norm / norm)
+            torch.testing.assert_close(seen[name], full[name] * scale, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_do_not_pile_up(kind):
+    """Every step starts from no gradient: the second sees its own batch's gradient only."""
+    sae = make_sae(kind)
+    optimizer = make_optimizer(sae, sae.cfg)
+    training_step(sae, optimizer, make_x(7, 5), sae.cfg)
+    x = make_x(7, 5, 1)
+    expected = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)["W_enc"]
+    torch.testing.assert_close(gradients_at_the_optimizer(sae, optimizer, x, sae.cfg)["W_enc"], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss(kind):
+    """Trained on the sparse combinations of a few directions, an SAE reconstructs them better than at its start."""
+    g = torch.Generator().manual_seed(0)
+    directions = torch.randn(12, 8, generator=g)
+    sae = SAE_CLASSES[kind](make_cfg(kind, d=8, F=32, k=3, lr=0.01, l1_coeff=0.001, dtype="float32"))
+    optimizer = make_optimizer(sae, sae.cfg)
+    losses = []
+    for _ in range(150):
+        codes = torch.rand(64, 12, generator=g) * (torch.rand(64, 12, generator=g) < 0.2)
+        losses.append(training_step(sae, optimizer, codes @ directions, sae.cfg)["l2_loss"].item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+# Saving and loading
+
+
+def trained(kind, seed=0, steps=3, **changes):
+    """An SAE a few steps into training, with a feature that is never active: no buffer is at its initial value."""
+    sae = make_sae(kind, seed, **changes)
+    with torch.no_grad():
+        sae.W_enc[:, 0] = 0
+        sae.b_enc[0] = -1
+    optimizer = make_optimizer(sae, sae.cfg)
+    for step in range(steps):
+        training_step(sae, optimizer, make_x(7, 5, seed * 100 + step), sae.cfg)
+    return sae
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_is_the_same(kind, dtype, tmp_path):
+    """A loaded SAE has the saved one's type, config, parameters and buffers bit for bit, in eval mode."""
+    sae = trained(kind, dtype=dtype)
+    assert sae.num_batches_not_active.any()
+    before = state(sae)
+    save_sae(sae, tmp_path / "run" / "sae")
+    assert_same_state(state(sae), before)
+    x = make_x(7, 5, 50)
+    for folder in (tmp_path / "run" / "sae", tmp_path / "run", str(tmp_path / "run")):
+        loaded = load_sae(folder)
+        assert type(loaded) is type(sae)
+        assert loaded.cfg == sae.cfg
+        assert not loaded.training
+        assert {name: t.dtype for name, t in loaded.state_dict().items()} == {n: t.dtype for n, t in before.items()}
+        assert_same_state(state(loaded), before)
+        sae.eval()
+        assert torch.equal(loaded(x)["sae_out"], sae(x)["sae_out"])
+
+
+def test_training_goes_on_after_loading(tmp_path):
+    """Counters and threshold go on from what was saved, not from 0."""
+    sae = trained("batchtopk")
+    save_sae(sae, tmp_path / "sae")
+    loaded = load_sae(tmp_path / "sae").train()
+    for one in (sae, loaded):
+        training_step(one, make_optimizer(one, one.cfg), make_x(7, 5, 60), one.cfg)
+    assert_same_state(state(loaded), state(sae))
+
+
+def test_saving_replaces_the_whole_folder(tmp_path):
+    """A second save leaves the second SAE and nothing of the first, and no folder beside it."""
+    folder = tmp_path / "sae"
+    save_sae(trained("jumprelu", F=30), folder)
+    (folder / "stray").write_text("left over")
+    second = trained("batchtopk", seed=1)
+    save_sae(second, folder)
+    assert_same_state(state(load_sae(folder)), state(second))
+    assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("breaks", ["save_file", "write_json"])
+def test_a_save_that_fails_leaves_the_old_one(breaks, tmp_path, monkeypatch):
+    """If writing fails half way, the SAE saved before is still there; the next save works."""
+    folder, first, second = tmp_path / "sae", trained("topk"), trained("topk", seed=1)
+    save_sae(first, folder)
+
+    def no_space(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, breaks, no_space)
+        with pytest.raises(OSError, match="no space"):
+            save_sae(second, folder)
+    assert_same_state(state(load_sae(folder)), state(first))
+    save_sae(second, folder)
+    assert_same_state(state(load_sae(folder)), state(second))
+    assert [path.name for path in tmp_path.iterdir()] == ["sae"]
+
+
+def truncate(path, keep):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+
+def change_cfg(folder, **changes):
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+
+
+DAMAGE = {
+    "no folder": lambda folder: shutil.rmtree(folder),
+    "no weights": lambda folder: (folder / "sae_weights.safetensors").unlink(),
+    "no config": lambda folder: (folder / "cfg.json").unlink(),
+    "empty weights": lambda folder: truncate(folder / "sae_weights.safetensors", 0),
+    "half the weights": lambda folder: truncate(folder / "sae_weights.safetensors", 0.5),
+    "nearly all the weights": lambda folder: truncate(folder / "sae_weights.safetensors", 0.999),
+    "empty config": lambda folder: truncate(folder / "cfg.json", 0),
+    "half the config": lambda folder: truncate(folder / "cfg.json", 0.5),
+    "config is a list": lambda folder: (folder / "cfg.json").write_text("[]"),
+    "config of another size": lambda folder: change_cfg(folder, dict_size=25),
+    "config of another type": lambda folder: change_cfg(folder, sae_type="jumprelu"),
+    "config of no type": lambda folder: change_cfg(folder, sae_type="batchtopkk"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_loading_what_is_no_sae_is_a_clear_error(damage, tmp_path):
+    """Missing, truncated or misfitting files raise InputError, in one line, never a half-loaded SAE."""
+    folder = tmp_path / "sae"
+    save_sae(trained("batchtopk"), folder)
+    DAMAGE[damage](folder)
+    with pytest.raises(InputError) as error:
+        load_sae(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    expected = {"no folder": "sae", "no weights": "sae_weights.safetensors", "no config": "cfg.json"}
+    assert ("sae_type" if damage == "config of no type" else expected.get(damage, str(folder))) in message
+
+
+def test_loading_needs_no_pickle(tmp_path):
+    """Loading runs no code from the file: a pickled state dict in place of the weights is refused."""
+    folder, sae = tmp_path / "sae", trained("topk")
+    save_sae(sae, folder)
+    torch.save(sae.state_dict(), folder / "sae_weights.safetensors")
+    with pytest.raises(InputError):
+        load_sae(folder)
