@@ -9,15 +9,28 @@ import hashlib
 import json
 import math
 import re
+import sys
 import warnings
 
 import torch
+from tqdm import tqdm
 
 from sae import SAE_CLASSES
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, the value, what is allowed."""
+
+
+def tell(line: str) -> None:
+    """A line for the user, above any progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error of another library, cut to a readable length."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return line if len(line) <= 200 else line[:200] + " …"
 
 
 def get_default_cfg() -> dict:
@@ -47,15 +60,22 @@ def get_default_cfg() -> dict:
         "site": "resid_pre",  # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name
         "layer": 8,  # block whose site is read (a full hook name overrides it)
         "act_size": 768,  # d, width of the activations; None: read it from the model
+        "model_dtype": "float32",  # the model is run in "float32", "bfloat16" or "float16"
         "device": best_device(),  # "cuda", "mps" or "cpu"; the default is the best one present
         # The stream of activations
         "dataset_path": "Skylion007/openwebtext",  # hub name, or a local file, folder or saved dataset
         "dataset_config": None,  # configuration of a hub dataset, e.g. "en"
         "dataset_split": "train",  # split of the dataset
         "dataset_revision": None,  # branch, tag or commit of a hub dataset
+        "num_epochs": 1,  # times that the dataset may be gone through
+        "bad_documents": "stop",  # data that cannot be read or used: "stop", or "skip" it with a line that names it
+        "stream_retries": 8,  # tries to open a hub dataset again where the network fails, after 1, 2, 4, ... 60 s
+        "bos_per_context": False,  # begin every context with BOS, not only every document
         "seq_len": 128,  # tokens per context; cut to what the model can take
         "model_batch_size": 512,  # contexts per forward of the language model
         "num_batches_in_buffer": 10,  # forwards whose activations are shuffled together
+        "activation_dtype": "float32",  # they wait in the buffer as "float32", "bfloat16" or "float16"
+        "activation_cache": None,  # folder that keeps the activations, so that later runs need not harvest them
         "shuffle_seed": 49,  # of that shuffle; runs share a stream only if they agree on it
         # Evaluation: the first documents of the dataset are held out and never trained on
         "eval_tokens": 65_536,  # held-out tokens, rounded up to whole contexts
@@ -75,30 +95,41 @@ def get_default_cfg() -> dict:
 # (Another device rounds differently; the run is still the same run. act_size follows from model and hook point.)
 NOT_IN_NAME = {
     "act_size", "device", "log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project",
-    "wandb_mode", "name", "hook_point",
+    "wandb_mode", "name", "hook_point", "stream_retries", "activation_cache",
 }  # fmt: skip
 
 # Runs that agree on these keys are trained in one group: they see the same batches and report at the same steps.
 GROUP_KEYS = (
-    "model_name", "site", "layer", "act_size", "device", "dataset_path", "dataset_config", "dataset_split",
-    "dataset_revision", "seq_len", "model_batch_size", "num_batches_in_buffer", "shuffle_seed", "batch_size",
+    "model_name", "site", "layer", "act_size", "model_dtype", "device", "dataset_path", "dataset_config",
+    "dataset_split", "dataset_revision", "num_epochs", "bad_documents", "stream_retries", "bos_per_context", "seq_len",
+    "model_batch_size", "num_batches_in_buffer", "activation_dtype", "activation_cache", "shuffle_seed", "batch_size",
     "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq", "checkpoint_freq", "log_freq",
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
 RECORDED = ("_provenance",)  # what a run's config.json holds beside its config
-NONE_ALLOWED = {"act_size": int, "dataset_config": str, "dataset_revision": str, "wandb_mode": str}
+NONE_ALLOWED = {
+    "act_size": int,
+    "dataset_config": str,
+    "dataset_revision": str,
+    "activation_cache": str,
+    "wandb_mode": str,
+}
+DTYPES = ("float32", "bfloat16", "float16")
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 CHOICES = {
     "sae_type": tuple(SAE_CLASSES),
     "dtype": ("float32", "float64"),
+    "model_dtype": DTYPES,
+    "activation_dtype": DTYPES,
+    "bad_documents": ("stop", "skip"),
     "wandb_mode": ("online", "offline", "disabled"),
 }
 AT_LEAST = {
     "dict_size": 1, "top_k": 1, "top_k_aux": 1, "aux_penalty": 0, "l1_coeff": 0, "n_batches_to_dead": 1, "seed": 0,
     "batch_size": 1, "num_tokens": 1, "beta1": 0, "beta2": 0, "layer": 0, "act_size": 2, "seq_len": 2,
-    "model_batch_size": 1, "num_batches_in_buffer": 1, "shuffle_seed": 0, "eval_tokens": 1, "eval_skip_positions": 0,
-    "log_freq": 1, "perf_log_freq": 1, "checkpoint_freq": 1,
+    "model_batch_size": 1, "num_batches_in_buffer": 1, "num_epochs": 1, "stream_retries": 0, "shuffle_seed": 0,
+    "eval_tokens": 1, "eval_skip_positions": 0, "log_freq": 1, "perf_log_freq": 1, "checkpoint_freq": 1,
 }  # fmt: skip
 BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63, "shuffle_seed": 2**63}
 POSITIVE = ("lr", "bandwidth", "max_grad_norm")

@@ -18,8 +18,6 @@ of a BatchTopK's batch top-k have the suffix _batch.
 import torch
 import torch.nn.functional as F
 
-from activation_store import run_to_hook
-
 
 @torch.no_grad()
 def heldout_baseline(model, activation_store) -> dict:
@@ -29,7 +27,7 @@ def heldout_baseline(model, activation_store) -> dict:
     cfg = activation_store.cfg
     total, count = 0, 0
     for tokens in eval_batches(activation_store):
-        acts = heldout_activations(model, tokens, cfg)
+        acts = heldout_activations(activation_store, tokens)
         total, count = total + acts.flatten(0, 1).double().sum(0), count + acts.shape[0] * acts.shape[1]
     mean = (total / count).float()
     ce = {"ce_original": None, "ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
@@ -51,7 +49,7 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
     ever_active = {variant: False for variant in variants}
 
     for tokens in eval_batches(activation_store, num_contexts):
-        acts = heldout_activations(model, tokens, cfg)
+        acts = heldout_activations(activation_store, tokens)
         x = acts.flatten(0, 1)
         for variant in variants:
             sae = saes[variant[0]]
@@ -98,9 +96,9 @@ def eval_batches(activation_store, num_contexts: int | None = None) -> list[torc
     return list(contexts.split(max(1, cfg["batch_size"] // activation_store.seq_len)))
 
 
-def heldout_activations(model, tokens: torch.Tensor, cfg: dict) -> torch.Tensor:
+def heldout_activations(activation_store, tokens: torch.Tensor) -> torch.Tensor:
     """[contexts, seq_len - eval_skip_positions, d]"""
-    return run_to_hook(model, tokens, cfg["hook_point"])[:, cfg["eval_skip_positions"] :].float()
+    return activation_store.get_activations(tokens)[:, activation_store.cfg["eval_skip_positions"] :]
 
 
 def cross_entropy(model, tokens: torch.Tensor, cfg: dict, replacement: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ output_dir/sweep/name/config.json     the completed config, and _provenance: wha
 """
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +16,9 @@ from pathlib import Path
 import torch
 import wandb
 
-from activation_store import tell
 from checkpoint import write_json
-from config import InputError
+from config import InputError, tell
+from language_model import model_fingerprint
 
 
 class RunLog:
@@ -104,10 +103,6 @@ tell_once = functools.cache(tell)  # one line for all the runs of a sweep
 def provenance(model, activation_store) -> dict:
     """What a run was made with: versions, commit, and fingerprints of the language model and of the text."""
     packages = ("torch", "transformer_lens", "transformers", "datasets", "tokenizers")
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -118,6 +113,6 @@ def provenance(model, activation_store) -> dict:
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "commit": commit,
         "threads": torch.get_num_threads(),
-        "model_sha256": weights.hexdigest(),
+        "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
     }

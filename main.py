@@ -19,12 +19,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from activation_store import ActivationsStore, check_hook_point, load_model, stay_offline_without_network, tell
-from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg
+from activation_store import ActivationsStore
+from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
 from demo.text import write_demo_text
+from language_model import check_hook_point, load_model
 from logs import is_finished, run_folder
 from results import draw_results
 from sae import SAE_CLASSES
+from text_stream import StreamError, stay_offline_without_network
 from training import train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
@@ -155,7 +157,9 @@ def announce(group: list[dict], model, force: bool) -> None:
 
     weights = 4 * sum(2 * d * F * 3 for F in features)  # W_enc and W_dec with Adam's two moments, in float32
     step = 4 * (6 * cfg["batch_size"] * max(features) + 2 * d * max(features))  # activations and gradients of one SAE
-    buffer = 4 * 2 * d * min(cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * cfg["seq_len"], tokens)
+    forward = cfg["model_batch_size"] * cfg["seq_len"]  # its tokens; a block's widest tensors are some 8 d wide
+    buffer = getattr(torch, cfg["activation_dtype"]).itemsize * d * min(cfg["num_batches_in_buffer"] * forward, tokens)
+    buffer += 4 * 8 * d * forward
     logits = 4 * 3 * max(cfg["batch_size"], cfg["seq_len"]) * model.cfg.d_vocab
     needed = (weights + max(step, logits) + buffer) / 2**30
     present = free_memory(cfg["device"]) / 2**30
@@ -206,3 +210,6 @@ if __name__ == "__main__":
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except StreamError as error:
+        print(f"error: {error}. What was trained is in the run folders", file=sys.stderr)
+        sys.exit(3)

@@ -6,8 +6,10 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import save_sae
+from config import InputError
 from evaluation import evaluate, heldout_baseline
 from logs import RunLog, provenance
+from text_stream import StreamError
 
 
 def train_sae(sae, activation_store, model, cfg: dict) -> dict:
@@ -20,7 +22,8 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
 
     `cfgs` are completed configs that agree on config.GROUP_KEYS; each run has its own record and its own sae/
     folder in output_dir/sweep/name. No SAE of a group changes another. Returns the final held-out metrics.
-    Raises InputError if a run is already finished, or if the dataset ends before num_tokens.
+    Raises InputError if a run is already finished or the dataset ends before num_tokens, and StreamError if the network
+    stays down; in the last two cases the SAEs are saved as they are.
     """
     cfg = cfgs[0]
     made_with = provenance(model, activation_store)
@@ -41,7 +44,11 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
         smoothing=0.05,
     )
     for step in range(1, num_steps + 1):
-        x = activation_store.next_batch()
+        try:
+            x = activation_store.next_batch()
+        except (InputError, StreamError):  # the data ended too early, or the network stays down
+            save(saes, logs)
+            raise
         outputs = [training_step(sae, optimizer, x, run_cfg) for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs)]
         bar.update(len(x))
 
@@ -57,19 +64,22 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
             if values:
                 log.log(step, step * cfg["batch_size"], values)
         if step % cfg["checkpoint_freq"] == 0 and step < num_steps:
-            for sae, log in zip(saes, logs):
-                save_sae(sae, log.folder / "sae")
+            save(saes, logs)
     bar.close()
 
     # The end: save first, then measure.
     seconds = time.time() - started
-    for sae, log in zip(saes, logs):
-        save_sae(sae, log.folder / "sae")
+    save(saes, logs)
     results = evaluate(saes, model, activation_store, baseline)
     for result, log in zip(results, logs):
         result |= {"tokens": num_steps * cfg["batch_size"], "steps": num_steps, "seconds": seconds}
         log.finish(result)
     return results
+
+
+def save(saes: list, logs: list[RunLog]) -> None:
+    for sae, log in zip(saes, logs):
+        save_sae(sae, log.folder / "sae")
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:

@@ -15,8 +15,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from activation_store import ActivationsStore, check_hook_point, load_model
+from activation_store import ActivationsStore
 from config import InputError, get_default_cfg, post_init_cfg
+from language_model import check_hook_point, load_model
 
 DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 BOS = 0
@@ -500,8 +501,8 @@ BAD_FILES = {
     "broken.parquet": (b"PAR1 no it is not", "cannot be"),
     "broken.arrow": (b"not an arrow file", "cannot be"),
     "data.csv": (b"text\nhello\n", "csv"),
-    "too_large.jsonl": (json.dumps({"tokens": [1, 4096]}).encode(), "4096.*4095"),
-    "negative.jsonl": (json.dumps({"tokens": [5, -1, 7]}).encode(), "holds token -1"),
+    "too_large.jsonl": (json.dumps({"tokens": [1, 4096]}).encode(), "tokens 4096.*4095"),
+    "negative.jsonl": (json.dumps({"tokens": [5, -1, 7]}).encode(), "has in its tokens -1"),
     "words.jsonl": (json.dumps({"tokens": ["hello", "world"]}).encode(), "tokens.*(hello|str)"),
     "fractions.jsonl": (json.dumps({"input_ids": [1.5] * 100}).encode() + b"\n", "input_ids.*(1.5|float)"),
     "numbers.jsonl": (b'{"text": 5}\n' * 3, "text.*(5|int)"),

@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers
 
-from activation_store import ActivationsStore, load_model
+from activation_store import ActivationsStore
 from config import get_default_cfg, post_init_cfg
 from evaluation import evaluate, heldout_baseline
+from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 

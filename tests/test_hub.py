@@ -20,10 +20,10 @@ ONE_SMALL_RUN = dict(  # under these overrides the runs of the demo sweep are on
 )  # fmt: skip
 FIRST_WORDS = """
 import json, sys
-from activation_store import load_text
+from text_stream import load_text
 from config import get_default_cfg
 for keys in json.loads(sys.argv[1]):
-    print(next(iter(load_text(get_default_cfg() | keys)))["text"].split()[0])
+    print(next(iter(load_text(get_default_cfg() | keys)[0]))["text"].split()[0])
 """
 CARD = """---
 configs:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from activation_store import ActivationsStore, load_model
+from activation_store import ActivationsStore
 from checkpoint import load_sae
 from config import InputError, get_default_cfg, post_init_cfg
 from evaluation import evaluate, heldout_baseline
+from language_model import load_model
 from logs import RunLog, is_finished, run_folder
 from sae import SAE_CLASSES
 from training import train_sae, train_sae_group

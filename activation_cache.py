@@ -1,0 +1,101 @@
+"""Activations on the disk: harvested once, then read at the disk's speed in place of the language model.
+
+    <activation_cache>/<hash of what determines them>/buffer_000000.bin   a buffer in the order of the text, [rows, d]
+                                                      manifest.json       what they are; rows, SHA-256 and stream
+                                                                          positions of every buffer
+
+A buffer is written the first time it is harvested, so a run that is cut off leaves all but its last one to the next.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from checkpoint import sync, write_json
+from config import InputError, tell
+
+
+class ActivationCache:
+    """The buffers of one stream of activations.
+
+    `identity` is all that determines them, `num_rows` how many the run needs. Says how much disk that takes; raises
+    InputError if there is not as much, or if the folder cannot be written.
+    """
+
+    def __init__(self, folder: str, identity: dict, buffer_rows: int, num_rows: int):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder, self.identity = Path(folder) / digest, identity
+        self.dtype, self.width = getattr(torch, identity["activation_dtype"]), identity["act_size"]
+        where = f"activation_cache = {folder!r}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{where} cannot be written to: {error}") from error
+        self.buffers = self.read_manifest()
+
+        present = sum(min(entry["rows"], num_rows - i * buffer_rows) for i, entry in enumerate(self.buffers))
+        row_bytes = self.width * self.dtype.itemsize
+        needed, free = (num_rows - present) * row_bytes, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise InputError(f"{where}: {gib(needed)} of activations are to be written, and {gib(free)} are free")
+        if needed > 0:
+            tell(f"{self.folder}: {gib(needed)} of activations will be written ({gib(free)} are free)")
+        if present > 0:
+            tell(f"{self.folder}: {gib(present * row_bytes)} of activations are read, without the language model")
+
+    def read_manifest(self) -> list[dict]:
+        path = self.folder / "manifest.json"
+        try:
+            return json.loads(path.read_text())["buffers"]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError) as error:
+            tell(f"{path} is damaged ({error}): the activations are harvested again")
+            return []
+
+    def read(self, index: int, buffer: torch.Tensor) -> dict | None:
+        """Fill `buffer` [rows, d] with buffer number `index`; the position after it; None if it is not there."""
+        if index >= len(self.buffers) or self.buffers[index]["rows"] != len(buffer):
+            return None
+        path, entry = self.path(index), self.buffers[index]
+        problem = "it is not there"
+        if path.is_file():
+            problem = "its size is wrong"
+            if path.stat().st_size == buffer.numel() * self.dtype.itemsize:
+                rows = torch.from_file(str(path), shared=False, size=buffer.numel(), dtype=self.dtype)
+                problem = "its SHA-256 is wrong"
+                if digest(rows) == entry["sha256"]:
+                    buffer.copy_(rows.view(buffer.shape))
+                    return entry["next"]
+        tell(f"{path} is damaged ({problem}): its activations are harvested again")
+        return None
+
+    def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
+        """Keep `buffer` [rows, d] as number `index`. Raises InputError if it cannot be written."""
+        rows = buffer.cpu().view(torch.uint8).numpy()
+        path = self.path(index)
+        temporary = path.with_suffix(".tmp")
+        try:
+            rows.tofile(temporary)
+            sync(temporary)
+            temporary.replace(path)
+            self.buffers[index : index + 1] = [
+                {"rows": len(buffer), "sha256": digest(torch.from_numpy(rows)), "next": next_position}
+            ]
+            write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
+        except OSError as error:
+            raise InputError(f"activation_cache: {path} cannot be written: {error}") from error
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"buffer_{index:06}.bin"
+
+
+def digest(rows: torch.Tensor) -> str:
+    return hashlib.sha256(rows.view(torch.uint8).numpy().reshape(-1)).hexdigest()
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

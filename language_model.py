@@ -1,0 +1,202 @@
+"""The language model: loaded by hub name or from a local directory, and run up to one hook point.
+
+There are two forms of it, with the same weights. transformer_lens' TransformerBridge names the hook points and splices
+reconstructions in (evaluation.py), but its attention is written out for its hooks. Harvesting needs one tensor only, so
+it runs the model as transformers has it, with fused attention, up to the module that the hook point names; where that
+form has no such module, or gives something else there, the bridge is run instead.
+"""
+
+import copy
+import hashlib
+import re
+from itertools import chain
+from pathlib import Path
+
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+
+from config import InputError, one_line, tell
+from text_stream import offline_hint
+
+
+def load_model(cfg: dict) -> TransformerBridge:
+    """The language model of a config in its model_dtype and in eval mode; `model.plain` is its form in transformers.
+
+    Raises InputError if there is no such model, it has no weights or no tokenizer, or the hub cannot be reached.
+    """
+    name = hub_name(cfg["model_name"])
+    where = f"model_name = {cfg['model_name']!r}"
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{where}: this folder has no config.json, so it is no Hugging Face model")
+        if not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("pytorch_model*.bin")):
+            raise InputError(f"{where}: this folder has no weights (model.safetensors)")
+        if not any(
+            (Path(name) / file).is_file()
+            for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+        ):
+            raise InputError(f"{where}: this folder has no tokenizer (tokenizer.json)")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{where}: there is no such folder, and it is no hub name")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    loader = Loader()
+    try:
+        model = TransformerBridge.boot_transformers(
+            name, device=cfg["device"], dtype=getattr(torch, cfg["model_dtype"]), model_class=loader
+        )
+    except Exception as error:  # the libraries below raise what they like; the user gets one line
+        raise InputError(f"{where} cannot be loaded: {one_line(error)}{offline_hint(name)}") from error
+    if model.tokenizer is None:
+        raise InputError(f"{where} comes without a tokenizer")
+    model.requires_grad_(False).eval()
+    # Not a submodule: its parameters are the bridge's own.
+    object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
+    return model
+
+
+def hub_name(model_name: str) -> str:
+    """What the hub calls a model."""
+    return {"gpt2-small": "gpt2"}.get(model_name, model_name)
+
+
+class Loader:
+    """What the bridge loads its model with; keeps a copy as it is before the bridge replaces its modules."""
+
+    def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
+        """Raises ValueError if weights are missing: transformers itself makes up what is missing."""
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+        shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+        self.plain = copy.deepcopy(model, shared)
+        try:
+            self.plain.set_attn_implementation("sdpa")
+        except ValueError:
+            pass  # an architecture without it keeps the attention that it was loaded with
+        return model
+
+
+def model_fingerprint(model: TransformerBridge) -> str:
+    """SHA-256 of the names and the values of all weights."""
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return weights.hexdigest()
+
+
+def check_hook_point(model: TransformerBridge, cfg: dict) -> int:
+    """The width of the activations at the hook point, by a look at one token's.
+
+    Raises InputError if the model has no such hook point, or if the width is not act_size.
+    """
+    hook_point = cfg["hook_point"]
+    if hook_point not in model.hook_dict:
+        layers = f"its layers are 0 to {model.cfg.n_layers - 1}" if "." not in cfg["site"] else "see model.hook_dict"
+        raise InputError(f"{cfg['model_name']} has no hook point {hook_point!r} (site, layer): {layers}")
+    tokens = torch.zeros(1, 1, dtype=torch.int64, device=cfg["device"])
+    acts = run_bridge_to_hook(model, tokens, hook_point)
+    if acts.ndim != 3:
+        raise InputError(f"hook point {hook_point!r} gives {acts.ndim} dimensions; it must give [context, position, d]")
+    if cfg["act_size"] not in (None, acts.shape[-1]):
+        raise InputError(
+            f"act_size = {cfg['act_size']} does not fit {cfg['model_name']}: {hook_point} is {acts.shape[-1]} wide "
+            f"(act_size=None takes it from the model)"
+        )
+    return acts.shape[-1]
+
+
+class HookReached(Exception):
+    """Ends the forward at the hook point."""
+
+
+class Harvester:
+    """Activations at a hook point, nothing after it computed: `harvester(tokens [n, seq_len])` -> [n, seq_len, d]."""
+
+    def __init__(self, model: TransformerBridge, hook_point: str):
+        self.model, self.hook_point = model, hook_point
+        self.module, self.side = plain_module(model, hook_point)
+        if self.module is not None and not self.plain_form_agrees():
+            self.module = None
+        if self.module is None:
+            tell(f"{hook_point} is read from transformer_lens' form of the model, which is slower")
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.module is None:
+            return run_bridge_to_hook(self.model, tokens, self.hook_point)
+        return self.run_plain(tokens)
+
+    def run_plain(self, tokens: torch.Tensor) -> torch.Tensor:
+        caught = []
+
+        def stop_before(module, args, kwargs):
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise HookReached
+
+        def stop_after(module, args, output):
+            caught.append(output[0] if isinstance(output, tuple) else output)
+            raise HookReached
+
+        if self.side == "in":
+            handle = self.module.register_forward_pre_hook(stop_before, with_kwargs=True)
+        else:
+            handle = self.module.register_forward_hook(stop_after)
+        try:
+            self.model.plain(tokens, use_cache=False)
+        except HookReached:
+            return caught[0]
+        finally:
+            handle.remove()
+        raise RuntimeError(f"{self.hook_point} is not reached")
+
+    @torch.no_grad()
+    def plain_form_agrees(self) -> bool:
+        """Whether both forms give the same activations on some tokens, up to what fused attention rounds otherwise."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.model.cfg.d_vocab, (2, min(16, self.model.cfg.n_ctx)), generator=generator)
+        tokens = tokens.to(next(self.model.parameters()).device)
+        try:
+            plain = self.run_plain(tokens)
+        except Exception:  # another architecture's module may be called in another way: then the bridge knows how
+            return False
+        bridge = run_bridge_to_hook(self.model, tokens, self.hook_point)
+        precision = torch.finfo(bridge.dtype).eps
+        return plain.shape == bridge.shape and bool((plain - bridge).norm() <= 100 * precision * bridge.norm())
+
+
+def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Module | None, str]:
+    """The module of model.plain whose input ("in") or output ("out") the hook point is; None if it is neither."""
+    # The bridge's name for it, e.g. blocks.8.hook_in for blocks.8.hook_resid_pre, blocks.8.ln2.hook_in for resid_mid.
+    match = re.fullmatch(r"blocks\.(\d+)\.(?:(\w+)\.)?hook_(in|out)", str(model.hook_dict[hook_point].name))
+    if match is None or not hasattr(model, "plain"):
+        return None, ""
+    blocks = model.adapter.component_mapping["blocks"]
+    part = blocks.submodules.get(match[2]) if match[2] else None
+    if match[2] and part is None:
+        return None, ""
+    path = f"{blocks.name}.{match[1]}" + (f".{part.name}" if part else "")
+    try:
+        return model.plain.get_submodule(path), match[3]
+    except AttributeError:
+        return None, ""
+
+
+@torch.no_grad()
+def run_bridge_to_hook(model: TransformerBridge, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
+    """Activations at the hook point of contexts [n, seq_len] by the bridge; nothing after it is computed."""
+    caught = []
+
+    def stop(acts, hook):
+        caught.append(acts)
+        raise HookReached
+
+    try:
+        model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_point, stop)])
+    except HookReached:
+        return caught[0]
+    except ValueError as error:  # the bridge refuses hook points that a mode of its own must be set for
+        raise InputError(f"hook point {hook_point!r} cannot be read: {one_line(error)}") from error
+    raise InputError(f"hook point {hook_point!r} is never reached in a forward of this model")
