@@ -12,6 +12,13 @@ from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_defaul
 
 # For every key a value that is allowed and is not the default.
 OTHER_VALUE = {
+    "model_dtype": "bfloat16",
+    "num_epochs": 2,
+    "bad_documents": "skip",
+    "stream_retries": 3,
+    "bos_per_context": True,
+    "activation_dtype": "float16",
+    "activation_cache": "cache",
     "sae_type": "topk",
     "dict_size": 6144,
     "top_k": 33,
@@ -105,9 +112,11 @@ def test_a_key_changes_the_name_or_is_documented_as_not_changing_the_result(key)
 
 
 def test_not_in_name_holds_only_what_cannot_change_the_result():
-    """What is left out of the name is the device, how a run is recorded, and what follows from other keys."""
+    """What is left out of the name is how a run is recorded, how its data come, and what follows from other keys."""
     records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
-    assert NOT_IN_NAME == records | {"device", "act_size", "name", "hook_point"}
+    assert NOT_IN_NAME == records | {
+        "device", "act_size", "name", "hook_point", "stream_retries", "activation_cache",
+    }  # fmt: skip
 
 
 def test_names_of_all_types_differ():

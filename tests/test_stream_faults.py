@@ -1,0 +1,185 @@
+"""What the text stream does about faults: a hub that errs, cuts, stalls or goes down, files that are damaged, odd texts.
+
+All of it goes through the real libraries. The hub's tests run the program in a process of its own (see test_hub.py).
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from hub_server import Answer, Hub
+from test_activation_store import (  # noqa: F401 (fixtures)
+    BOS,
+    DEMO_LM,
+    SEQ_LEN,
+    all_contexts,
+    jsonl,
+    make_cfg,
+    model,
+    one_thread,
+    reference_contexts,
+)
+from test_hub import LM, ONE_SMALL_RUN, ROOT
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from activation_store import ActivationsStore
+from checkpoint import load_sae
+from config import InputError
+from sae import SAE_CLASSES
+from text_stream import TextStream
+
+# The hub's client tries six times itself, for 23 seconds. Here it tries twice, so that faults come through to the
+# stream, and soon.
+IMPATIENT = """
+import inspect, runpy
+from huggingface_hub.utils import _http
+for function in (_http.http_backoff, _http.http_stream_backoff):
+    inspect.unwrap(function).__kwdefaults__.update(max_retries=1, base_wait_time=0.1)
+"""
+BATCHES = """
+import hashlib, json, sys
+import text_stream
+from activation_store import ActivationsStore
+from config import get_default_cfg, post_init_cfg
+from language_model import load_model
+text_stream.LONGEST_PAUSE = 0.1
+cfg = post_init_cfg(get_default_cfg() | json.loads(sys.argv[1]))
+store = ActivationsStore(load_model(cfg), cfg)
+print(store.fingerprint())
+for _ in range(cfg["num_tokens"] // cfg["batch_size"]):
+    print(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
+"""
+MAIN = "runpy.run_path('main.py', run_name='__main__')"  # what `python main.py` runs
+OPENED_AGAIN = re.compile(r"someone/\w+ broke off \(.+\): opening it again in (\S+) s, try (\d+) of (\d+)")
+NUM_FILES, ROWS = 3, 150
+
+
+# A hub with faults
+
+
+FAULTS = ("500", "503", "520", "cut", "hang up", "stall")  # 520: the hub's client does not try that again
+
+
+class FaultyHub(Hub):
+    """A hub that does `fault(path)` to each request for a dataset's data file: one of FAULTS, "gone", or None.
+
+    `faults` lists what was done.
+    """
+
+    def __init__(self, repos: dict, fault):
+        super().__init__(repos)
+        self.fault, self.faults, self.lock = fault, [], threading.Lock()
+
+    def send(self, request, answer: Answer) -> None:
+        fault = None
+        if "/resolve/" in request.path and request.path.endswith((".parquet", ".jsonl")):
+            with self.lock:
+                fault = self.fault(request.path)
+                self.faults.append(fault)
+        if fault is None:
+            return super().send(request, answer)
+        if fault.isdigit():
+            return super().send(request, (int(fault), {"Content-Length": "0"}, b""))
+        if fault == "cut":
+            status, headers, body = answer
+            super().send(request, (status, headers, body[: len(body) // 2]))  # the Content-Length says more
+        if fault == "stall":
+            time.sleep(2)  # HF_HUB_DOWNLOAD_TIMEOUT is 1
+        if fault == "gone":  # nobody listens at the hub's port any more
+            self.shutdown()
+            self.server_close()
+        request.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def repos(tmp_path_factory) -> dict:
+    """A model, and the same documents as parquet files of several row groups, and as JSON lines.
+
+    A jsonl file is made so large, by a column of noise, that it is read by several requests, and its documents in
+    several parts. (All that is asked of a small parquet file comes by one request, after two for its index.)
+    """
+    folder, rng = tmp_path_factory.mktemp("repos"), random.Random(0)
+    (folder / "parquet").mkdir()
+    (folder / "jsonl").mkdir()
+    for file in range(NUM_FILES):
+        texts = [f"def f_{file}_{i}(x):\n" + f"    x += {i}\n" * rng.randint(1, 30) for i in range(ROWS)]
+        data = pandas.DataFrame({"text": texts})
+        data.to_parquet(folder / "parquet" / f"{file}.parquet", row_group_size=20)
+        data["noise"] = [rng.randbytes(50_000).hex() for _ in texts]
+        data.to_json(folder / "jsonl" / f"{file}.jsonl", orient="records", lines=True)
+    repos = {f"datasets/someone/{kind}": {"main": folder / kind} for kind in ("parquet", "jsonl")}
+    return {"models/demo/lm": {"main": LM}} | repos
+
+
+def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.CompletedProcess:
+    """A script in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    command = [sys.executable, "-c", IMPATIENT + script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def batches(folder: Path, hub: Hub, dataset: str, **changes) -> tuple[list[str], str]:
+    """Hashes of the held-out contexts and of all batches that a hub's dataset gives, and the lines on stderr."""
+    cfg = make_cfg(model_name="demo/lm", dataset_path=dataset, num_tokens=40_000, batch_size=400, **changes)
+    keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
+    process = run_python(folder, hub, BATCHES, json.dumps(keys))
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split(), process.stderr
+
+
+@pytest.fixture(scope="module")
+def sound_batches(tmp_path_factory, repos) -> list[str]:
+    with FaultyHub(repos, lambda path: None) as hub:
+        hashes, told = batches(tmp_path_factory.mktemp("sound"), hub, "someone/parquet")
+    assert len(set(hashes)) == 101 and not OPENED_AGAIN.search(told)
+    assert any(f"{NUM_FILES - 1}.parquet" in request for request in hub.requests), "all files are read"
+    return hashes
+
+
+@pytest.mark.parametrize("kind, seed", [("parquet", 0), ("jsonl", 1)])
+def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches, kind, seed):
+    """Errors 500, 503 and 520, cut and refused connections and stalls, half of all requests: the stream is opened again
+    where it was, lines say so, and every batch is bit-identical to that of a hub without faults."""
+    rng = random.Random(seed)
+    with FaultyHub(repos, lambda path: rng.choice(FAULTS) if rng.random() < 0.5 else None) as hub:
+        hashes, told = batches(tmp_path, hub, f"someone/{kind}", stream_retries=10)
+    print(hub.faults, told)
+    assert set(hub.faults) == {None, *FAULTS}, "every kind of fault came"
+    assert len(OPENED_AGAIN.findall(told)) >= 3
+    assert hashes == sound_batches
+
+
+@pytest.mark.parametrize("fault", ["503", "hang up", "gone"])
+def test_a_hub_that_stays_down(tmp_path, repos, fault):
+    """After stream_retries tries with growing pauses the program ends with code 3 and one line that names the dataset;
+    the SAE trained until then is in the run folder, and no result."""
+    with FaultyHub(repos, lambda path: None if path.endswith(("0.parquet", "1.parquet")) else fault) as hub:
+        overrides = ONE_SMALL_RUN | dict(
+            model_name="demo/lm", dataset_path="someone/parquet", output_dir=tmp_path / "runs", num_tokens=200_000,
+            batch_size=512, model_batch_size=8, num_batches_in_buffer=2, stream_retries=2,
+        )  # fmt: skip
+        process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
+    print(process.stderr)
+    assert process.returncode == 3, process.stderr
+    lines = process.stderr.splitlines()
+    assert lines[-1].startswith("error: dataset_path = 'someone/parquet' cannot be read on at document 1 of ")
+    assert sum(line.startswith("error:") for line in lines) == 1 and "Traceback" not in process.stderr
+    assert OPENED_AGAIN.findall(process.stderr) == [("1", "1", "2"), ("2", "2", "2")]
+    (run,) = (tmp_path / "runs").glob("*/*/")
+    assert not (run / "result.json").exists()
+    trained, untrained = load_sae(run), SAE_CLASSES["batchtopk"](json.loads((run / "config.json").read_text()))
+    assert not torch.equal(trained.W_dec, untrained.W_dec)

@@ -1,0 +1,378 @@
+"""The stream of tokens and batches: every token once per epoch, and resumed to the bit from any point."""
+
+import gc
+import inspect
+import json
+import random
+import shutil
+import textwrap
+import threading
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import pytest
+import torch
+from test_activation_store import (  # noqa: F401 (fixtures)
+    BOS,
+    DEMO_LM,
+    SEQ_LEN,
+    counted_documents,
+    jsonl,
+    make_cfg,
+    model,
+    one_thread,
+    sorted_rows,
+)
+from transformers import AutoTokenizer
+
+from activation_store import ActivationsStore
+from config import InputError
+from text_stream import TextStream
+
+EVAL_CONTEXTS = 3
+
+
+def documents_of_random_length(seed: int, total: int) -> list[list[int]]:
+    """Token documents of 1 to 60 tokens (BOS included) and a long one, `total` tokens in all; none has BOS inside."""
+    rng, documents = random.Random(seed), []
+    while total > 0:
+        length = min(total, 300 if len(documents) == 5 else rng.randint(1, 60))
+        documents.append([BOS] + [rng.randint(1, 4095) for _ in range(length - 1)])
+        total -= length
+    return documents
+
+
+def make_stream(path: str, **changes) -> TextStream:
+    cfg = make_cfg(dataset_path=path, **changes)
+    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, EVAL_CONTEXTS)
+
+
+def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_context: bool) -> tuple[list, list, int]:
+    """Held-out contexts, training contexts and what is left over: token by token, as the definitions have it."""
+    text = [token for document in documents for token in document]
+
+    def cut(tokens: list[int], count: int | None = None) -> tuple[list[list[int]], int]:
+        contexts, at = [], 0
+        while count is None or len(contexts) < count:
+            context = [BOS] if bos_per_context and tokens[at : at + 1] != [BOS] else []
+            taken = SEQ_LEN - len(context)
+            if at + taken > len(tokens):
+                break
+            contexts.append(context + tokens[at : at + taken])
+            at += taken
+        return contexts, at
+
+    held_out, at = cut(text, EVAL_CONTEXTS)
+    rest = text[at:] * num_epochs
+    contexts, end = cut(rest)
+    return held_out, contexts, len(rest) - end
+
+
+# Order and completeness
+
+
+@pytest.mark.parametrize("bos_per_context", [False, True])
+@pytest.mark.parametrize("num_epochs", [1, 3])
+@pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000)])
+def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context):  # noqa: F811
+    """Over several epochs the contexts are those of the definitions: nothing is lost but a last partial context."""
+    documents = documents_of_random_length(seed, total)
+    stream = make_stream(jsonl(documents, "tokens"), num_epochs=num_epochs, bos_per_context=bos_per_context)
+    held_out, contexts, left_over = reference_stream(documents, num_epochs, bos_per_context)
+    assert stream.held_out.tolist() == held_out
+    rng, found = random.Random(seed), []
+    while len(part := stream.contexts(rng.randint(1, 9))):
+        found += part.tolist()
+    assert found == contexts
+    assert stream.tokens_left_over() == left_over < SEQ_LEN
+    if bos_per_context:
+        assert all(context[0] == BOS for context in found)
+
+
+@pytest.mark.parametrize("total", [EVAL_CONTEXTS * SEQ_LEN + 25 * SEQ_LEN, EVAL_CONTEXTS * SEQ_LEN + 411])
+def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
+    """With tokens that do not repeat: each is trained on once per epoch, the held-out ones never."""
+    documents = counted_documents(50, total - 50)
+    stream = make_stream(jsonl(documents, "tokens"), num_epochs=2)
+    tokens = torch.cat(drain(stream)).flatten().tolist()
+    text = [token for document in documents for token in document]
+    per_epoch = text[EVAL_CONTEXTS * SEQ_LEN :]
+    left_over = stream.tokens_left_over()  # at the very end only
+    assert left_over == 2 * len(per_epoch) % SEQ_LEN
+    assert Counter(tokens) + Counter(per_epoch[len(per_epoch) - left_over :]) == Counter(2 * per_epoch)
+    assert not set(tokens) & set(text[1 : EVAL_CONTEXTS * SEQ_LEN])
+
+
+def drain(stream: TextStream) -> list[torch.Tensor]:
+    parts = []
+    while len(part := stream.contexts(5)):
+        parts.append(part)
+    return parts
+
+
+def test_data_that_ends_says_how_much_was_seen_and_asked(model, jsonl):  # noqa: F811
+    """num_epochs that do not suffice are found out before training; the line names tokens present, epochs and asked."""
+    path = jsonl(counted_documents(48, 400), "tokens")
+    with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2 .* num_tokens = 820"):
+        ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
+    store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
+    assert sum(len(store.next_batch()) for _ in range(20)) == 800
+    with pytest.raises(InputError, match="too short: 800 tokens"):
+        store.next_batch()
+
+
+def test_epochs_hand_out_the_same_activations_again(model, jsonl):  # noqa: F811
+    """Two epochs of whole contexts give each activation twice; the held-out tokens come in neither."""
+    path = jsonl(counted_documents(48, 400), "tokens")
+    cfg = make_cfg(dataset_path=path, num_tokens=800, num_epochs=2, model_batch_size=5)
+    store = ActivationsStore(model, cfg)
+    rows = torch.cat([store.next_batch() for _ in range(20)])
+    once = ActivationsStore(model, cfg | {"num_tokens": 400, "num_epochs": 1})
+    rows_once = torch.cat([once.next_batch() for _ in range(10)])
+    assert np.array_equal(sorted_rows(rows), sorted_rows(rows_once.repeat(2, 1)))
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
+    """The same kind of data in every form: several files of text, parquet of tokens, and a saved dataset."""
+    folder = tmp_path_factory.mktemp("sources")
+    parts = [part for part in inspect.getsource(textwrap).split("\n\n") if part.strip()][:70]
+    (folder / "text").mkdir()
+    for i in range(0, len(parts), 9):
+        lines = [json.dumps({"text": part}) for part in parts[i : i + 9]]
+        (folder / "text" / f"{i:02}.jsonl").write_text("\n".join(lines) + "\n")
+    tokens = datasets.Dataset.from_dict({"input_ids": documents_of_random_length(3, 3000)})
+    tokens.to_parquet(folder / "tokens.parquet", batch_size=20)
+    datasets.Dataset.from_dict({"text": parts}).save_to_disk(folder / "saved")
+    return {
+        "files of text": (str(folder / "text"), {}),
+        "parquet of tokens": (str(folder / "tokens.parquet"), {"num_epochs": 2}),
+        "saved dataset": (str(folder / "saved"), {"bos_per_context": True, "num_epochs": 2}),
+    }
+
+
+@pytest.mark.parametrize("name", ["files of text", "parquet of tokens", "saved dataset"])
+def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
+    """From a state taken after any number of contexts, at an epoch's edge too, all later contexts are the same."""
+    path, changes = sources[name]
+    stream = make_stream(path, **changes)
+    states, contexts = [], []
+    while True:
+        states.append(json.loads(json.dumps(stream.state_dict())))
+        if not len(part := stream.contexts(1)):
+            break
+        contexts.append(part)
+    assert len(contexts) > 100
+    assert len({state["epoch"] for state in states[:-1]}) == changes.get("num_epochs", 1)
+    for at in random.Random(0).sample(range(len(contexts)), 20):
+        stream.load_state_dict(states[at])
+        assert stream.state_dict() == states[at]
+        assert torch.equal(torch.cat(drain(stream)), torch.cat(contexts[at:])), at
+
+
+@pytest.mark.parametrize("buffer", [(3, 2), (4, 5), (1, 1)])
+@pytest.mark.parametrize("name", ["files of text", "parquet of tokens", "saved dataset"])
+def test_batches_go_on_to_the_bit(model, sources, name, buffer):  # noqa: F811
+    """After load_state_dict in a new store, every later batch is bit-identical: at 20 points, among them the beginning,
+    the middle and the edge of a buffer, and twice in a row; the state is small and plain."""
+    path, changes = sources[name]
+    changes = changes | dict(model_batch_size=buffer[0], num_batches_in_buffer=buffer[1], num_tokens=1600)
+    cfg = make_cfg(dataset_path=path, **changes)
+    store = ActivationsStore(model, cfg)
+    states, batches = [], []
+    for _ in range(40):
+        states.append(json.dumps(store.state_dict()))
+        batches.append(store.next_batch())
+    assert max(map(len, states)) < 2000, "a position, no data"
+    offsets = {json.loads(state)["offset"] for state in states}
+    assert 0 in offsets and (len(offsets) > 1 or buffer == (1, 1))
+
+    points = random.Random(1).sample(range(38), 20)
+    resumed = ActivationsStore(model, cfg)
+    for at in points:
+        resumed.load_state_dict(json.loads(states[at]))
+        assert resumed.state_dict() == json.loads(states[at])
+        assert torch.equal(resumed.next_batch(), batches[at])
+        again = ActivationsStore(model, cfg) if at % 7 == 0 else resumed
+        again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+        for batch in batches[at + 1 : at + 8]:
+            assert torch.equal(again.next_batch(), batch)
+
+
+def test_resuming_costs_one_buffer(model, sources):  # noqa: F811
+    """A resume harvests the forwards of one buffer and the one that it begins in, wherever it is."""
+    path, changes = sources["files of text"]
+    cfg = make_cfg(dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600)
+    store = ActivationsStore(model, cfg)
+    for _ in range(30):
+        store.next_batch()
+    state, forwards = store.state_dict(), []
+    resumed = ActivationsStore(model, cfg)
+    harvest = resumed.harvest
+    resumed.harvest = lambda tokens: forwards.append(len(tokens)) or harvest(tokens)
+    resumed.load_state_dict(state)
+    resumed.next_batch()
+    assert 1 <= len(forwards) <= 4 + 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_activation_dtype_is_how_they_wait_in_the_buffer(model, sources, dtype):  # noqa: F811
+    """Batches are float32, rounded once to activation_dtype; the model's own precision is model_dtype's."""
+    path, changes = sources["files of text"]
+    exact, rounded = (
+        ActivationsStore(model, make_cfg(dataset_path=path, **changes, activation_dtype=name))
+        for name in ("float32", dtype)
+    )
+    for _ in range(5):
+        batch, expected = rounded.next_batch(), exact.next_batch()
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch, expected.to(getattr(torch, dtype)).float())
+    assert rounded.memory.nbytes * 2 == exact.memory.nbytes
+
+
+# Memory and threads
+
+
+def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
+    """The activations are in memory once: 60 refills later, the process has grown by less than half a buffer."""
+    data = datasets.Dataset.from_dict({"tokens": documents_of_random_length(4, 60_000)})
+    data.to_parquet(tmp_path / "data.parquet", batch_size=100)
+    cfg = make_cfg(
+        dataset_path=str(tmp_path / "data.parquet"), num_tokens=10**7, num_epochs=200, seq_len=128, batch_size=4096,
+        model_batch_size=32, num_batches_in_buffer=8,
+    )  # fmt: skip
+    store = ActivationsStore(model, cfg)
+    process, sizes = psutil.Process(), []
+    assert store.memory.nbytes == 8 * 32 * 128 * 128 * 4  # 16 MiB
+    for _ in range(70):
+        store.fill_buffer()
+        sizes.append(process.memory_info().rss)
+    assert max(sizes[-10:]) - max(sizes[:10]) < store.memory.nbytes / 2
+
+
+def test_reading_ahead_ends_with_the_store(model, sources):  # noqa: F811
+    """No thread outlives its store, whatever it was doing."""
+    before = set(threading.enumerate())
+    path, changes = sources["files of text"]
+    stores = [ActivationsStore(model, make_cfg(dataset_path=path, **changes)) for _ in range(4)]
+    stores[0].next_batch()
+    stores[1].load_state_dict(stores[0].state_dict())
+    assert set(threading.enumerate()) - before
+    del stores
+    gc.collect()
+    assert not set(threading.enumerate()) - before
+
+
+# The cache on the disk
+
+
+def batches_of(store: ActivationsStore, count: int) -> torch.Tensor:
+    return torch.stack([store.next_batch() for _ in range(count)])
+
+
+@pytest.fixture
+def cached(model, sources, tmp_path):  # noqa: F811
+    """A config with an activation_cache, the batches without it, and what makes a store and counts its forwards."""
+    path, changes = sources["files of text"]
+    cfg = make_cfg(
+        dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600, activation_cache=str(tmp_path / "cache")
+    )
+    live = batches_of(ActivationsStore(model, cfg | {"activation_cache": None}), 40)
+
+    def make_store(**changes) -> tuple[ActivationsStore, list]:
+        store, forwards = ActivationsStore(model, cfg | changes), []
+        harvest = store.harvest
+        store.harvest = lambda tokens: forwards.append(len(tokens)) or harvest(tokens)
+        return store, forwards
+
+    return cfg, live, make_store
+
+
+def test_cached_batches_are_the_live_ones(cached):
+    """The first run writes, the second reads without the language model; both give the uncached batches to the bit."""
+    _, live, make_store = cached
+    first, forwards = make_store()
+    assert torch.equal(batches_of(first, 40), live) and forwards
+    second, forwards = make_store()
+    assert torch.equal(batches_of(second, 40), live) and not forwards
+    (folder,) = Path(second.cfg["activation_cache"]).iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sum(entry["rows"] for entry in manifest["buffers"]) == 1600
+    assert sum(path.stat().st_size for path in folder.glob("*.bin")) == 1600 * 128 * 4
+
+
+def test_a_cache_that_is_half_there_is_completed(cached, capsys):
+    """A run that was cut off leaves whole buffers; the next one reads these, harvests the rest, and says both."""
+    _, live, make_store = cached
+    partial, _ = make_store()
+    batches_of(partial, 17)
+    capsys.readouterr()
+    rest, forwards = make_store()
+    told = capsys.readouterr().err
+    assert "will be written" in told and "without the language model" in told
+    assert torch.equal(batches_of(rest, 40), live)
+    whole = len(live) * 40 / SEQ_LEN / 3
+    assert 0 < len(forwards) < 0.7 * whole
+
+
+def test_a_cache_is_resumed_like_the_live_stream(cached):
+    """States of cached and live stores are the same, and each goes on from the other's."""
+    cfg, live, make_store = cached
+    batches_of(make_store()[0], 40)
+    store, _ = make_store()
+    batches_of(store, 13)
+    for changes in ({}, {"activation_cache": None}):
+        other, _ = make_store(**changes)
+        other.load_state_dict(json.loads(json.dumps(store.state_dict())))
+        assert torch.equal(batches_of(other, 27), live[13:])
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "truncate", "delete", "manifest"])
+def test_a_damaged_cache_is_named_and_harvested_again(cached, capsys, damage):
+    """A buffer file that is not what the manifest says is named, harvested again and written anew."""
+    _, live, make_store = cached
+    batches_of(make_store()[0], 40)
+    (folder,) = Path(make_store()[0].cfg["activation_cache"]).iterdir()
+    file = folder / ("manifest.json" if damage == "manifest" else "buffer_000002.bin")
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    {
+        "flip a byte": lambda: file.write_bytes(content),
+        "truncate": lambda: file.write_bytes(content[:-5]),
+        "delete": file.unlink,
+        "manifest": lambda: file.write_text("{"),
+    }[damage]()
+    capsys.readouterr()
+    store, forwards = make_store()
+    assert torch.equal(batches_of(store, 40), live) and forwards
+    assert file.name in capsys.readouterr().err
+    store, forwards = make_store()
+    assert torch.equal(batches_of(store, 40), live) and not forwards
+
+
+def test_other_streams_have_caches_of_their_own(cached):
+    """Another layer, another dtype or another order of the text is never read from a cache that is not its own."""
+    cfg, _, make_store = cached
+    for changes in ({}, {"activation_dtype": "bfloat16"}, {"model_batch_size": 2}, {"bos_per_context": True}):
+        batches_of(make_store(**changes)[0], 3)
+    assert len(list(Path(cfg["activation_cache"]).iterdir())) == 4
+    other, forwards = make_store(shuffle_seed=1)  # the order of the batches is not in the cache
+    batches_of(other, 3)
+    assert not forwards
+
+
+def test_a_cache_larger_than_the_disk_is_refused(cached, monkeypatch):
+    """Too little free space is an InputError with both numbers, before anything is harvested."""
+    _, _, make_store = cached
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match="activation_cache = .* to be written, and 0.00 GiB are free"):
+        make_store()
+    with pytest.raises(InputError, match="activation_cache = .*cannot be written"):
+        make_store(activation_cache="/dev/null/cache")
