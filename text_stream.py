@@ -134,7 +134,7 @@ class Ahead:
     def __init__(self, items: Iterator):
         self.queue: queue.Queue = queue.Queue(LOTS_AHEAD)
         stop = threading.Event()
-        thread = threading.Thread(target=run_ahead, args=(items, self.queue, stop), daemon=True)
+        thread = threading.Thread(target=run_ahead, args=(items, self.queue, stop), name="text stream", daemon=True)
         self.finalizer = weakref.finalize(self, end_thread, stop, thread)
         self.ended = False
         thread.start()

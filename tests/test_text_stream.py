@@ -28,6 +28,7 @@ from test_activation_store import (  # noqa: F401 (fixtures)
 )
 from transformers import AutoTokenizer
 
+import text_stream
 from activation_store import ActivationsStore
 from config import InputError
 from text_stream import TextStream
@@ -256,17 +257,23 @@ def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
     assert max(sizes[-10:]) - max(sizes[:10]) < store.memory.nbytes / 2
 
 
-def test_reading_ahead_ends_with_the_store(model, sources):  # noqa: F811
-    """No thread outlives its store, whatever it was doing."""
-    before = set(threading.enumerate())
+def test_reading_ahead_ends_with_the_store(model, sources, monkeypatch):  # noqa: F811
+    """No thread outlives its store, though it waits to hand over more."""
+    monkeypatch.setattr(text_stream, "LOTS_AHEAD", 1)  # of eight, one of each file
+
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name == "text stream"]
+
+    gc.collect()
+    before = len(threads())
     path, changes = sources["files of text"]
     stores = [ActivationsStore(model, make_cfg(dataset_path=path, **changes)) for _ in range(4)]
     stores[0].next_batch()
     stores[1].load_state_dict(stores[0].state_dict())
-    assert set(threading.enumerate()) - before
+    assert len(threads()) == before + 4
     del stores
     gc.collect()
-    assert not set(threading.enumerate()) - before
+    assert len(threads()) == before
 
 
 # The cache on the disk
