@@ -61,6 +61,7 @@ class ActivationsStore:
         self.harvested = 0  # rows, for the message where the data ends
         self.cache = self.open_cache() if cfg["activation_cache"] else None
         self.load_state_dict({"buffer": 0, "rows": 0, "stream": self.stream.state_dict(), "inside": 0, "offset": 0})
+        self.left_over = self.memory[:0]  # the stream is there already
 
     def check_length(self) -> None:
         """Local data too short for num_tokens is found out before anything is trained (hub data: when it ends)."""

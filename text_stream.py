@@ -55,7 +55,7 @@ class TextStream:
     def __init__(self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int):
         self.reader = DocumentReader(cfg, tokenizer, d_vocab)
         self.seq_len, self.bos_per_context = seq_len, cfg["bos_per_context"] and bool(self.reader.bos)
-        self.start(self.reader.lots(self.reader.beginning, num_epochs=1))
+        self.start(self.reader.lots(self.reader.beginning, num_epochs=1))  # no further than that, and not ahead
         self.held_out = self.contexts(num_held_out)
         if len(self.held_out) < num_held_out or not self.wait_for(1):
             raise InputError(
@@ -67,7 +67,7 @@ class TextStream:
         self.load_state_dict(self.state_dict())
 
     def start(self, lots: Iterator[tuple[dict, np.ndarray]]) -> None:
-        self.lots = Ahead(lots)
+        self.lots = lots
         self.waiting: deque[tuple[dict, np.ndarray]] = deque()  # lots of tokens, each with the position of its first
         self.num_waiting = self.num_taken = 0
 
@@ -89,7 +89,7 @@ class TextStream:
 
     def wait_for(self, count: int) -> int:
         """Have `count` tokens at hand; returns how many there are, fewer only at the end of the data."""
-        while self.num_waiting < count and (lot := self.lots.next()) is not None:
+        while self.num_waiting < count and (lot := next(self.lots, None)) is not None:
             position, tokens = lot
             if len(tokens):
                 self.waiting.append(lot)
@@ -122,11 +122,11 @@ class TextStream:
 
     def load_state_dict(self, state: dict) -> None:
         """Go to where a state_dict was taken; the next context is the one that came next there."""
-        self.start(self.reader.lots(copy.deepcopy(state)))
+        self.start(Ahead(self.reader.lots(copy.deepcopy(state))))
 
 
 class Ahead:
-    """Runs an iterator in a thread, some items ahead. `next()` gives its items in order, then None; raises what it did.
+    """Iterates in a thread, some items ahead: the same items in order, and the same exception where there is one.
 
     The thread ends with this object, and before the interpreter does.
     """
@@ -139,13 +139,14 @@ class Ahead:
         self.ended = False
         thread.start()
 
-    def next(self):
+    def __next__(self):
+        if not self.ended:
+            item, error = self.queue.get()
+            self.ended = item is None
+            if error is not None:
+                raise error
         if self.ended:
-            return None
-        item, error = self.queue.get()
-        self.ended = item is None
-        if error is not None:
-            raise error
+            raise StopIteration
         return item
 
 
@@ -334,7 +335,9 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str]]:
     path, split = Path(cfg["dataset_path"]), cfg["dataset_split"]
     where = f"dataset_path = {cfg['dataset_path']!r}"
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised too, and told in one line
+    # What these log is raised too, and told in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity_error()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))

@@ -47,6 +47,7 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
         try:
             x = activation_store.next_batch()
         except (InputError, StreamError):  # the data ended too early, or the network stays down
+            bar.close()
             save(saes, logs)
             raise
         outputs = [training_step(sae, optimizer, x, run_cfg) for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs)]
