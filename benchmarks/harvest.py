@@ -1,0 +1,168 @@
+"""Tokens per second on the way from text to batches of activations, against what the language model alone can do.
+
+    python benchmarks/harvest.py [--rounds N] [--json FILE]
+
+For the demo's language model at layer 2 and for a GPT-2-small-shaped one with random weights at layer 8, on the demo's
+text, contexts of 128 tokens, one after the other in every round:
+
+    tokenizing       text -> contexts, alone
+    bare forward     the limit: transformers' own blocks below the hook point, fused attention, no hooks
+    bridge           transformer_lens' form of the model, stopped by a hook
+    store            ActivationsStore.next_batch: text -> shuffled batches, a whole buffer
+    cache            the same from a filled activation_cache
+
+Rates are medians over the rounds (lowest to highest); ratios to the bare forward are medians of each round's own.
+Also: the share of pairs of a batch's rows that come from one context, and the process's memory after some refills.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from activation_store import ActivationsStore  # noqa: E402
+from config import post_init_cfg  # noqa: E402
+from demo.text import write_demo_text  # noqa: E402
+from language_model import load_model, run_bridge_to_hook  # noqa: E402
+
+RATES = ("tokenizing", "bare forward", "bridge", "store", "cache")
+
+
+def gpt2_small_shaped(folder: Path) -> Path:
+    """A directory with GPT-2 small's architecture, random weights, and the demo's tokenizer."""
+    shutil.copytree(ROOT / "demo" / "lm", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    torch.manual_seed(0)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
+    return folder
+
+
+def bare_blocks(cfg: dict, layer: int) -> torch.nn.Module:
+    """The transformers model with the blocks below the hook point only, and nothing after them."""
+    model = transformers.AutoModel.from_pretrained(cfg["model_name"], attn_implementation="sdpa").eval()
+    model.h, model.ln_f = model.h[:layer], torch.nn.Identity()
+    return model
+
+
+@torch.no_grad()
+def measure(cfg: dict, rounds: int) -> dict:
+    model = load_model(cfg)
+    live = ActivationsStore(model, cfg | {"activation_cache": None})
+    cached = ActivationsStore(model, cfg)
+    bare = bare_blocks(cfg, cfg["layer"])
+    rows, per_buffer = len(live.memory), len(live.memory) // cfg["batch_size"]
+    contexts = live.get_batch_tokens()
+    expected = live.get_activations(contexts)
+    torch.testing.assert_close(bare(contexts).last_hidden_state, expected, rtol=1e-3, atol=1e-3)
+
+    def forward(function) -> int:
+        for _ in range(cfg["num_batches_in_buffer"]):
+            function(contexts)
+        return cfg["num_batches_in_buffer"] * contexts.numel()
+
+    def buffer_of(store) -> int:
+        for _ in range(per_buffer):
+            store.next_batch()
+        return rows
+
+    def from_cache() -> int:
+        cached.load_state_dict(start)
+        return buffer_of(cached)
+
+    def tokenize() -> int:
+        lots = live.stream.reader.lots(live.stream.reader.beginning, num_epochs=1)
+        return sum(len(next(lots)[1]) for _ in range(2))
+
+    start = cached.state_dict()
+    buffer_of(cached)  # fills the cache
+    tasks = dict(zip(RATES, (
+        tokenize, lambda: forward(bare), lambda: forward(lambda c: run_bridge_to_hook(model, c, cfg["hook_point"])),
+        lambda: buffer_of(live), from_cache,
+    )))  # fmt: skip
+    rates, memory = {name: [] for name in RATES}, []
+    for i in range(rounds + 1):  # the first warms up
+        for name, task in tasks.items():
+            begun = time.perf_counter()
+            tokens = task()
+            if i > 0:
+                rates[name].append(tokens / (time.perf_counter() - begun))
+        memory.append(psutil.Process().memory_info().rss)
+
+    context_of = live.order // live.seq_len  # of each row in the order that they are handed out
+    same = [share_of_pairs(batch) for batch in context_of.split(cfg["batch_size"])]
+    return {
+        "rates": rates,
+        "same_context": statistics.mean(same),
+        "same_context_unshuffled": (live.seq_len - 1) / (cfg["batch_size"] - 1),
+        "buffer_bytes": live.memory.nbytes,
+        "memory_growth_bytes": memory[-1] - memory[1],
+    }
+
+
+def share_of_pairs(contexts: torch.Tensor) -> float:
+    """Of all pairs of different rows, those with the same context."""
+    counts = torch.bincount(contexts - contexts.min()).double()
+    return ((counts * (counts - 1)).sum() / (len(contexts) * (len(contexts) - 1))).item()
+
+
+def table(results: dict) -> str:
+    lines = ["| model | what | tokens/s (lowest – highest) | ratio to the bare forward |", "|---|---|---|---|"]
+    for model, result in results.items():
+        for name, rates in result["rates"].items():
+            ratios = [rate / bare for rate, bare in zip(rates, result["rates"]["bare forward"])]
+            spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} – {max(rates):,.0f})"
+            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
+            lines.append(f"| {model} | {name} | {spread} | {ratio} |")
+    lines += ["", "| model | pairs of one context in a batch | in unshuffled text | buffer | growth over the rounds |"]
+    lines += ["|---|---|---|---|---|"]
+    for model, result in results.items():
+        lines.append(
+            f"| {model} | {result['same_context']:.2%} | {result['same_context_unshuffled']:.2%} | "
+            f"{result['buffer_bytes'] / 2**20:.0f} MiB | {result['memory_growth_bytes'] / 2**20:.0f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every rate to this file too")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        text = str(write_demo_text(Path(folder) / "text.jsonl"))
+        shared = dict(
+            dataset_path=text, device="cpu", act_size=None, eval_tokens=1024, num_tokens=700_000, num_epochs=9
+        )
+        shared |= {"activation_cache": str(Path(folder) / "cache")}
+        demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, batch_size=1024, model_batch_size=64)
+        gpt2 = dict(model_name=str(gpt2_small_shaped(Path(folder) / "gpt2")), layer=8, batch_size=512)
+        cfgs = {
+            "demo, layer 2": shared | demo | {"num_batches_in_buffer": 8},
+            "GPT-2 small, layer 8": shared | gpt2 | {"model_batch_size": 16, "num_batches_in_buffer": 4},
+        }
+        results = {name: measure(post_init_cfg(cfg), args.rounds) for name, cfg in cfgs.items()}
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}\n\n{table(results)}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
