@@ -36,7 +36,7 @@ class ActivationCache:
             raise InputError(f"{where} cannot be written to: {error}") from error
         self.buffers = self.read_manifest()
 
-        present = sum(min(entry["rows"], num_rows - i * buffer_rows) for i, entry in enumerate(self.buffers))
+        present = sum(max(0, min(entry["rows"], num_rows - i * buffer_rows)) for i, entry in enumerate(self.buffers))
         row_bytes = self.width * self.dtype.itemsize
         needed, free = (num_rows - present) * row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -58,17 +58,18 @@ class ActivationCache:
 
     def read(self, index: int, buffer: torch.Tensor) -> dict | None:
         """Fill `buffer` [rows, d] with buffer number `index`; the position after it; None if it is not there."""
-        if index >= len(self.buffers) or self.buffers[index]["rows"] != len(buffer):
+        if index >= len(self.buffers) or self.buffers[index]["rows"] < len(buffer):  # more: of a longer run
             return None
         path, entry = self.path(index), self.buffers[index]
         problem = "it is not there"
         if path.is_file():
             problem = "its size is wrong"
-            if path.stat().st_size == buffer.numel() * self.dtype.itemsize:
-                rows = torch.from_file(str(path), shared=False, size=buffer.numel(), dtype=self.dtype)
+            size = entry["rows"] * self.width
+            if path.stat().st_size == size * self.dtype.itemsize:
+                rows = torch.from_file(str(path), shared=False, size=size, dtype=self.dtype)
                 problem = "its SHA-256 is wrong"
                 if digest(rows) == entry["sha256"]:
-                    buffer.copy_(rows.view(buffer.shape))
+                    buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
                     return entry["next"]
         tell(f"{path} is damaged ({problem}): its activations are harvested again")
         return None

@@ -211,5 +211,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except StreamError as error:
-        print(f"error: {error}. What was trained is in the run folders", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(3)

@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import save_sae
-from config import InputError
+from config import InputError, tell
 from evaluation import evaluate, heldout_baseline
 from logs import RunLog, provenance
 from text_stream import StreamError
@@ -49,6 +49,7 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
         except (InputError, StreamError):  # the data ended too early, or the network stays down
             bar.close()
             save(saes, logs)
+            tell(f"The SAEs are saved as they are after {step - 1} of {num_steps} steps")
             raise
         outputs = [training_step(sae, optimizer, x, run_cfg) for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs)]
         bar.update(len(x))

@@ -340,6 +340,21 @@ def test_a_cache_is_resumed_like_the_live_stream(cached):
         assert torch.equal(batches_of(other, 27), live[13:])
 
 
+def test_a_shorter_run_reads_a_longer_ones_cache(cached):
+    """A run of fewer tokens reads what it needs and leaves all as it is; a longer one harvests what is missing."""
+    _, live, make_store = cached
+    batches_of(make_store()[0], 40)
+    shorter, forwards = make_store(num_tokens=840)  # ends within a buffer
+    assert torch.equal(batches_of(shorter, 16), live[:16]) and not forwards
+    last_of_shorter = torch.cat([shorter.next_batch() for _ in range(5)])
+    assert not forwards
+    without, _ = make_store(num_tokens=840, activation_cache=None)
+    batches_of(without, 16)
+    assert torch.equal(last_of_shorter, torch.cat([without.next_batch() for _ in range(5)]))
+    full, forwards = make_store()
+    assert torch.equal(batches_of(full, 40), live) and not forwards
+
+
 @pytest.mark.parametrize("damage", ["flip a byte", "truncate", "delete", "manifest"])
 def test_a_damaged_cache_is_named_and_harvested_again(cached, capsys, damage):
     """A buffer file that is not what the manifest says is named, harvested again and written anew."""
