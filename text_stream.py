@@ -26,17 +26,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import datasets
-import httpx
 import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx  # the one whose errors it raises
 
 from config import InputError, one_line, tell
 
 COLUMNS = ("tokens", "input_ids", "text")  # what a dataset may hold, in order of preference
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-DOCUMENTS_PER_LOT = 64  # documents that the tokenizer takes at once, in parallel threads of its own
-LOTS_AHEAD = 16  # lots of tokens that wait for the language model
+DOCUMENTS_PER_LOT = 32  # documents that the tokenizer takes at once, in parallel threads of its own
+LOTS_AHEAD = 8  # lots of tokens that wait for the language model
 LONGEST_PAUSE = 60  # seconds before a broken stream is opened again: 1, 2, 4, ... up to this
 
 
@@ -66,7 +66,7 @@ class TextStream:
         self.reader.held_out = self.num_taken
         self.load_state_dict(self.state_dict())
 
-    def start(self, lots: Iterator[tuple[dict, np.ndarray]]) -> None:
+    def start(self, lots: Iterator[tuple[dict, np.ndarray]] | None) -> None:
         self.lots = lots
         self.waiting: deque[tuple[dict, np.ndarray]] = deque()  # lots of tokens, each with the position of its first
         self.num_waiting = self.num_taken = 0
@@ -89,6 +89,8 @@ class TextStream:
 
     def wait_for(self, count: int) -> int:
         """Have `count` tokens at hand; returns how many there are, fewer only at the end of the data."""
+        if self.lots is None:
+            self.lots = Ahead(self.reader.lots(self.resume_at))
         while self.num_waiting < count and (lot := next(self.lots, None)) is not None:
             position, tokens = lot
             if len(tokens):
@@ -117,12 +119,15 @@ class TextStream:
 
     def state_dict(self) -> dict:
         """Where the next token is, in plain values: epoch, shard, row, `datasets`' own state, tokens to skip."""
+        if self.lots is None:
+            return copy.deepcopy(self.resume_at)
         self.wait_for(1)
         return copy.deepcopy(self.waiting[0][0] if self.waiting else self.end)
 
     def load_state_dict(self, state: dict) -> None:
         """Go to where a state_dict was taken; the next context is the one that came next there."""
-        self.start(Ahead(self.reader.lots(copy.deepcopy(state))))
+        self.start(None)  # nothing is read before it is asked for
+        self.resume_at = copy.deepcopy(state)
 
 
 class Ahead:
@@ -186,7 +191,8 @@ class DocumentReader:
         self.where = f"dataset_path = {cfg['dataset_path']!r}"
         self.local = Path(cfg["dataset_path"]).exists()
         self.tell_once = functools.cache(tell)
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = cfg["stream_retries"]
+        tries = max(1, cfg["stream_retries"])  # `datasets` counts the first one
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
         self.dataset, self.column, self.shard_names = self.retried(self.open)
         self.held_out = 0  # tokens at the beginning of the stream that later epochs leave out

@@ -61,7 +61,7 @@ for _ in range(cfg["num_tokens"] // cfg["batch_size"]):
 """
 MAIN = "runpy.run_path('main.py', run_name='__main__')"  # what `python main.py` runs
 OPENED_AGAIN = re.compile(r"someone/\w+ broke off \(.+\): opening it again in (\S+) s, try (\d+) of (\d+)")
-NUM_FILES, ROWS = 3, 800  # the stream reads some 1,100 documents ahead
+NUM_FILES, ROWS = 3, 400  # some 42,000 tokens
 
 
 # A hub with faults
@@ -112,7 +112,7 @@ def repos(tmp_path_factory) -> dict:
     (folder / "parquet").mkdir()
     (folder / "jsonl").mkdir()
     for file in range(NUM_FILES):
-        texts = [f"def f_{file}_{i}(x):\n" + f"    x += {i}\n" * rng.randint(1, 40) for i in range(ROWS)]
+        texts = [f"def f_{file}_{i}(x):\n" + f"    x += {i}\n" * rng.randint(1, 8) for i in range(ROWS)]
         data = pandas.DataFrame({"text": texts})
         data.to_parquet(folder / "parquet" / f"{file}.parquet", row_group_size=100)
         data["noise"] = [rng.randbytes(12_000).hex() for _ in texts]
@@ -159,6 +159,33 @@ def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches
         hashes, told = batches(tmp_path, hub, f"someone/{kind}", stream_retries=10)
     assert set(hub.faults) == {None, *FAULTS}, "every kind of fault came"
     assert len(OPENED_AGAIN.findall(told)) >= 3
+    assert hashes == sound_batches
+
+
+def test_no_retries_is_one_try(tmp_path, repos, sound_batches):
+    """stream_retries = 0 reads a sound hub as any other value does."""
+    with FaultyHub(repos, lambda path: None) as hub:
+        assert batches(tmp_path, hub, "someone/parquet", stream_retries=0)[0] == sound_batches
+
+
+class ClosedDoor(Hub):
+    """A hub that hangs up on the first `count` requests about a dataset: what it holds, its revisions and folders."""
+
+    count = 8
+
+    def send(self, request, answer: Answer) -> None:
+        if request.path.startswith("/api/datasets/") and self.count > 0:
+            self.count -= 1
+            request.close_connection = True
+        else:
+            super().send(request, answer)
+
+
+def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, sound_batches):
+    """The dataset is opened again, after pauses that are told, and gives the same batches."""
+    with ClosedDoor(repos) as hub:
+        hashes, told = batches(tmp_path, hub, "someone/parquet")
+    assert hub.count == 0 and OPENED_AGAIN.search(told)
     assert hashes == sound_batches
 
 
