@@ -268,10 +268,11 @@ def test_reading_ahead_ends_with_the_store(model, sources, monkeypatch):  # noqa
     before = len(threads())
     path, changes = sources["files of text"]
     stores = [ActivationsStore(model, make_cfg(dataset_path=path, **changes)) for _ in range(4)]
-    stores[0].next_batch()
+    for store in stores:
+        store.next_batch()
     stores[1].load_state_dict(stores[0].state_dict())
     assert len(threads()) == before + 4
-    del stores
+    del stores, store
     gc.collect()
     assert len(threads()) == before
 
