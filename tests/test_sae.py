@@ -16,15 +16,6 @@ TOP_K_KINDS = ("topk", "batchtopk")
 SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_cfg(kind, d=5, F=24, k=3, **changes):
     """A completed config of a small SAE on the CPU, in float64 unless told otherwise."""
     cfg = get_default_cfg() | {

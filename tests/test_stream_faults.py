@@ -26,7 +26,6 @@ from test_activation_store import (  # noqa: F401 (fixtures)
     jsonl,
     make_cfg,
     model,
-    one_thread,
     reference_contexts,
 )
 from test_hub import LM, ONE_SMALL_RUN, ROOT

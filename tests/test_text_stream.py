@@ -23,7 +23,6 @@ from test_activation_store import (  # noqa: F401 (fixtures)
     jsonl,
     make_cfg,
     model,
-    one_thread,
     sorted_rows,
 )
 from transformers import AutoTokenizer

@@ -15,15 +15,6 @@ from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gradients_at_the_optimizer(sae, optimizer, x, cfg):
     """One training step; the gradients as the optimizer's step found them, by parameter name."""
     seen = {}
