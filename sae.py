@@ -6,11 +6,17 @@ Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
 A subclass of BaseAutoencoder says how activations come about (`pre_activation`, `activation`) and what its
 sparsity penalty counts (`sparsity`); everything else they share.
+
+Pre-activations z and activations f exist in two forms with the same values: dense [B, F], or only at the few places
+where f may be positive (`entries` and a vector [n], see sparse_ops.py), which `forward` uses where it costs less.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import sparse_ops
+from sparse_ops import AtFeatures, Decode, Entries, PreActivation
 
 
 class BaseAutoencoder(nn.Module):
@@ -29,9 +35,9 @@ class BaseAutoencoder(nn.Module):
         # The published Kaiming call on a [d, F] matrix takes F for its fan-in: U(±√(6/F)).
         bound = (6 / dict_size) ** 0.5
         generator = torch.Generator().manual_seed(cfg["seed"])
-        W_enc = (torch.rand(d, dict_size, generator=generator, dtype=dtype) * 2 - 1) * bound
-        self.W_enc = nn.Parameter(W_enc)
-        self.W_dec = nn.Parameter(F.normalize(W_enc.T, dim=-1).contiguous())
+        features = ((torch.rand(d, dict_size, generator=generator, dtype=dtype) * 2 - 1) * bound).T.contiguous()
+        self.W_enc = nn.Parameter(features.T)  # [d, F] in name, feature-major in memory: the sparse form reads columns
+        self.W_dec = nn.Parameter(F.normalize(features, dim=-1))
         self.b_enc = nn.Parameter(torch.zeros(dict_size, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
         # Training batches since each feature was last active.
@@ -44,13 +50,17 @@ class BaseAutoencoder(nn.Module):
         """z [B, F] of normalised inputs [B, d]."""
         raise NotImplementedError
 
-    def activation(self, z: torch.Tensor) -> torch.Tensor:
-        """f [B, F], non-negative and sparse."""
+    def sparse_pre_activation(self, x: torch.Tensor) -> tuple[Entries, torch.Tensor] | None:
+        """The entries where f may be positive (or its gradient not 0) and z there [n]; None if dense is cheaper."""
         raise NotImplementedError
 
-    def sparsity(self, z: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
-        """What l1_coeff multiplies in the loss: the L1 norm of the activations, mean over the batch."""
-        return acts.sum(-1).mean()
+    def activation(self, z: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
+        """f, non-negative and sparse, of z [B, F], or of z [n] at the entries."""
+        raise NotImplementedError
+
+    def sparsity(self, z: torch.Tensor, acts: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
+        """What l1_coeff / B multiplies in the loss: the sum of the activations."""
+        return acts.sum()
 
     aux_loss_on_dead_features = False
 
@@ -75,9 +85,11 @@ class BaseAutoencoder(nn.Module):
         """
         return self.activation(self.pre_activation(self.preprocess_input(x)[0]))
 
-    def decode(self, acts: torch.Tensor) -> torch.Tensor:
-        """Reconstruction [B, d], still normalised, of feature activations [B, F]."""
-        return acts @ self.W_dec + self.b_dec
+    def decode(self, acts: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
+        """Reconstruction [B, d], still normalised, of feature activations [B, F], or [n] at the entries."""
+        if entries is None:
+            return acts @ self.W_dec + self.b_dec
+        return Decode.apply(acts, self.W_dec, entries) + self.b_dec
 
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual-stream vectors [B, d] -> (their reconstruction in the same units, feature activations [B, F])."""
@@ -88,50 +100,55 @@ class BaseAutoencoder(nn.Module):
     def forward(self, x: torch.Tensor) -> dict:
         """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.
 
-        sae_out [B, d] in the units of x; feature_acts [B, F]; the scalars loss, l2_loss, l1_loss, l0_norm,
+        sae_out [B, d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss, l0_norm,
         l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the counters
         as they stand after this batch. No side effects: counters, thresholds and RNG move only in
         training.training_step, so whoever writes their own loop calls update_statistics(output) too.
         """
         x, mean, std = self.preprocess_input(x)
-        z = self.pre_activation(x)
-        acts = self.activation(z)
-        reconstruction = self.decode(acts)
+        entries, z = self.sparse_pre_activation(x) or (None, self.pre_activation(x))
+        acts = self.activation(z, entries)
+        reconstruction = self.decode(acts, entries)
 
         l2_loss = (reconstruction - x).pow(2).mean()
-        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts)
+        if not l2_loss.isfinite():
+            where = "the loss" if x.isfinite().all() else "the activations"
+            raise FloatingPointError(f"NaN or infinity in {where}")
+        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts, entries) / len(x)
         loss = l2_loss + l1_loss
         with torch.no_grad():
             active = acts > 0
-            not_active = torch.where(active.any(0), 0, self.num_batches_not_active + 1)
+            active_features = active.any(0) if entries is None else entries.features_with(active)
+            not_active = torch.where(active_features, 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
-                "l0_norm": active.sum(-1, dtype=x.dtype).mean(),
-                "l1_norm": acts.sum(-1).mean(),
+                "l0_norm": active.sum(dtype=x.dtype) / len(x),
+                "l1_norm": acts.sum() / len(x),
                 "num_dead_features": dead.sum(),
                 "num_batches_not_active": not_active,
             }
         if self.aux_loss_on_dead_features:
-            output["aux_loss"] = self.aux_loss(z, x - reconstruction, dead)
+            output["aux_loss"] = self.aux_loss(x, z if entries is None else None, x - reconstruction, dead)
             loss = loss + output["aux_loss"]
         sae_out = self.postprocess_output(reconstruction, mean, std)
         return {
             "sae_out": sae_out,
-            "feature_acts": acts,
+            "feature_acts": acts if entries is None else entries.sparse_tensor(acts),
             "loss": loss,
             "l2_loss": l2_loss,
             "l1_loss": l1_loss,
             **output,
         }
 
-    def aux_loss(self, z: torch.Tensor, residual: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
         """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
         features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
         """
-        index = dead.nonzero().squeeze(-1)  # its length is needed here: the step's one device sync
+        index = dead.nonzero().squeeze(-1)  # its length is needed here: a device sync
         if len(index) == 0:
             return residual.new_zeros(())
-        acts = keep_top_k(F.relu(z[:, index]), min(self.cfg["top_k_aux"], len(index)))
+        z = self.pre_activation(x, index) if z is None else z[:, index]
+        acts = keep_top_k(F.relu(z), min(self.cfg["top_k_aux"], len(index)))
         return self.cfg["aux_penalty"] * (acts @ self.W_dec[index] - residual).pow(2).mean()
 
     @torch.no_grad()
@@ -160,13 +177,46 @@ def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(values).scatter(-1, top.indices, top.values)
 
 
-class VanillaSAE(BaseAutoencoder):
+class SparseWhenItPays(BaseAutoencoder):
+    """How many features are active is the weights' affair here, so which form is used follows from the last batches.
+
+    The buffer `batches_until_sparse` counts down while few are active and starts again where many are, or where the
+    sparse form had too many candidates: it depends on counts alone and is saved with the weights.
+    """
+
+    def __init__(self, cfg: dict):
+        super().__init__(cfg)
+        self.register_buffer("batches_until_sparse", torch.tensor(10, device=self.W_enc.device))
+
+    @torch.no_grad()
+    def update_statistics(self, output):
+        super().update_statistics(output)
+        acts, dict_size = output["feature_acts"], self.cfg["dict_size"]
+        if acts.is_sparse:
+            few, left = acts._nnz() / len(acts) < dict_size / 24, 0
+        else:
+            few = (output["l0_norm"] < dict_size / 48) & (self.batches_until_sparse > 0)
+            left = self.batches_until_sparse - 1
+        self.batches_until_sparse.copy_(torch.where(torch.as_tensor(few), left, 10))
+
+
+class VanillaSAE(SparseWhenItPays):
     """f = relu((x̂ − b_dec) W_enc + b_enc);  loss = L2 + l1_coeff · mean_B Σ_j f_j."""
 
     def pre_activation(self, x):
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
-    def activation(self, z):
+    def sparse_pre_activation(self, x):
+        if self.batches_until_sparse > 0:
+            return None
+        found = sparse_ops.above(x - self.b_dec, self.W_enc, self.b_enc, theta=0, margin=0)
+        if found is None:
+            return None
+        entries, values = found
+        z = PreActivation.apply(x, self.b_dec, self.W_enc, entries, values)
+        return entries, z + AtFeatures.apply(self.b_enc, entries)
+
+    def activation(self, z, entries=None):
         return F.relu(z)
 
 
@@ -174,12 +224,23 @@ class TopKSAE(BaseAutoencoder):
     """z = (x̂ − b_dec) W_enc;  f = the k largest of relu(z) in each row;  loss = L2 + aux (arXiv 2406.04093)."""
 
     aux_loss_on_dead_features = True
+    per_row = True
 
-    def pre_activation(self, x):
-        return (x - self.b_dec) @ self.W_enc
+    def pre_activation(self, x, features=None):
+        W_enc = self.W_enc if features is None else self.W_enc.T[features].T
+        return (x - self.b_dec) @ W_enc
 
-    def activation(self, z):
-        return keep_top_k(F.relu(z), self.cfg["top_k"])
+    def sparse_pre_activation(self, x):
+        if not sparse_ops.pays(len(x), *self.W_enc.shape, self.cfg["top_k"]):
+            return None
+        found = sparse_ops.largest(x - self.b_dec, self.W_enc, self.cfg["top_k"], self.per_row)
+        if found is None:
+            return None
+        entries, values = found
+        return entries, PreActivation.apply(x, self.b_dec, self.W_enc, entries, values)
+
+    def activation(self, z, entries=None):
+        return keep_top_k(F.relu(z), self.cfg["top_k"]) if entries is None else z
 
 
 class BatchTopKSAE(TopKSAE):
@@ -195,7 +256,14 @@ class BatchTopKSAE(TopKSAE):
         self.register_buffer("threshold", torch.zeros((), dtype=self.W_enc.dtype, device=self.W_enc.device))
         self.register_buffer("threshold_num_batches", torch.zeros((), dtype=torch.int64, device=self.W_enc.device))
 
-    def activation(self, z):
+    per_row = False
+
+    def sparse_pre_activation(self, x):
+        return super().sparse_pre_activation(x) if self.training else None
+
+    def activation(self, z, entries=None):
+        if entries is not None:
+            return z
         if self.training:
             return keep_top_k(F.relu(z).flatten(), self.cfg["top_k"] * len(z)).view_as(z)
         if self.threshold_num_batches == 0:
@@ -205,7 +273,8 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def update_statistics(self, output):
         super().update_statistics(output)
-        acts = output["feature_acts"]
+        acts = output["feature_acts"].detach()
+        acts = acts.values() if acts.is_sparse else acts
         smallest = torch.where(acts > 0, acts, torch.inf).min()
         found = smallest.isfinite()  # a batch with nothing positive says nothing about the threshold
         self.threshold_num_batches += found
@@ -213,7 +282,7 @@ class BatchTopKSAE(TopKSAE):
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
 
 
-class JumpReLUSAE(BaseAutoencoder):
+class JumpReLUSAE(SparseWhenItPays):
     """z = x̂ W_enc + b_enc;  f = z · 1[z > θ], θ = exp(log_threshold);  loss = L2 + l1_coeff · mean_B Σ_j 1[z_j > θ_j].
 
     The steps have the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12) with respect to θ.
@@ -227,12 +296,29 @@ class JumpReLUSAE(BaseAutoencoder):
     def pre_activation(self, x):
         return x @ self.W_enc + self.b_enc
 
-    def activation(self, z):
-        return JumpReLU.apply(z, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"])
+    def sparse_pre_activation(self, x):
+        if self.batches_until_sparse > 0:
+            return None
+        # Below θ, f is 0 but θ has a gradient, half a bandwidth down.
+        theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2
+        found = sparse_ops.above(x, self.W_enc, self.b_enc, theta, margin)
+        if found is None:
+            return None
+        entries, values = found
+        z = PreActivation.apply(x, None, self.W_enc, entries, values)
+        return entries, z + AtFeatures.apply(self.b_enc, entries)
 
-    def sparsity(self, z, acts):
-        """The L0 norm, mean over the batch, differentiable in θ alone."""
-        return Step.apply(z, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"]).sum(-1).mean()
+    def theta(self, z, entries):
+        """θ in the shape of z."""
+        theta = self.jumprelu.log_threshold.exp()
+        return theta.expand_as(z) if entries is None else AtFeatures.apply(theta, entries)
+
+    def activation(self, z, entries=None):
+        return JumpReLU.apply(z, self.theta(z, entries), self.cfg["bandwidth"])
+
+    def sparsity(self, z, acts, entries=None):
+        """The number of active features, differentiable in θ alone."""
+        return Step.apply(z, self.theta(z, entries), self.cfg["bandwidth"]).sum()
 
 
 def rectangle(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
@@ -252,7 +338,7 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        grad_threshold = -(threshold / ctx.bandwidth) * (rectangle(z, threshold, ctx.bandwidth) * grad).sum(0)
+        grad_threshold = -(threshold / ctx.bandwidth) * rectangle(z, threshold, ctx.bandwidth) * grad
         return grad * (z > threshold), grad_threshold, None
 
 
@@ -268,7 +354,7 @@ class Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        return None, -(rectangle(z, threshold, ctx.bandwidth) * grad).sum(0) / ctx.bandwidth, None
+        return None, -rectangle(z, threshold, ctx.bandwidth) * grad / ctx.bandwidth, None
 
 
 SAE_CLASSES = {"vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE}
