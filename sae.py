@@ -71,7 +71,7 @@ class BaseAutoencoder(nn.Module):
         x = x.to(self.W_enc.dtype)
         if not self.cfg["input_unit_norm"]:
             return x, None, None
-        mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
         return (x - mean) / (std + 1e-5), mean, std
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
@@ -162,8 +162,9 @@ class BaseAutoencoder(nn.Module):
 
         The rows are unit vectors here, and are made so again after the step (normalize_decoder).
         """
-        grad = self.W_dec.grad
-        grad -= (grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+        grad, rows = self.W_dec.grad, self.W_dec
+        parallel = torch.bmm(grad[:, None], rows[:, :, None])[:, 0]  # [F, 1], row by row, without a product [F, d]
+        grad.addcmul_(parallel, rows, value=-1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -311,7 +311,10 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> En
     # A group without positive numbers has no true maximum (group_maxima), so a negative floor lets it pass.
     flagged = maxima >= torch.where(floor > 0, floor, -torch.inf)[:, None]
     group = flagged.flatten().nonzero().squeeze(-1)
-    hits = z.view(-1, size).index_select(0, group) >= floor[group // groups][:, None]
+    members, level = z.view(-1, size).index_select(0, group), floor[group // groups][:, None]
+    if z.dtype == torch.bfloat16 and (floor > 0).all():  # among positive numbers integers compare the same, and faster
+        members, level = members.view(torch.int16), level.view(torch.int16)
+    hits = members >= level
     if hits.sum() > z.numel() // DENSE_FROM:
         return None
     hit = hits.flatten().nonzero().squeeze(-1)

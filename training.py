@@ -85,7 +85,9 @@ def save(saes: list, logs: list[RunLog]) -> None:
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
-    return torch.optim.Adam(sae.parameters(), lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+    """Adam, for training_step. It holds W_enc by its transpose (same memory): fused Adam copies what is not contiguous."""
+    parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
+    return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
 
 
 def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
@@ -94,8 +96,12 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
     output["loss"].backward()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
     sae.make_decoder_weights_and_grad_unit_norm()
+    for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
+        if held is not parameter:
+            held.grad = parameter.grad.T
     optimizer.step()
     optimizer.zero_grad()
+    sae.zero_grad()
     sae.normalize_decoder()
     sae.update_statistics(output)
     return output
