@@ -331,7 +331,7 @@ def what_is_not_finite(x, W, offset) -> str:
 
 def pays(num_tokens: int, d: int, num_features: int, k: int) -> bool:
     """Whether the sparse form of a TopK costs less than the dense one."""
-    return num_features >= 16 * k
+    return num_features >= 32 * k
 
 
 _scratch = {}

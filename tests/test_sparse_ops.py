@@ -1,0 +1,218 @@
+"""The sparse form selects what a float64 product would, and computes what the dense form computes."""
+
+import pytest
+import torch
+from test_sae import KINDS, make_sae, make_x
+
+import sparse_ops
+from sae import SAE_CLASSES, JumpReLUSAE
+from sparse_ops import Entries
+from training import make_optimizer, training_step
+
+SCREENS = (torch.bfloat16, torch.float32)
+
+
+def flat(entries):
+    return entries.rows * entries.shape[1] + entries.cols
+
+
+def feature_major(W):
+    return W.T.contiguous().T
+
+
+def hard_input(kind, seed):
+    """x [B, d] and W [d, F] in float32 of a random shape, with the difficulty `kind`."""
+    g = torch.Generator().manual_seed(seed)
+    B, d, F = (int(torch.randint(*span, (), generator=g)) for span in ((1, 40), (2, 90), (40, 400)))
+    F = F // 64 * 64 + 64 if seed % 2 else F
+    x, W = torch.randn(B, d, generator=g), torch.randn(d, F, generator=g) * 0.3
+    if kind == "heavy tails":
+        x = x / torch.rand(B, d, generator=g).clamp(min=1e-3)
+    if kind == "scales":
+        x = x * 10.0 ** torch.randint(-8, 8, (B, 1), generator=g)
+    if kind == "zero rows":
+        x[::2] = 0
+    if kind == "negative rows":
+        x, W = x.abs(), torch.where(torch.rand(F, generator=g) < 0.97, -W.abs(), W)
+    if kind == "ties":
+        x, W = x.sign(), W.sign()
+    if kind == "packed":  # all values within the screen's error of one another
+        W = W[:, :1] + 1e-4 * W
+    return x, feature_major(W)
+
+
+@pytest.fixture(autouse=True)
+def sparse_whatever_it_costs(monkeypatch):
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
+    monkeypatch.setattr(sparse_ops, "pays", lambda *_: True)
+
+
+@pytest.fixture(params=SCREENS, ids=str)
+def screen_dtype(request, monkeypatch):
+    monkeypatch.setattr(sparse_ops, "screen_dtype", lambda device: request.param)
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(6))
+def test_selects_what_float64_selects(screen_dtype, kind, per_row, seed):
+    """Exactly k a row (B·k a batch) less where fewer are positive, and the same as float64 beyond its gap to float32."""
+    x, W = hard_input(kind, seed)
+    k = 1 + seed * 2
+    entries, values = sparse_ops.largest(x, W, k, per_row)
+    z = x.double() @ W.double()
+    rounding = 2e-7 * len(W) * (x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0)).clamp(min=1e-30)
+    selected = torch.zeros_like(z, dtype=torch.bool)
+    selected[entries.rows, entries.cols] = True
+    assert selected.sum() == len(entries)  # no place twice
+    assert (values > 0).all()
+    assert ((values - z[selected]).abs() <= rounding[selected]).all()
+    # Of the surely positive entries, those surely above the k-th are selected and those surely below are not.
+    tables = [(z, rounding, selected, k)] if per_row else [(t.reshape(1, -1) for t in (z, rounding, selected))]
+    tables = tables if per_row else [(*tables[0], k * len(x))]
+    for z, rounding, selected, k in tables:
+        upper, lower = ((z + s * rounding).topk(k).values[:, -1:] for s in (1, -1))
+        assert selected[(z - rounding > upper) & (z - rounding > 0)].all()
+        assert not selected[z + rounding < lower].any()
+        assert not selected[z + rounding < 0].any()
+        surely_positive, maybe_positive = ((z > s * rounding).sum(-1).clamp(max=k) for s in (1, -1))
+        assert (selected.sum(-1) >= surely_positive).all()
+        assert (selected.sum(-1) <= maybe_positive).all()
+
+
+def test_ties_go_to_the_first(screen_dtype):
+    x, W = torch.ones(3, 2), feature_major(torch.ones(2, 128))
+    entries, _ = sparse_ops.largest(x, W, 5, per_row=True)
+    assert entries.rows.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert entries.cols.tolist() == [0, 1, 2, 3, 4] * 3
+    entries, _ = sparse_ops.largest(x, W, 5, per_row=False)
+    assert flat(entries).tolist() == list(range(15))
+
+
+@pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["plain", "heavy tails", "scales", "packed"])
+def test_the_screen_leaves_no_trace(monkeypatch, kind, per_row):
+    """Screened in bfloat16 or in float32: the same places and the same bits."""
+    x, W = hard_input(kind, 3)
+    found = []
+    for dtype in SCREENS:
+        monkeypatch.setattr(sparse_ops, "screen_dtype", lambda device, dtype=dtype: dtype)
+        found.append(sparse_ops.largest(x, W, 4, per_row))
+    assert torch.equal(flat(found[0][0]), flat(found[1][0]))
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("kind", ["plain", "heavy tails", "scales", "zero rows", "packed"])
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_above_a_threshold(screen_dtype, kind, seed):
+    """All entries above θ − margin and no others, but for float32's rounding."""
+    x, W = hard_input(kind, seed)
+    g = torch.Generator().manual_seed(seed)
+    b, theta = torch.randn(W.shape[1], generator=g) * 0.1, torch.rand(W.shape[1], generator=g) + 0.5
+    entries, values = sparse_ops.above(x, W, b, theta, 0.05)
+    distance = x.double() @ W.double() + b.double() - theta.double() + 0.05
+    rounding = 2e-7 * len(W) * (x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0)) + 1e-6
+    selected = torch.zeros_like(distance, dtype=torch.bool)
+    selected[entries.rows, entries.cols] = True
+    assert selected[distance > rounding].all()
+    assert not selected[distance < -rounding].any()
+    assert ((values - (x.double() @ W.double())[selected]).abs() <= rounding[selected]).all()
+
+
+def test_the_bound_holds(screen_dtype):
+    """The error of every screened value, its last rounding included, is within the bound."""
+    for kind in ("plain", "heavy tails", "scales", "negative rows"):
+        for seed in range(4):
+            x, W = hard_input(kind, seed)
+            z, error = sparse_ops.screen(x, W)
+            true = x.double() @ W.double()
+            allowed = (true.abs() + error.double()[:, None]) * sparse_ops.relative_error(z.dtype) * 1.01
+            assert ((z.double() - true).abs() <= error.double()[:, None] + allowed).all()
+
+
+def test_too_many_candidates_are_left_to_the_dense_form(monkeypatch):
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 16)
+    x, W = hard_input("packed", 1)
+    assert sparse_ops.largest(x, W.abs(), 1, per_row=False) is None or (x @ W.abs() > 0).float().mean() < 1 / 16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_are_reported(kind, bad):
+    """In the activations or the encoder, by either form; nothing is selected around them."""
+    for until_sparse in (0, 5):
+        sae = make_sae(kind, d=16, F=64, dtype="float32")
+        if "batches_until_sparse" in dict(sae.named_buffers()):
+            sae.batches_until_sparse.fill_(until_sparse)
+        x = make_x(8, 16, dtype=torch.float32)
+        sae(x)
+        x[3, 5] = bad
+        with pytest.raises(FloatingPointError, match="NaN or infinity in the activations"):
+            sae(x)
+
+
+def both_forms(kind, seed, **changes):
+    """The same SAE in dense and in sparse form, with gradients, of the same float32 batch."""
+    found = []
+    for sparse in (False, True):
+        sae = make_sae(kind, seed=seed, d=24, F=160, k=5, dtype="float32", **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sparse_ops, "pays", lambda *_: sparse)  # noqa: B023
+            if isinstance(sae, tuple(SAE_CLASSES[name] for name in ("vanilla", "jumprelu"))):
+                sae.batches_until_sparse.fill_(0 if sparse else 5)
+            x = make_x(30, 24, seed, dtype=torch.float32).requires_grad_()
+            output = sae(x)
+            assert output["feature_acts"].is_sparse == sparse
+            output["loss"].backward()
+        gradients = {name: p.grad for name, p in sae.named_parameters() if p.grad is not None} | {"x": x.grad}
+        found.append((sae, output, gradients))
+    return found
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_equal_the_dense_form(screen_dtype, kind, seed, unit_norm):
+    """Values to float32's rounding, gradients to 1e-5 of their norm, in x and every parameter, aux loss included."""
+    (_, dense, dense_grads), (_, sparse, sparse_grads) = both_forms(kind, seed, input_unit_norm=unit_norm)
+    assert set(dense) == set(sparse)
+    for key, value in dense.items():
+        torch.testing.assert_close(sparse[key].to_dense(), value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert {name for name, grad in dense_grads.items() if grad.any()} <= set(sparse_grads)
+    for name, grad in sparse_grads.items():
+        error = (grad - dense_grads.get(name, 0)).norm()
+        assert error <= 1e-5 * dense_grads.get(name, grad).norm(), name
+        assert grad.stride() == (dict(make_sae(kind).named_parameters()) | {"x": grad})[name].stride() or grad.ndim == 2
+
+
+def test_active_features_may_be_differentiated():
+    """feature_acts keeps its graph in sparse form, for whoever adds a loss of their own."""
+    sae = make_sae("topk", d=24, F=160, k=5, dtype="float32")
+    output = sae(make_x(30, 24, dtype=torch.float32))
+    output["feature_acts"].to_dense().sum().backward()
+    assert sae.W_enc.grad.abs().sum() > 0
+
+
+def test_the_form_follows_from_counts():
+    """A JumpReLU goes sparse after 10 sparse-enough batches, stays so, and goes back for 10 when many are active."""
+    sae = JumpReLUSAE(make_sae("jumprelu", d=16, F=480, dtype="float32", l1_coeff=0.0).cfg)
+    optimizer = make_optimizer(sae, sae.cfg | {"lr": 0.0})
+    forms = []
+    for step in range(30):
+        with torch.no_grad():
+            sae.jumprelu.log_threshold.fill_(-5.0 if step == 15 else 1.5)
+        output = training_step(sae, optimizer, make_x(16, 16, step, torch.float32), sae.cfg)
+        forms.append(output["feature_acts"].is_sparse)
+    assert forms == [False] * 10 + [True] * 6 + [False] * 10 + [True] * 4
+
+
+def test_entries_of_nothing():
+    """No entries at all: products of zeros, and no error."""
+    entries = Entries(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), (3, 4))
+    values = torch.zeros(0)
+    assert entries.dots(torch.ones(3, 2), torch.ones(4, 2)).shape == (0,)
+    assert torch.equal(entries.sum_into_rows(values, torch.ones(4, 2)), torch.zeros(3, 2))
+    assert torch.equal(entries.sum_into_features(values, torch.ones(3, 2)), torch.zeros(4, 2))
+    assert torch.equal(entries.sparse_tensor(values).to_dense(), torch.zeros(3, 4))
