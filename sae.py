@@ -100,8 +100,8 @@ class BaseAutoencoder(nn.Module):
     def forward(self, x: torch.Tensor) -> dict:
         """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.
 
-        sae_out [B, d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss, l0_norm,
-        l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the counters
+        sae_out [B, d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
+        l0_norm, l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the counters
         as they stand after this batch. No side effects: counters, thresholds and RNG move only in
         training.training_step, so whoever writes their own loop calls update_statistics(output) too.
         """
@@ -275,7 +275,7 @@ class BatchTopKSAE(TopKSAE):
     def update_statistics(self, output):
         super().update_statistics(output)
         acts = output["feature_acts"].detach()
-        acts = acts.values() if acts.is_sparse else acts
+        acts = F.pad(acts.values(), (0, 1)) if acts.is_sparse else acts  # one 0 more: there may be no values at all
         smallest = torch.where(acts > 0, acts, torch.inf).min()
         found = smallest.isfinite()  # a batch with nothing positive says nothing about the threshold
         self.threshold_num_batches += found

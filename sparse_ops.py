@@ -303,7 +303,7 @@ def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
 
 
 def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> Entries | None:
-    """The entries whose screened value z [B, F] reaches floor [B] of their row; None if they are more than 1/DENSE_FROM."""
+    """The entries whose screened value z [B, F] reaches floor [B] of their row; None if more than 1/DENSE_FROM do."""
     B, num_features = z.shape
     groups = maxima.shape[1]
     size = num_features // groups

@@ -22,8 +22,8 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
 
     `cfgs` are completed configs that agree on config.GROUP_KEYS; each run has its own record and its own sae/
     folder in output_dir/sweep/name. No SAE of a group changes another. Returns the final held-out metrics.
-    Raises InputError if a run is already finished or the dataset ends before num_tokens, and StreamError if the network
-    stays down; in the last two cases the SAEs are saved as they are.
+    Raises InputError if a run is already finished, if the dataset ends before num_tokens or if NaN or infinity turns
+    up, and StreamError if the network stays down; in all but the first case the SAEs are saved as they are.
     """
     cfg = cfgs[0]
     made_with = provenance(model, activation_store)
@@ -51,7 +51,15 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> li
             save(saes, logs)
             tell(f"The SAEs are saved as they are after {step - 1} of {num_steps} steps")
             raise
-        outputs = [training_step(sae, optimizer, x, run_cfg) for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs)]
+        outputs = []
+        for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs):
+            try:
+                outputs.append(training_step(sae, optimizer, x, run_cfg))
+            except FloatingPointError as error:  # raised before the weights are touched
+                bar.close()
+                save(saes, logs)
+                tell(f"The SAEs are saved as they were before step {step} of {num_steps}")
+                raise InputError(f"step {step}, {run_cfg['name']}: {error}") from error
         bar.update(len(x))
 
         # Records. Only here does a number leave the device.
@@ -85,7 +93,7 @@ def save(saes: list, logs: list[RunLog]) -> None:
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
-    """Adam, for training_step. It holds W_enc by its transpose (same memory): fused Adam copies what is not contiguous."""
+    """Adam, for training_step. It holds W_enc by its transpose (same memory): fused Adam copies all else."""
     parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
     return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
 

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 
+import sparse_ops
 from config import get_default_cfg, post_init_cfg
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
@@ -14,6 +15,13 @@ KINDS = ("vanilla", "topk", "batchtopk", "jumprelu")
 TOP_K_KINDS = ("topk", "batchtopk")
 # seed, B, d, F, k
 SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
+
+
+@pytest.fixture(autouse=True, params=["dense", "sparse"])
+def form(request, monkeypatch):
+    """Every promise is kept by both forms of TopK and BatchTopK, whatever they cost at these sizes."""
+    monkeypatch.setattr(sparse_ops, "pays", lambda *_: request.param == "sparse")
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
 
 
 def make_cfg(kind, d=5, F=24, k=3, **changes):

@@ -53,12 +53,10 @@ def screen_dtype(request, monkeypatch):
 
 
 @pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
-@pytest.mark.parametrize(
-    "kind", ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
-)  # fmt: skip
+@pytest.mark.parametrize("kind", ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"])
 @pytest.mark.parametrize("seed", range(6))
 def test_selects_what_float64_selects(screen_dtype, kind, per_row, seed):
-    """Exactly k a row (B·k a batch) less where fewer are positive, and the same as float64 beyond its gap to float32."""
+    """Exactly k a row (B·k a batch) less where fewer are positive, and those of float64 beyond float32's rounding."""
     x, W = hard_input(kind, seed)
     k = 1 + seed * 2
     entries, values = sparse_ops.largest(x, W, k, per_row)
@@ -80,6 +78,17 @@ def test_selects_what_float64_selects(screen_dtype, kind, per_row, seed):
         surely_positive, maybe_positive = ((z > s * rounding).sum(-1).clamp(max=k) for s in (1, -1))
         assert (selected.sum(-1) >= surely_positive).all()
         assert (selected.sum(-1) <= maybe_positive).all()
+
+
+def test_finds_a_winner_that_the_screen_underrates(screen_dtype):
+    """Two features whose screened values err by the whole bound, one up and one down: the true order counts."""
+    d, eps = 64, 1e-4
+    halfway = 1.984375 - 2.0**-8
+    W = torch.zeros(d + 1, 128)
+    W[:d, 3], W[:d, 90] = halfway + eps, halfway - eps  # rounded up by almost half a unit, and down
+    W[d, 90] = 0.03125  # which makes it the greater of the two
+    entries, _ = sparse_ops.largest(torch.ones(1, d + 1), feature_major(W), 1, per_row=True)
+    assert entries.cols.tolist() == [90]
 
 
 def test_ties_go_to_the_first(screen_dtype):
@@ -179,7 +188,7 @@ def test_outputs_and_gradients_equal_the_dense_form(screen_dtype, kind, seed, un
     (_, dense, dense_grads), (_, sparse, sparse_grads) = both_forms(kind, seed, input_unit_norm=unit_norm)
     assert set(dense) == set(sparse)
     for key, value in dense.items():
-        torch.testing.assert_close(sparse[key].to_dense(), value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(sparse[key].to_dense(), value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: k + m)
     assert {name for name, grad in dense_grads.items() if grad.any()} <= set(sparse_grads)
     for name, grad in sparse_grads.items():
         error = (grad - dense_grads.get(name, 0)).norm()
