@@ -101,9 +101,10 @@ class BaseAutoencoder(nn.Module):
         """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.
 
         sae_out [B, d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
-        l0_norm, l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the counters
-        as they stand after this batch. No side effects: counters, thresholds and RNG move only in
+        l0_norm, l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the
+        counters as they stand after this batch. No side effects: counters, thresholds and RNG move only in
         training.training_step, so whoever writes their own loop calls update_statistics(output) too.
+        Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
         """
         x, mean, std = self.preprocess_input(x)
         entries, z = self.sparse_pre_activation(x) or (None, self.pre_activation(x))
