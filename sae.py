@@ -76,7 +76,7 @@ class BaseAutoencoder(nn.Module):
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
         """[B, d] back in the residual stream's units."""
-        return reconstruction if mean is None else reconstruction * std + mean
+        return reconstruction if mean is None else torch.addcmul(mean, reconstruction, std)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Feature activations [B, F], dense, of residual-stream vectors [B, d].
@@ -111,7 +111,7 @@ class BaseAutoencoder(nn.Module):
         acts = self.activation(z, entries)
         reconstruction = self.decode(acts, entries)
 
-        l2_loss = (reconstruction - x).pow(2).mean()
+        l2_loss = F.mse_loss(reconstruction, x)
         if not l2_loss.isfinite():
             where = "the loss" if x.isfinite().all() else "the activations"
             raise FloatingPointError(f"NaN or infinity in {where}")
@@ -148,9 +148,17 @@ class BaseAutoencoder(nn.Module):
         index = dead.nonzero().squeeze(-1)  # its length is needed here: a device sync
         if len(index) == 0:
             return residual.new_zeros(())
-        z = self.pre_activation(x, index) if z is None else z[:, index]
-        acts = keep_top_k(F.relu(z), min(self.cfg["top_k_aux"], len(index)))
-        return self.cfg["aux_penalty"] * (acts @ self.W_dec[index] - residual).pow(2).mean()
+        k, W_dec, entries = min(self.cfg["top_k_aux"], len(index)), self.W_dec.index_select(0, index), None
+        if z is not None:
+            acts = keep_top_k(F.relu(z[:, index]), k)
+        else:
+            W_enc = self.W_enc.T.index_select(0, index).T
+            acts = keep_top_k(F.relu(PreActivation.apply(x, self.b_dec, W_enc)), k)
+            if len(index) >= 6 * k:  # then the gradients are cheaper in the sparse form
+                entries, values = Entries.of(acts)
+                acts = PreActivation.apply(x, self.b_dec, W_enc, entries, values)
+        reconstruction = acts @ W_dec if entries is None else Decode.apply(acts, W_dec, entries)
+        return self.cfg["aux_penalty"] * F.mse_loss(reconstruction, residual)
 
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
@@ -228,9 +236,8 @@ class TopKSAE(BaseAutoencoder):
     aux_loss_on_dead_features = True
     per_row = True
 
-    def pre_activation(self, x, features=None):
-        W_enc = self.W_enc if features is None else self.W_enc.T[features].T
-        return (x - self.b_dec) @ W_enc
+    def pre_activation(self, x):
+        return (x - self.b_dec) @ self.W_enc
 
     def sparse_pre_activation(self, x):
         if not sparse_ops.pays(len(x), *self.W_enc.shape, self.cfg["top_k"]):

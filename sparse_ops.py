@@ -25,11 +25,16 @@ A float32 screen takes the place of the bfloat16 one where that is not fast (see
 the last bit: values are always those of the second computation.
 """
 
+import os
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
-import torch
-import torch.nn.functional as F
+# Fresh memory costs a page fault per 4 KiB, a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It looks here
+# when it first allocates, so this comes before.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 # A dot product of an entry costs about as much as this many entries of a dense product.
 DENSE_FROM = 16
@@ -40,6 +45,12 @@ class Entries:
 
     def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int]):
         self.rows, self.cols, self.shape = rows, cols, shape
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> tuple["Entries", torch.Tensor]:
+        """Those of a matrix [B, F] that are not 0, and their values [n]."""
+        rows, cols = matrix.detach().nonzero(as_tuple=True)
+        return cls(rows, cols, matrix.shape), matrix.detach()[rows, cols]
 
     def __len__(self):
         return len(self.rows)
@@ -108,23 +119,34 @@ def weighted_sums(weights, index, bag_starts, table):
 
 
 class PreActivation(torch.autograd.Function):
-    """z [n] = (x − b_dec) W_enc at the entries, whose values are known already. b_dec may be None."""
+    """z = (x − b_dec) W_enc, [n] at the entries, whose values are known already, or [B, F] if there are none given.
+
+    b_dec may be None.
+    """
 
     @staticmethod
-    def forward(ctx, x, b_dec, W_enc, entries, values):
+    def forward(ctx, x, b_dec, W_enc, entries=None, values=None):
         ctx.save_for_backward(x, b_dec, W_enc)
         ctx.entries = entries
-        return values.clone()
+        return inputs(x, b_dec) @ W_enc if entries is None else values.clone()
 
     @staticmethod
     def backward(ctx, grad):
         x, b_dec, W_enc = ctx.saved_tensors
         entries = ctx.entries
-        inputs = x if b_dec is None else x - b_dec
-        grad_x = entries.sum_into_rows(grad, W_enc.T) if ctx.needs_input_grad[0] else None
-        # Σ_i of −grad_x, but the sum over tokens first: one vector instead of B.
-        grad_b_dec = -(W_enc @ entries.feature_sums(grad)) if b_dec is not None else None
-        return grad_x, grad_b_dec, entries.sum_into_features(grad, inputs).T, None, None
+        grad_x = grad_b_dec = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ W_enc.T if entries is None else entries.sum_into_rows(grad, W_enc.T)
+        if b_dec is not None:
+            # Σ_i of −grad_x, but the sum over tokens first: one vector instead of B.
+            grad_b_dec = -(W_enc @ (grad.sum(0) if entries is None else entries.feature_sums(grad)))
+        x = inputs(x, b_dec)
+        grad_W_enc = (grad.T @ x if entries is None else entries.sum_into_features(grad, x)).T
+        return grad_x, grad_b_dec, grad_W_enc, None, None
+
+
+def inputs(x, b_dec):
+    return x if b_dec is None else x - b_dec
 
 
 class Decode(torch.autograd.Function):
@@ -315,7 +337,7 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> En
     if z.dtype == torch.bfloat16 and (floor > 0).all():  # among positive numbers integers compare the same, and faster
         members, level = members.view(torch.int16), level.view(torch.int16)
     hits = members >= level
-    if hits.sum() > z.numel() // DENSE_FROM:
+    if hits.count_nonzero() > z.numel() // DENSE_FROM:  # sum would make it int64 first
         return None
     hit = hits.flatten().nonzero().squeeze(-1)
     flat = group[hit // size] * size + hit % size

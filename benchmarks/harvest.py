@@ -17,7 +17,6 @@ Also: the share of pairs of a batch's rows that come from one context, and the p
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -31,6 +30,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from machine import cpu_name  # noqa: E402
 
 from activation_store import ActivationsStore  # noqa: E402
 from config import post_init_cfg  # noqa: E402
@@ -132,12 +133,6 @@ def table(results: dict) -> str:
             f"{result['buffer_bytes'] / 2**20:.0f} MiB | {result['memory_growth_bytes'] / 2**20:.0f} MiB |"
         )
     return "\n".join(lines)
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -1,0 +1,67 @@
+"""One training step as the published scripts do it (github.com/bartbussmann/BatchTopK), in dense tensors.
+
+Written from the definitions, to time against: the same losses and gradients as sae.py but for what the README says
+differs, products and selections over all of [B, F], torch's plain Adam.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sae import JumpReLU, Step
+
+
+class DenseReference:
+    """Weights of its own, copied from an SAE of sae.py."""
+
+    def __init__(self, sae):
+        self.cfg = sae.cfg
+        self.p = {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in sae.named_parameters()}
+        for p in self.p.values():
+            p.requires_grad_()
+        self.num_batches_not_active = sae.num_batches_not_active.clone()
+        cfg = self.cfg
+        self.optimizer = torch.optim.Adam(self.p.values(), lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]))
+
+    def loss(self, x):
+        p, cfg = self.p, self.cfg
+        x = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+        if cfg["sae_type"] == "jumprelu":
+            threshold = p["jumprelu.log_threshold"].exp()
+            z = F.relu(x @ p["W_enc"] + p["b_enc"])
+            acts = JumpReLU.apply(z, threshold.expand_as(z), cfg["bandwidth"])
+            sparsity = cfg["l1_coeff"] * Step.apply(z, threshold.expand_as(z), cfg["bandwidth"]).sum(-1).mean()
+        elif cfg["sae_type"] == "vanilla":
+            acts = F.relu((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"])
+            sparsity = cfg["l1_coeff"] * acts.abs().sum(-1).mean()
+        else:
+            z = F.relu((x - p["b_dec"]) @ p["W_enc"])
+            values, k = (z, cfg["top_k"]) if cfg["sae_type"] == "topk" else (z.flatten(), cfg["top_k"] * len(x))
+            top = values.topk(k, dim=-1)
+            acts = torch.zeros_like(values).scatter(-1, top.indices, top.values).view_as(z)
+            sparsity = cfg["l1_coeff"] * acts.abs().sum(-1).mean()
+        reconstruction = acts @ p["W_dec"] + p["b_dec"]
+        loss = (reconstruction - x).pow(2).mean() + sparsity
+
+        active = (acts > 0).any(0)
+        self.num_batches_not_active = torch.where(active, 0, self.num_batches_not_active + 1)
+        dead = self.num_batches_not_active >= cfg["n_batches_to_dead"]
+        if cfg["sae_type"] in ("topk", "batchtopk") and dead.any():
+            top = z[:, dead].topk(min(cfg["top_k_aux"], int(dead.sum())), dim=-1)
+            acts_aux = torch.zeros_like(z[:, dead]).scatter(-1, top.indices, top.values)
+            residual = x - reconstruction
+            loss = loss + cfg["aux_penalty"] * (acts_aux @ p["W_dec"][dead] - residual).pow(2).mean()
+        return loss
+
+    def step(self, x):
+        p = self.p
+        loss = self.loss(x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(p.values(), self.cfg["max_grad_norm"])
+        with torch.no_grad():
+            rows = p["W_dec"] / p["W_dec"].norm(dim=-1, keepdim=True)
+            p["W_dec"].grad -= (p["W_dec"].grad * rows).sum(-1, keepdim=True) * rows
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            p["W_dec"] /= p["W_dec"].norm(dim=-1, keepdim=True)
+        return loss

@@ -1,0 +1,265 @@
+"""One training step of this project against one of SAELens, dictionary_learning and sparsify, on the CPU.
+
+    python -m venv peers && peers/bin/pip install sae-lens dictionary-learning eai-sparsify
+    peers/bin/python benchmarks/peers.py [--types batchtopk topk] [--rounds N] [--json FILE]
+
+They have a venv of their own because sae-lens wants an older transformer_lens; any of the three will do, and those that
+are absent are named. This project's step runs with the same Python and torch, which suffices where sae-lens is, or else
+with the Python that --python names. (With a CPU-only torch, `pip uninstall torchvision`: it would have to match.)
+
+Every trainer is a process that stays alive and does one step when told to, so that they alternate, one step of each a
+round, while the others sleep. All get the same fresh batches (sums of 20 of many random directions, frequent and rare,
+plus noise), drawn outside of the timed part. A step is all that the library's trainer does with a batch: forward, loss,
+backward, its clipping and decoder norms, Adam, its counters of dead features. No feature ever counts as dead, so nobody
+computes an auxiliary loss. Their settings are the defaults, except:
+
+    SAELens              SAETrainer.step; "sparse" is TopK with use_sparse_activations=True, which on a CPU works only
+                         with rescale_acts_by_decoder_norm=False
+    dictionary_learning  TopKTrainer.update, BatchTopKTrainer.update; the threshold is estimated from the first step
+                         on, as in a long run, not from the 1000th
+    sparsify             the body of Trainer.fit, which takes no activations, around SparseCoder; Adam, not signum
+
+Times are medians over the rounds (lower – upper quartile); ratios are those of each round's own. Peak RSS is a whole
+process; "imports" is what it had reached before it built anything.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from machine import cpu_name
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "this project"
+
+
+def our_step(sae_type: str, size: argparse.Namespace):
+    from config import post_init_cfg
+    from sae import SAE_CLASSES
+    from training import make_optimizer, training_step
+
+    cfg = {"sae_type": sae_type, "batch_size": size.batch, "act_size": size.d, "dict_size": size.dict_size}
+    cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": "cpu"})
+    sae = SAE_CLASSES[sae_type](cfg).train()
+    optimizer = make_optimizer(sae, cfg)
+    return lambda x: training_step(sae, optimizer, x, cfg)
+
+
+def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    prefix = {"topk": "TopK", "batchtopk": "BatchTopK"}[sae_type]
+    cfg = getattr(sae_lens, f"{prefix}TrainingSAEConfig")(d_in=size.d, d_sae=size.dict_size, k=size.k, **options)
+    sae = getattr(sae_lens, f"{prefix}TrainingSAE")(cfg)
+    samples = dict(total_training_samples=10**6 * size.batch, train_batch_size_samples=size.batch, lr_end=3e-4)
+    trainer = SAETrainer(SAETrainerConfig(**samples), sae, data_provider=None)
+
+    def step(x):
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    return step
+
+
+def dictionary_learning_step(sae_type: str, size: argparse.Namespace):
+    from dictionary_learning import trainers
+
+    Trainer = {"topk": trainers.TopKTrainer, "batchtopk": trainers.BatchTopKTrainer}[sae_type]
+    shape = dict(activation_dim=size.d, dict_size=size.dict_size, k=size.k, layer=0, lm_name="none", device="cpu")
+    trainer = Trainer(steps=10**6, threshold_start_step=0, **shape)
+    steps = iter(range(10**6))
+    return lambda x: trainer.update(next(steps), x)
+
+
+def sparsify_step(sae_type: str, size: argparse.Namespace):
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(size.d, SparseCoderConfig(num_latents=size.dict_size, k=size.k), "cpu", torch.float32)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (size.dict_size / 2**14) ** 0.5)
+    tokens_since_fired = torch.zeros(size.dict_size, dtype=torch.long)
+
+    def step(x):
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x)
+        out.fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens_since_fired.add_(len(x))
+        tokens_since_fired[out.latent_indices.flatten()] = 0
+
+    return step
+
+
+BOTH = ("batchtopk", "topk")
+SPARSE = dict(use_sparse_activations=True, rescale_acts_by_decoder_norm=False)
+TRAINERS = {  # name: (package, module to import, what builds the step, SAE types)
+    OURS: (None, "training", our_step, BOTH),
+    "SAELens": ("sae-lens", "sae_lens", sae_lens_step, BOTH),
+    "SAELens, sparse": ("sae-lens", "sae_lens", partial(sae_lens_step, **SPARSE), ("topk",)),
+    "dictionary_learning": ("dictionary-learning", "dictionary_learning.trainers", dictionary_learning_step, BOTH),
+    "sparsify": ("eai-sparsify", "sparsify", sparsify_step, ("topk",)),
+}
+
+
+def peak_rss() -> int:
+    """Bytes, of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def serve(name: str, sae_type: str, size: argparse.Namespace) -> None:
+    """A child: for every line read, one step, and a line of JSON with its seconds; the first line is about itself."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print
+    try:
+        import torch
+
+        if name == OURS:
+            sys.path.insert(0, str(ROOT))
+        _, module, build, _ = TRAINERS[name]
+        importlib.import_module(module)
+        imports = peak_rss()
+        torch.manual_seed(0)
+        step = build(sae_type, size)
+        directions = torch.randn(size.dict_size, size.d, generator=torch.Generator().manual_seed(0)) / 40**0.5
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "imports": imports}
+        print(json.dumps(about), file=answers)
+        for i, _ in enumerate(sys.stdin, start=1):
+            generator = torch.Generator().manual_seed(i)
+            which = (torch.rand(size.batch, 20, generator=generator) ** 2 * size.dict_size).long()
+            strength = torch.empty(size.batch, 20).exponential_(generator=generator)
+            x = torch.nn.functional.embedding_bag(which, directions, mode="sum", per_sample_weights=strength)
+            x += 0.1 * torch.randn(x.shape, generator=generator)
+            begun = time.perf_counter()
+            step(x)
+            print(json.dumps({"seconds": time.perf_counter() - begun, "peak_rss": peak_rss()}), file=answers)
+    except Exception as error:
+        line = (str(error).strip() or "no message").splitlines()[0]
+        print(json.dumps({"error": f"{type(error).__name__}: {line[:150]}"}), file=answers)
+
+
+class Child:
+    def __init__(self, name: str, sae_type: str, args: argparse.Namespace):
+        python = args.python if name == OURS else sys.executable
+        command = [python, __file__, *sys.argv[1:], "--serve", name, sae_type]
+        environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.seconds, self.about = [], self.answer()
+
+    def answer(self) -> dict:
+        """Raises RuntimeError if the child failed."""
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"ended with status {self.process.wait()}"}
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def step(self) -> float:
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        self.about["peak_rss"] = answer["peak_rss"]
+        return answer["seconds"]
+
+
+def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
+    """{name: what the child told about itself, and the seconds of each counted step}; those that fail are told."""
+    children = {}
+    try:
+        for name in names:
+            try:
+                children[name] = Child(name, sae_type, args)
+                for _ in range(args.warmup):
+                    children[name].step()
+            except (RuntimeError, OSError) as error:
+                if name == OURS:
+                    sys.exit(f"this project's step does not run with {args.python}: {error}; --python names another")
+                print(f"{name} ({sae_type}) left out: {error}", file=sys.stderr)
+                children.pop(name, None)
+        for _ in range(args.rounds):
+            for child in children.values():
+                child.seconds.append(child.step())
+    finally:
+        for child in children.values():
+            child.process.stdin.close()
+            child.process.wait()
+    return {name: child.about | {"seconds": child.seconds} for name, child in children.items()}
+
+
+def spread(values: list[float], form: str) -> str:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:{form}} ({low:{form}} – {high:{form}})"
+
+
+def table(results: dict, batch: int) -> str:
+    rows = [["SAE", "trainer", "seconds a step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
+    for sae_type, trainers in results.items():
+        for name, result in trainers.items():
+            ratios = [a / b for a, b in zip(result["seconds"], trainers[OURS]["seconds"])]
+            rows.append([sae_type, name, spread(result["seconds"], ".3f")])
+            rows[-1] += [f"{batch / statistics.median(result['seconds']):,.0f}", spread(ratios, ".2f")]
+            rows[-1] += [f"{result[key] / 2**20:,.0f} MiB" for key in ("peak_rss", "imports")]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", nargs="+", choices=BOTH, default=BOTH, help="SAE types (default: both)")
+    parser.add_argument("--batch", type=int, default=4096, help="tokens per step (default: 4096)")
+    parser.add_argument("--d", type=int, default=768, help="width of the activations (default: 768)")
+    parser.add_argument("--dict-size", type=int, default=12288, help="features (default: 12288)")
+    parser.add_argument("--k", type=int, default=32, help="active features per token (default: 32)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each that are not counted (default: 3)")
+    parser.add_argument("--rounds", type=int, default=10, help="counted steps of each (default: 10)")
+    parser.add_argument("--python", default=sys.executable, help="Python for this project's step (default: this one)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(*args.serve, args)
+    if args.rounds < 2:
+        parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
+
+    versions = {}
+    for package in dict.fromkeys(package for package, *_ in TRAINERS.values() if package):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    if not any(versions.values()):
+        sys.exit(f"{sys.executable} has none of {', '.join(versions)}; the top of {__file__} says how to install them")
+
+    results = {}
+    for sae_type in args.types:
+        present = [name for name, (package, *_) in TRAINERS.items() if name == OURS or versions[package]]
+        results[sae_type] = measure(sae_type, [name for name in present if sae_type in TRAINERS[name][3]], args)
+    told = [result for trainers in results.values() for result in trainers.values()]
+    torches = ", ".join(sorted({f"torch {result['torch']} with {result['threads']} threads" for result in told}))
+    print(f"{cpu_name()}, Python {platform.python_version()}, {torches}")
+    print(", ".join(f"{package} {version or 'absent'}" for package, version in versions.items()))
+    sizes = {key: getattr(args, key) for key in ("batch", "d", "dict_size", "k")}
+    print(f"{', '.join(f'{key} {value}' for key, value in sizes.items())}, {args.rounds} rounds")
+    print(f"\n{table(results, args.batch)}")
+    if args.json:
+        machine = {"cpu": cpu_name(), "python": platform.python_version(), "versions": versions}
+        args.json.write_text(json.dumps(machine | sizes | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""What one training step costs: against the dense step as published, this program's dense form, and one product.
+
+    python benchmarks/step.py [--growth] [--rounds N] [--only TEXT] [--json FILE] [--plot FILE]
+
+In every round, one after the other, on the same batch: this program's training_step; the same with the sparse form
+switched off; the published step (dense_reference.py); and the encoder's product [B, d] x [d, F] in float32 alone.
+Medians over the rounds, with the quartiles; ratios are medians of each round's own. Peak memory is that of a process
+that does nothing but such steps, less what it held before it built the SAE: weights, optimizer, gradients and all.
+
+Tokens are sparse sums of random directions, and noise. Dead features are held dead: their encoder columns are small and
+their counters high before every step. L0 of JumpReLU and vanilla is set by the initial thresholds or biases.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dense_reference import DenseReference  # noqa: E402
+from machine import cpu_name  # noqa: E402
+
+from config import post_init_cfg  # noqa: E402
+from sae import SAE_CLASSES  # noqa: E402
+from sparse_ops import screen_dtype  # noqa: E402
+from training import make_optimizer, training_step  # noqa: E402
+
+CONTENDERS = ("ours", "dense form", "published", "encoder product")
+PAPER = dict(batch_size=4096, act_size=768, dict_size=12288, top_k=32, num_dead=0, l0=None)
+SETUPS = [dict(sae_type=t, dict_size=768 * n) for t in ("batchtopk", "topk") for n in (4, 8, 16, 32)]
+SETUPS += [dict(sae_type=t, top_k=k) for t in ("batchtopk", "topk") for k in (16, 64)]
+SETUPS += [dict(sae_type="batchtopk", num_dead=n) for n in (500, 2000, 8000)]
+SETUPS += [dict(sae_type="topk", num_dead=2000)]
+SETUPS += [dict(sae_type="jumprelu", l0=l0) for l0 in (32, 128)] + [
+    dict(sae_type="vanilla", l0=l0) for l0 in (64, 1000)
+]
+DEMO = dict(batch_size=1024, act_size=128)
+SETUPS += [
+    dict(DEMO, sae_type="batchtopk", dict_size=size, top_k=k)
+    for size, k in ((256, 16), (512, 8), (512, 32), (1024, 16))
+]
+SETUPS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
+SETUPS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
+GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
+GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
+LARGEST_DENSE = 2**27  # entries of [B, F]: beyond this the dense steps take a minute each and are left out
+
+
+def label(setup: dict) -> str:
+    more = f", k {setup['top_k']}" if setup["l0"] is None else f", L0 about {setup['l0']}"
+    more += f", {setup['num_dead']} dead" if setup["num_dead"] else ""
+    return f"{setup['sae_type']}, B {setup['batch_size']}, d {setup['act_size']}, F {setup['dict_size']}{more}"
+
+
+def batches(setup: dict, device: str) -> list[torch.Tensor]:
+    """Two batches of tokens [B, d]: each the sum of 40 of 4 d directions with exponential weights, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    B, d = setup["batch_size"], setup["act_size"]
+    directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=generator), dim=-1)
+    result = []
+    for _ in range(2):
+        which = torch.randint(4 * d, (B, 40), generator=generator)
+        weights = torch.empty(B, 40).exponential_(generator=generator)
+        x = torch.nn.functional.embedding_bag(which, directions, per_sample_weights=weights, mode="sum")
+        result.append((x + 0.05 * torch.randn(B, d, generator=generator)).to(device))
+    return result
+
+
+class Bench:
+    """The contenders of one setup, each with weights and an optimizer of its own; `step[name](x)` runs one."""
+
+    def __init__(self, setup: dict, names: list[str], device: str):
+        keys = {key: value for key, value in setup.items() if key not in ("num_dead", "l0")}
+        l1_coeff = 0.0 if setup["l0"] is None else 0.001
+        cfg = post_init_cfg(keys | {"device": device, "l1_coeff": l1_coeff})
+        self.setup, self.cfg, self.batches, self.saes = setup, cfg, batches(setup, device), {}
+        self.step = {}
+        for name in names:
+            sae = self.build()
+            if name == "published":
+                sae = DenseReference(sae)
+                self.step[name] = sae.step
+            elif name == "encoder product":
+                W_enc = sae.W_enc.detach().contiguous()
+                self.step[name] = W_enc.__rmatmul__
+            else:
+                optimizer = make_optimizer(sae, cfg)
+                if name == "dense form":
+                    sae.sparse_pre_activation = lambda x: None
+                self.step[name] = lambda x, sae=sae, optimizer=optimizer: training_step(sae, optimizer, x, cfg)
+            self.saes[name] = sae
+
+    @torch.no_grad()
+    def build(self):
+        sae = SAE_CLASSES[self.cfg["sae_type"]](self.cfg)
+        if self.setup["l0"] is not None:
+            z = sae.pre_activation(sae.preprocess_input(self.batches[0][:512])[0])
+            level = z.flatten().kthvalue(z.numel() - 512 * self.setup["l0"]).values
+            if self.cfg["sae_type"] == "jumprelu":
+                sae.jumprelu.log_threshold.fill_(level.log())
+            else:
+                sae.b_enc.fill_(-level)
+        return sae
+
+    @torch.no_grad()
+    def hold_dead(self, name: str) -> None:
+        sae, n = self.saes[name], self.setup["num_dead"]
+        if name == "encoder product":
+            return
+        sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, 0
+        if n:
+            W_enc = sae.p["W_enc"] if name == "published" else sae.W_enc
+            W_enc[:, :n] *= 0.2 * W_enc[:, n:].norm(dim=0).mean() / W_enc[:, :n].norm(dim=0)
+
+    def time(self, name: str, x: torch.Tensor) -> float:
+        self.hold_dead(name)
+        synchronize(x.device)
+        begun = time.perf_counter()
+        self.step[name](x)
+        synchronize(x.device)
+        return time.perf_counter() - begun
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(setup: dict, rounds: int, device: str) -> dict:
+    names = [
+        n
+        for n in CONTENDERS
+        if setup["batch_size"] * setup["dict_size"] <= LARGEST_DENSE or n in ("ours", "encoder product")
+    ]
+    bench = Bench(setup, names, device)
+    for _ in range(12 if setup["l0"] is not None else 2):  # JumpReLU and vanilla begin in the dense form
+        bench.time("ours", bench.batches[0])
+    seconds = {name: [] for name in names}
+    for i in range(rounds + 1):  # the first warms up
+        for name in names:
+            took = bench.time(name, bench.batches[i % 2])
+            if i > 0:
+                seconds[name].append(took)
+    del bench
+    memory = {name: in_own_process(setup, name, device) for name in names if name != "encoder product"}
+    return {"setup": setup, "seconds": seconds, "peak_bytes": memory}
+
+
+def in_own_process(setup: dict, name: str, device: str) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, (setup, name, device))
+
+
+def peak_memory(setup: dict, name: str, device: str) -> int:
+    """Bytes at the peak of three steps, beyond what the process (the device) held before the SAE was built."""
+    batches(setup, device)
+    cuda = device.startswith("cuda")
+    before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+    bench = Bench(setup, [name], device)
+    for i in range(3 if setup["l0"] is None else 12):
+        if not cuda and i == (0 if setup["l0"] is None else 10):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        bench.time(name, bench.batches[i % 2])
+    if cuda:
+        return torch.cuda.max_memory_allocated() - before
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024 - before
+
+
+def table(results: list[dict]) -> str:
+    heads = ("SAE", "ours, ms (quartiles)", "dense form ÷ ours", "published ÷ ours", "ours ÷ encoder product")
+    lines = [f"| {' | '.join(heads)} | peak MiB: ours, dense form, published |", "|---|---|---|---|---|---|"]
+    for result in results:
+        seconds, peak = result["seconds"], result["peak_bytes"]
+        low, middle, high = statistics.quantiles(seconds["ours"], n=4, method="inclusive")
+        cells = [label(result["setup"]), f"{middle * 1e3:,.3g} ({low * 1e3:,.3g} – {high * 1e3:,.3g})"]
+        cells += [
+            f"{ratio(seconds, name, 'ours'):.1f}" if name in seconds else "" for name in ("dense form", "published")
+        ]
+        cells += [f"{ratio(seconds, 'ours', 'encoder product'):.2f}"]
+        cells += [", ".join(f"{size / 2**20:,.0f}" for size in peak.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratio(seconds: dict, a: str, b: str) -> float:
+    """The median over the rounds of each round's own ratio."""
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+
+
+def plot(results: list[dict], file: Path) -> None:
+    """Seconds a step against dictionary size and against batch size, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.8), sharey=True, layout="constrained")
+    styles = {"published": ("#999999", "s"), "encoder product": ("#E69F00", "^"), "ours": ("#0072B2", "o")}
+    for ax, key, name in ((axes[0], "dict_size", "dictionary size"), (axes[1], "batch_size", "batch size")):
+        other = "batch_size" if key == "dict_size" else "dict_size"
+        rows = [result for result in results if result["setup"][other] == PAPER[other]]
+        for contender, (colour, marker) in styles.items():
+            points = [
+                (r["setup"][key], statistics.median(r["seconds"][contender])) for r in rows if contender in r["seconds"]
+            ]
+            ax.plot(
+                *zip(*sorted(points)),
+                color=colour,
+                marker=marker,
+                markersize=4,
+                label=f"{contender}, step" if contender != "encoder product" else "encoder product alone, float32",
+            )
+        ax.set(xscale="log", yscale="log", xlabel=f"{name} ({other.replace('_', ' ')} {PAPER[other]})")
+        ax.set_xticks([r["setup"][key] for r in rows], [f"{r['setup'][key]:,}" for r in rows], minor=False)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    axes[0].legend(frameon=False)
+    figure.suptitle("One training step of BatchTopK, d 768, k 32", fontsize=9)
+    figure.savefig(file, dpi=200)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--growth", action="store_true", help="dictionaries 2^13 to 2^17 and batches 2^10 to 2^14 instead"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the setups whose name has this in it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it")
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds: at least 2, for the quartiles")
+    setups = [PAPER | setup for setup in (GROWTH if args.growth else SETUPS)]
+    chosen = [setup for setup in setups if args.only in label(setup)]
+    if not chosen:
+        parser.error(f"--only {args.only!r} is in none of: {'; '.join(map(label, setups))}")
+    results = []
+    for setup in tqdm(chosen, unit="setup"):
+        results.append(measure(setup, args.rounds, args.device))
+        tqdm.write(table(results[-1:]).splitlines()[-1])
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
+    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
+    print(f"screen in {screen_dtype(torch.device(args.device))}\n\n{table(results)}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
