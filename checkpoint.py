@@ -1,14 +1,37 @@
-"""Saving and loading SAEs: safetensors and JSON, written atomically; loading runs no code."""
+"""What is on the disk: SAEs and checkpoints, in safetensors and JSON; loading runs no code.
 
+A checkpoint is all that a group of runs needs to go on as if it had never stopped:
+
+    output_dir/sweep/groups/<hash of its runs>/step_000000600/00.safetensors …   a run's SAE and optimizer
+                                                              state.json         step, stream, runs, provenance
+                                                              manifest.json      SHA-256 of the others; written last
+
+Everything is written under a temporary name, flushed, and renamed, so a kill leaves the old or the new.
+"""
+
+import functools
+import hashlib
 import json
 import os
 import shutil
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors.torch
 from safetensors.torch import load_file, save_file
 
-from config import InputError, post_init_cfg
+from config import InputError, post_init_cfg, tell
 from sae import SAE_CLASSES, BaseAutoencoder
+
+LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
+
+
+class SaveError(RuntimeError):
+    """Something could not be written. One line says what; the same command goes on once there is room."""
+
+
+# SAEs
 
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
@@ -52,6 +75,221 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     return sae.eval()
 
 
+# Checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of a group of runs (training.Run). If there is one that holds them all, it is loaded.
+
+    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of the newest. Raises InputError
+    if what they were made with differs from `provenance`, unless resume_anyway, or if all that there are are damaged.
+    """
+
+    def __init__(self, runs: list, provenance: dict, resume_anyway: bool):
+        self.runs, self.provenance, self.cfg = runs, provenance, runs[0].cfg
+        cfgs = [run.cfg for run in runs]
+        self.folder = group_folder(cfgs)
+        path = newest_checkpoint(cfgs)
+        state = load_checkpoint(path, runs) if path else {"step": 0, "seconds": 0.0, "stream": None}
+        self.step, self.seconds, self.stream = state["step"], state["seconds"], state["stream"]
+        if path:
+            check_provenance(state["provenance"], provenance, path, resume_anyway)
+            tell(f"Going on after step {self.step}, from {path}")
+        self.begun = self.saved_at = time.time()
+        self.took = 0.0
+
+    def due(self, step: int) -> bool:
+        """Every checkpoint_freq steps, and every 15 minutes if writing one takes less than 2 % of the time so."""
+        pause = max(LONGEST_PAUSE, 50 * self.took)
+        return step % self.cfg["checkpoint_freq"] == 0 or time.time() - self.saved_at > pause
+
+    def save(self, step: int, stream: dict) -> None:
+        """Save the runs as they are after `step`, unless they have been. Raises SaveError as save_errors says."""
+        if step <= self.step or not self.runs:
+            return
+        begun = time.time()
+        state = {"step": step, "seconds": self.elapsed(), "stream": stream, "provenance": self.provenance}
+        with disk(self.cfg, f"the checkpoint after step {step}"):
+            for run in self.runs:
+                run.log.sync()
+            save_checkpoint(self.folder, self.runs, state, self.cfg["keep_checkpoints"])
+            self.step = step
+        self.saved_at, self.took = time.time(), time.time() - begun
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a stop included."""
+        return self.seconds + time.time() - self.begun
+
+
+@contextmanager
+def disk(cfg: dict, what: str):
+    """Where something cannot be written: the end (SaveError), or a line about it, as save_errors says."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{what} cannot be written: {error.strerror or error}"
+        if cfg["save_errors"] == "stop":
+            raise SaveError(f"{line}; once it can, the same command goes on from the last checkpoint") from error
+        tell(f"{line}; training goes on without (save_errors)")
+
+
+def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
+    """Write a checkpoint of `runs` (each with .sae, .optimizer, .cfg) into `folder`, and delete all but the newest
+    `keep` once it has been read back. `state` holds "step" and whatever else is to come back, in plain values.
+
+    Raises OSError if it cannot be written; the older ones are left as they are then.
+    """
+    path = folder / f"step_{state['step']:09}"
+    temporary = path.with_name(path.name + ".tmp")
+    for left_over in folder.glob("*.tmp"):
+        shutil.rmtree(left_over)
+    temporary.mkdir(parents=True)
+    digests = {}
+    for name, run in {f"{i:02}.safetensors": run for i, run in enumerate(runs)}.items():
+        digests[name] = write(temporary / name, safetensors.torch.save(tensors_of(run)))
+    state = state | {"runs": [run.cfg["name"] for run in runs]}
+    digests["state.json"] = write(temporary / "state.json", json.dumps(state, indent=2).encode())
+    write_json(temporary / "manifest.json", digests)
+    if path.exists():  # damaged, or it would have been gone on from
+        shutil.rmtree(path)
+    temporary.rename(path)
+    sync_folder(folder)
+    if problem := damage(path):
+        raise OSError(f"{path} was written, but {problem}")
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def tensors_of(run) -> dict:
+    """The SAE's parameters and buffers as sae.*, Adam's state of parameter i as adam.i.*"""
+    tensors = {f"sae.{name}": tensor for name, tensor in run.sae.state_dict().items()}
+    for i, values in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{i}.{key}": tensor for key, tensor in values.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def load_checkpoint(path: Path, runs: list) -> dict:
+    """Put each run's SAE and optimizer where they were; returns the state that was saved with them."""
+    state = json.loads((path / "state.json").read_text())
+    for run in runs:
+        tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
+        try:
+            run.sae.load_state_dict(part(tensors, "sae"))
+            adam = {i: part(tensors, f"adam.{i}") for i in range(len(list(run.sae.parameters())))}
+            adam = {i: values for i, values in adam.items() if values}
+            groups = run.optimizer.state_dict()["param_groups"]
+            run.optimizer.load_state_dict({"state": adam, "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{path} does not fit {run.cfg['name']}: {' '.join(str(error).split())[:300]}") from error
+    return state
+
+
+def part(tensors: dict, prefix: str) -> dict:
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+
+
+def group_folder(cfgs: list[dict]) -> Path:
+    """Where a group of these runs keeps its checkpoints."""
+    names = "\n".join(sorted(cfg["name"] for cfg in cfgs))
+    return groups_folder(cfgs[0]) / hashlib.sha256(names.encode()).hexdigest()[:12]
+
+
+def groups_folder(cfg: dict) -> Path:
+    return Path(cfg["output_dir"]) / cfg["sweep"] / "groups"
+
+
+def newest_checkpoint(cfgs: list[dict]) -> Path | None:
+    """The sound one with the most steps that holds all these runs; None if they were never saved.
+
+    Damaged ones are told of and passed over. Raises InputError if there are damaged ones only: what was trained may
+    be in them, and nothing is to be begun anew over that.
+    """
+    names, damaged = {cfg["name"] for cfg in cfgs}, []
+    paths = groups_folder(cfgs[0]).glob("*/step_*[0-9]")
+    for path in sorted(paths, key=lambda path: path.name, reverse=True):
+        if (runs := runs_of(path)) is not None and not names <= runs:
+            continue
+        problem = damage(path)
+        if not problem:
+            return path
+        damaged.append(path)
+        tell_once(f"{path} is damaged ({problem}): it is passed over")
+    if damaged:
+        raise InputError(
+            f"{damaged[0].parent} holds only damaged checkpoints of {cfgs[0]['name']}: move it away to train from the "
+            f"beginning"
+        )
+    return None
+
+
+def runs_of(path: Path) -> set[str] | None:
+    """The names of the runs in a checkpoint; None if it is too damaged to tell."""
+    try:
+        return set(json.loads((path / "state.json").read_text())["runs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is as its manifest has it."""
+    return damage_of_files(
+        path, tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir()))
+    )
+
+
+@functools.lru_cache  # reading gigabytes once for all the runs of a group
+def damage_of_files(path: Path, files: tuple) -> str | None:
+    try:
+        digests = json.loads((path / "manifest.json").read_text())
+        for name in sorted({"state.json", *digests}):
+            if Path(name).name != name:
+                return f"manifest.json names {name!r}"
+            if hashlib.sha256((path / name).read_bytes()).hexdigest() != digests.get(name):
+                return f"{name} has not the SHA-256 that manifest.json gives"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, AttributeError, TypeError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return None
+
+
+def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -> None:
+    """Raises InputError where a checkpoint was made with something else than there is now, or tells of it."""
+    before, now = (made_with | made_with["versions"] for made_with in (before, now))
+    changed = [
+        f"{key} was {before.get(key)} and is {now[key]}" for key in now
+        if key not in ("versions", "commit", "python") and before.get(key) != now[key]
+    ]  # fmt: skip
+    if changed and not resume_anyway:
+        raise InputError(f"{path} cannot be gone on from: {'; '.join(changed)} (--resume-anyway does it all the same)")
+    if changed:
+        tell(f"{path}: {'; '.join(changed)}; going on all the same")
+
+
+def remove_checkpoints(cfg: dict, is_over) -> None:
+    """Delete those of a sweep whose runs are over, all of them: is_over(name)."""
+    folder = groups_folder(cfg)
+    for group in folder.glob("*/"):
+        runs = [runs_of(path) for path in group.glob("step_*[0-9]")]
+        if all(names is not None and all(map(is_over, names)) for names in runs):
+            shutil.rmtree(group)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+tell_once = functools.cache(tell)
+
+
+# Files
+
+
+def write(path: Path, content: bytes) -> str:
+    """Write a file, flush it; the SHA-256 of what should be in it."""
+    path.write_bytes(content)
+    sync(path)
+    return hashlib.sha256(content).hexdigest()
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write JSON under a temporary name, flush it, rename it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -64,3 +302,13 @@ def sync(path: Path) -> None:
     """Wait until a written file is on the disk, so that the rename after it cannot outrun its content."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """The same for the names in a folder, where the system allows it."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -83,7 +83,9 @@ def get_default_cfg() -> dict:
         # Records
         "log_freq": 50,  # steps between lines of training metrics
         "perf_log_freq": 1000,  # steps between evaluations on the first batch_size held-out tokens
-        "checkpoint_freq": 10_000,  # steps between saves of the SAE while it trains
+        "checkpoint_freq": 10_000,  # steps between checkpoints (every 15 minutes there is one anyway)
+        "keep_checkpoints": 2,  # the newest checkpoints that are kept
+        "save_errors": "stop",  # where a checkpoint or record cannot be written: "stop", or "go_on" without
         "output_dir": "runs",  # where records go: output_dir/sweep/name
         "sweep": "single",  # folder of the runs that belong together; main.py sets it
         "wandb_project": "sparse_autoencoders",  # Weights & Biases project
@@ -94,8 +96,8 @@ def get_default_cfg() -> dict:
 # Keys that do not change the trained weights or the final figures, so they are no part of a run's name.
 # (Another device rounds differently; the run is still the same run. act_size follows from model and hook point.)
 NOT_IN_NAME = {
-    "act_size", "device", "log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project",
-    "wandb_mode", "name", "hook_point", "stream_retries", "activation_cache",
+    "act_size", "device", "log_freq", "perf_log_freq", "checkpoint_freq", "keep_checkpoints", "save_errors",
+    "output_dir", "sweep", "wandb_project", "wandb_mode", "name", "hook_point", "stream_retries", "activation_cache",
 }  # fmt: skip
 
 # Runs that agree on these keys are trained in one group: they see the same batches and report at the same steps.
@@ -103,7 +105,8 @@ GROUP_KEYS = (
     "model_name", "site", "layer", "act_size", "model_dtype", "device", "dataset_path", "dataset_config",
     "dataset_split", "dataset_revision", "num_epochs", "bad_documents", "stream_retries", "bos_per_context", "seq_len",
     "model_batch_size", "num_batches_in_buffer", "activation_dtype", "activation_cache", "shuffle_seed", "batch_size",
-    "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq", "checkpoint_freq", "log_freq",
+    "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq", "checkpoint_freq", "keep_checkpoints",
+    "save_errors", "log_freq",
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
@@ -123,6 +126,7 @@ CHOICES = {
     "model_dtype": DTYPES,
     "activation_dtype": DTYPES,
     "bad_documents": ("stop", "skip"),
+    "save_errors": ("stop", "go_on"),
     "wandb_mode": ("online", "offline", "disabled"),
 }
 AT_LEAST = {
@@ -130,6 +134,7 @@ AT_LEAST = {
     "batch_size": 1, "num_tokens": 1, "beta1": 0, "beta2": 0, "layer": 0, "act_size": 2, "seq_len": 2,
     "model_batch_size": 1, "num_batches_in_buffer": 1, "num_epochs": 1, "stream_retries": 0, "shuffle_seed": 0,
     "eval_tokens": 1, "eval_skip_positions": 0, "log_freq": 1, "perf_log_freq": 1, "checkpoint_freq": 1,
+    "keep_checkpoints": 1,
 }  # fmt: skip
 BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63, "shuffle_seed": 2**63}
 POSITIVE = ("lr", "bandwidth", "max_grad_norm")

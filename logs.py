@@ -3,64 +3,164 @@
 output_dir/sweep/name/config.json     the completed config, and _provenance: what the run was made with
                       metrics.jsonl   one line per logged step
                       result.json     final metrics on held-out tokens, only when finished
+                      stopped.json    in its place where NaN or infinity stopped the run
 """
 
+import errno
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 from pathlib import Path
 
+import filelock
 import torch
 import wandb
 
-from checkpoint import write_json
-from config import InputError, tell
+from checkpoint import write, write_json
+from config import InputError, one_line, tell
 from language_model import model_fingerprint
 
 
 class RunLog:
-    """The record of one run. An unfinished record of the same name is moved aside, never written over.
+    """The record of one run, and the lock that keeps other processes off it (until this one ends, however it ends).
 
-    Raises InputError if the run has already finished.
+    Raises InputError if the run is over or another process has it, or if the folder cannot be written.
     """
 
     def __init__(self, cfg: dict, provenance: dict):
-        self.folder = run_folder(cfg)
-        if is_finished(cfg):
-            raise InputError(
-                f"{self.folder} is a finished run: change its config, or move the folder away to train it again"
-            )
-        if self.folder.exists():
-            number = 1
-            while (aside := self.folder.with_name(f"{self.folder.name}.unfinished{number}")).exists():
-                number += 1
-            self.folder.rename(aside)
-            tell(f"{self.folder} was never finished: moved aside to {aside.name}, and starting again")
+        self.cfg, self.provenance, self.folder = cfg, provenance, run_folder(cfg)
+        self.metrics = self.wandb_run = None
+        self.unwritten = b""
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
+            self.lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(f"{self.folder} is being trained by another process") from error
         except OSError as error:
             raise InputError(f"output_dir = {cfg['output_dir']!r} cannot be written to: {error}") from error
-        write_json(self.folder / "config.json", cfg | {"_provenance": provenance})
-        self.metrics = open(
-            self.folder / "metrics.jsonl", "w", buffering=1
-        )  # a line reaches the file when it is complete
-        self.wandb_run = start_wandb(cfg, self.folder)
+        if is_over(cfg):
+            self.close()
+            over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(cfg)}"
+            raise InputError(f"{self.folder} is {over}. Change its config, or move the folder away, to train it again")
+
+    def start(self, step: int) -> None:
+        """Go on after `step`: what was logged of later steps, of which no checkpoint knows, is taken back.
+
+        Raises InputError if what was logged before is missing, or if there is an SAE and no checkpoint to go on from.
+        """
+        path = self.folder / "metrics.jsonl"
+        lines = complete_lines(path.read_bytes()) if path.exists() else []
+        lines = [line for line in lines if line["step"] <= step]
+        if step == 0 and (self.folder / "sae").exists():
+            raise InputError(
+                f"{self.folder} holds an SAE, and no checkpoint to go on from: move the folder away to train it again"
+            )
+        if step > 0 and not lines:
+            raise InputError(f"{path} is gone, and training goes on after step {step}: put it back")
+        recorded = read_json(self.folder / "config.json").get("_provenance", {})
+        # Two runs of one config are two runs there, a run that goes on is one.
+        wandb_id = recorded.get("wandb_id") or secrets.token_hex(4)
+        try:
+            write_json(
+                self.folder / "config.json", self.cfg | {"_provenance": self.provenance | {"wandb_id": wandb_id}}
+            )
+            write(path.with_suffix(".tmp"), b"".join(map(as_line, lines)))
+            path.with_suffix(".tmp").replace(path)
+            self.metrics = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise InputError(f"output_dir = {self.cfg['output_dir']!r} cannot be written to: {error}") from error
+        self.wandb_run = start_wandb(self.cfg, self.folder, wandb_id)
+        for line in lines:
+            self.mirror(line)
 
     def log(self, step: int, tokens: int, metrics: dict) -> None:
+        """Raises OSError if the line cannot be written; it is kept, and written with the next."""
         line = {"step": step, "tokens": tokens} | metrics
-        self.metrics.write(json.dumps(line) + "\n")
+        self.unwritten += as_line(line)
+        self.mirror(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write whole lines or nothing. Raises OSError."""
+        size = os.fstat(self.metrics.fileno()).st_size
+        try:
+            if self.metrics.write(self.unwritten) < len(self.unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.metrics.truncate(size)
+            raise
+        self.unwritten = b""
+
+    def sync(self) -> None:
+        """Have all that was logged on the disk. Raises OSError."""
+        self.flush()
+        os.fsync(self.metrics.fileno())
+
+    def mirror(self, line: dict) -> None:
+        """Log a line to Weights & Biases, unless it has it (a run that goes on) or has failed."""
+        if self.wandb_run and line["step"] >= self.wandb_run.step:
+            self.in_wandb(lambda run: run.log(line, step=line["step"]))
+
+    def in_wandb(self, function) -> None:
+        """It may fail at any moment: the local record is complete without it."""
+        try:
+            function(self.wandb_run)
+        except Exception as error:
+            tell(f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)}), and gets no more of this run")
+            self.wandb_run = None
+
+    def stop(self, step: int, reason: str) -> None:
+        """The end of a run that cannot be trained on: its record says why."""
+        write_json(self.folder / "stopped.json", {"step": step, "reason": reason})
         if self.wandb_run:
-            self.wandb_run.log(line, step=step)
+            self.in_wandb(lambda run: run.finish(exit_code=1))
+        self.close()
 
     def finish(self, result: dict) -> None:
-        self.metrics.close()
         write_json(self.folder / "result.json", result)
         if self.wandb_run:
-            self.wandb_run.summary.update(result)
-            self.wandb_run.finish()
+            self.in_wandb(lambda run: run.summary.update(result))
+        if self.wandb_run:
+            self.in_wandb(lambda run: run.finish())
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.metrics:
+            self.metrics.close()
+        if self.lock.is_locked:
+            if is_over(self.cfg):
+                Path(self.lock.lock_file).unlink(missing_ok=True)
+            self.lock.release()
+
+
+def as_line(content: dict) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def complete_lines(content: bytes) -> list[dict]:
+    """Of JSON lines, those before the first that was cut off."""
+    lines = []
+    for line in content.splitlines(keepends=True):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            return lines[:-1]
+    return lines
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def run_folder(cfg: dict) -> Path:
@@ -71,17 +171,34 @@ def is_finished(cfg: dict) -> bool:
     return (run_folder(cfg) / "result.json").is_file()
 
 
-def start_wandb(cfg: dict, folder: Path):
-    """A W&B run of its own for this SAE, or None. Never asks the user anything, never ends the training."""
+def why_stopped(cfg: dict) -> str | None:
+    """Of a run that cannot be trained on: at which step, and why."""
+    stopped = read_json(run_folder(cfg) / "stopped.json")
+    return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
+
+
+def is_over(cfg: dict) -> bool:
+    return is_finished(cfg) or why_stopped(cfg) is not None
+
+
+def start_wandb(cfg: dict, folder: Path, wandb_id: str):
+    """The W&B run of this SAE, or None. Never asks the user anything, never ends the training.
+
+    An online run goes on under its id. Offline a run cannot go on, so it is written anew from its first line, and what
+    was there is set aside: a later `wandb sync` makes one run of it.
+    """
     mode = cfg["wandb_mode"] or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "disabled")
     if mode == "disabled":
         if not (cfg["wandb_mode"] or os.environ.get("WANDB_MODE")):
             tell_once("Not logged in to Weights & Biases: metrics are logged to the run folders only.")
         return None
     try:
+        for cut_off in (folder / "wandb").glob("offline-run-*") if mode == "offline" else ():
+            cut_off.rename(cut_off.with_name(f"replaced-{cut_off.name}"))
         run = wandb.init(
             project=cfg["wandb_project"], name=cfg["name"], group=cfg["sweep"], config=cfg, mode=mode, dir=folder,
-            reinit="create_new", settings=wandb.Settings(silent=True),
+            id=wandb_id, resume="allow" if mode == "online" else None, reinit="create_new",
+            settings=wandb.Settings(silent=True),
         )  # fmt: skip
     except Exception as error:
         tell_once(f"Weights & Biases cannot be reached ({error}): metrics are logged to the run folders only.")
@@ -113,6 +230,8 @@ def provenance(model, activation_store) -> dict:
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "commit": commit,
         "threads": torch.get_num_threads(),
+        "device": activation_store.cfg["device"],
         "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
+        "data_files_sha256": activation_store.stream.reader.files_fingerprint(),
     }

@@ -1,6 +1,6 @@
 """Train the SAEs of a sweep and draw the comparison.
 
-    python main.py [SWEEP] [KEY=VALUE ...] [--seeds N N N] [--list] [--force]
+    python main.py [SWEEP] [KEY=VALUE ...] [--seeds N N N] [--list] [--force] [--resume-anyway]
 
 A sweep is a base and a list of overrides of the default config (config.py), one per run: edit them here.
 """
@@ -20,10 +20,11 @@ import psutil
 import torch
 
 from activation_store import ActivationsStore
+from checkpoint import SaveError, newest_checkpoint
 from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
 from demo.text import write_demo_text
 from language_model import check_hook_point, load_model
-from logs import is_finished, run_folder
+from logs import is_finished, is_over, run_folder, why_stopped
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import StreamError, stay_offline_without_network
@@ -64,6 +65,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the runs of the sweep, one a line, and stop")
     parser.add_argument("--force", action="store_true", help="start even if this machine seems too small")
+    parser.add_argument(
+        "--resume-anyway", action="store_true", help="go on from a checkpoint made with other versions, data or threads"
+    )
     args = parser.parse_intermixed_args(argv)
     if "=" in args.sweep:
         args.sweep, args.overrides = "paper", [args.sweep, *args.overrides]
@@ -73,11 +77,14 @@ def main(argv: list[str]) -> None:
         for cfg in cfgs:
             print(cfg["name"])
         return
-    todo = [cfg for cfg in cfgs if not is_finished(cfg)]
-    if len(todo) < len(cfgs):
-        tell(f"{len(cfgs) - len(todo)} of {len(cfgs)} runs are finished already and are left as they are")
+    todo = [cfg for cfg in cfgs if not is_over(cfg)]
+    if finished := sum(map(is_finished, cfgs)):
+        tell(f"{finished} of {len(cfgs)} runs are finished already and are left as they are")
+    for cfg in cfgs:
+        if not is_finished(cfg) and (why := why_stopped(cfg)):
+            tell(f"{run_folder(cfg)} was stopped ({why}): move it away to train it again")
     if todo:
-        train(todo, args.force)
+        train(todo, args.force, args.resume_anyway)
     draw_results(run_folder(cfgs[0]).parent)
 
 
@@ -122,11 +129,12 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
     return list(cfgs.values())
 
 
-def train(cfgs: list[dict], force: bool) -> None:
-    """Train the runs, those that can share a stream side by side."""
+def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> None:
+    """Train the runs side by side that can share a stream: those that go on do so with those at the same step of it."""
     groups = {}
     for cfg in cfgs:
-        groups.setdefault(tuple(cfg[key] for key in GROUP_KEYS), []).append(cfg)
+        key = newest_checkpoint([cfg]), *(cfg[key] for key in GROUP_KEYS)
+        groups.setdefault(key, []).append(cfg)
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:
             write_demo_text(Path(DEMO_BASE["dataset_path"]))
@@ -141,7 +149,7 @@ def train(cfgs: list[dict], force: bool) -> None:
         store = ActivationsStore(model, group[0])
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
         started = time.time()
-        train_sae_group(saes, store, model, group)
+        train_sae_group(saes, store, model, group, resume_anyway)
         tell(f"Trained and evaluated {len(group)} SAEs in {(time.time() - started) / 60:.1f} minutes")
 
 
@@ -207,9 +215,9 @@ if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, StreamError, SaveError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except StreamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(2 if isinstance(error, InputError) else 3)
+    except KeyboardInterrupt:
+        print("The same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(4)

@@ -13,6 +13,7 @@ or are passed over (bad_documents); either way a line names the place.
 
 import copy
 import functools
+import hashlib
 import os
 import queue
 import socket
@@ -213,6 +214,15 @@ class DocumentReader:
             if column in first:
                 return dataset, column, names
         raise InputError(f"{self.where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(first)}")
+
+    def files_fingerprint(self) -> str | None:
+        """SHA-256 of the names and sizes of local files; None for a dataset of the hub."""
+        path = Path(self.cfg["dataset_path"])
+        if not self.local:
+            return None
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        sizes = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
+        return hashlib.sha256("\n".join(sizes).encode()).hexdigest()
 
     def retried(self, function):
         """The value of a function that goes to the hub, called again where the network fails."""

@@ -1,15 +1,33 @@
-"""The training loop: one shared stream of activations, any number of SAEs."""
+"""The training loop: one shared stream of activations, any number of SAEs, and a state that can be gone on from."""
 
-import time
+import signal
+import threading
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import save_sae
+from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
 from config import InputError, tell
 from evaluation import evaluate, heldout_baseline
-from logs import RunLog, provenance
+from logs import RunLog, is_over, provenance
+from sae import BaseAutoencoder
 from text_stream import StreamError
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: training has stopped, and is saved."""
+
+
+@dataclass
+class Run:
+    """One SAE of a group."""
+
+    cfg: dict
+    sae: BaseAutoencoder
+    optimizer: torch.optim.Optimizer
+    log: RunLog
 
 
 def train_sae(sae, activation_store, model, cfg: dict) -> dict:
@@ -17,79 +35,143 @@ def train_sae(sae, activation_store, model, cfg: dict) -> dict:
     return train_sae_group([sae], activation_store, model, [cfg])[0]
 
 
-def train_sae_group(saes: list, activation_store, model, cfgs: list[dict]) -> list[dict]:
+def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resume_anyway: bool = False) -> list[dict]:
     """Train SAEs side by side on one stream: the language model runs once, and each sees the same batches.
 
     `cfgs` are completed configs that agree on config.GROUP_KEYS; each run has its own record and its own sae/
-    folder in output_dir/sweep/name. No SAE of a group changes another. Returns the final held-out metrics.
-    Raises InputError if a run is already finished, if the dataset ends before num_tokens or if NaN or infinity turns
-    up, and StreamError if the network stays down; in all but the first case the SAEs are saved as they are.
+    folder in output_dir/sweep/name. No SAE of a group changes another. Where a checkpoint holds all these runs,
+    training goes on from there, to the bit as if it had never stopped. Returns the final held-out metrics.
+
+    Raises InputError if a run is over or in use, if its checkpoint was made with something else (versions, threads,
+    device, model, data; unless resume_anyway), if the dataset ends before num_tokens or holds NaN, and, when the others
+    are trained, if NaN or infinity stopped an SAE; StreamError if the network stays down, SaveError if the disk does,
+    Stopped on Ctrl-C or SIGTERM. What was trained is saved first.
     """
     cfg = cfgs[0]
     made_with = provenance(model, activation_store)
-    baseline = heldout_baseline(model, activation_store)
-    logs = [RunLog(run_cfg, made_with) for run_cfg in cfgs]
-    optimizers = [make_optimizer(sae, run_cfg) for sae, run_cfg in zip(saes, cfgs)]
-    eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
-    num_steps = activation_store.tokens_needed // cfg["batch_size"]
-    for sae in saes:
-        sae.train()
+    with ExitStack() as stack:
+        logs = [stack.enter_context(closing(RunLog(run_cfg, made_with))) for run_cfg in cfgs]
+        runs = [Run(c, sae.train(), make_optimizer(sae, c), log) for c, sae, log in zip(cfgs, saes, logs)]
+        checkpoints = Checkpoints(runs, made_with, resume_anyway)
+        if checkpoints.stream:
+            activation_store.load_state_dict(checkpoints.stream)
+        for log in logs:
+            log.start(checkpoints.step)
+        baseline = heldout_baseline(model, activation_store)
 
-    started = time.time()
-    bar = tqdm(
-        total=num_steps * cfg["batch_size"],
-        unit="tok",
-        unit_scale=True,
-        desc=f"training {len(saes)} SAEs",
-        smoothing=0.05,
-    )
-    for step in range(1, num_steps + 1):
-        try:
-            x = activation_store.next_batch()
-        except (InputError, StreamError):  # the data ended too early, or the network stays down
-            bar.close()
-            save(saes, logs)
-            tell(f"The SAEs are saved as they are after {step - 1} of {num_steps} steps")
-            raise
-        outputs = []
-        for sae, optimizer, run_cfg in zip(saes, optimizers, cfgs):
-            try:
-                outputs.append(training_step(sae, optimizer, x, run_cfg))
-            except FloatingPointError as error:  # raised before the weights are touched
-                bar.close()
-                save(saes, logs)
-                tell(f"The SAEs are saved as they were before step {step} of {num_steps}")
-                raise InputError(f"step {step}, {run_cfg['name']}: {error}") from error
-        bar.update(len(x))
+        failed = train_steps(runs, activation_store, model, baseline, checkpoints)
+        seconds = checkpoints.elapsed()
 
-        # Records. Only here does a number leave the device.
-        metrics = [{} for _ in saes]
-        if step == 1 or step % cfg["log_freq"] == 0 or step == num_steps:
-            metrics = [scalars(output) for output in outputs]
-            bar.set_postfix_str(summary(metrics))
-        if step % cfg["perf_log_freq"] == 0 and step < num_steps:
-            for values, evaluated in zip(metrics, evaluate(saes, model, activation_store, baseline, eval_contexts)):
-                values |= evaluated
-        for log, values in zip(logs, metrics):
-            if values:
-                log.log(step, step * cfg["batch_size"], values)
-        if step % cfg["checkpoint_freq"] == 0 and step < num_steps:
-            save(saes, logs)
-    bar.close()
-
-    # The end: save first, then measure.
-    seconds = time.time() - started
-    save(saes, logs)
-    results = evaluate(saes, model, activation_store, baseline)
-    for result, log in zip(results, logs):
-        result |= {"tokens": num_steps * cfg["batch_size"], "steps": num_steps, "seconds": seconds}
-        log.finish(result)
+        # The end: save first, then measure.
+        num_tokens = activation_store.tokens_needed
+        results = evaluate([run.sae for run in runs], model, activation_store, baseline) if runs else []
+        for run, result in zip(runs, results):
+            result |= {"tokens": num_tokens, "steps": num_tokens // cfg["batch_size"], "seconds": seconds}
+            with disk(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
+                save_sae(run.sae, run.log.folder / "sae")
+                run.log.finish(result)
+        remove_checkpoints(cfg, lambda name: is_over(cfg | {"name": name}))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
     return results
 
 
-def save(saes: list, logs: list[RunLog]) -> None:
-    for sae, log in zip(saes, logs):
-        save_sae(sae, log.folder / "sae")
+def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkpoints: Checkpoints) -> list[str]:
+    """All steps after that of the checkpoint. Runs that NaN stops leave `runs`; a line for each comes back."""
+    cfg = checkpoints.cfg
+    num_steps = activation_store.tokens_needed // cfg["batch_size"]
+    eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
+    failed = []
+    bar = tqdm(
+        total=num_steps * cfg["batch_size"],
+        initial=checkpoints.step * cfg["batch_size"],
+        unit="tok",
+        unit_scale=True,
+        desc=f"training {len(runs)} SAEs",
+        smoothing=0.05,
+    )
+    with bar, StopSignals() as signals:
+        for step in range(checkpoints.step + 1, num_steps + 1):
+            position = activation_store.state_dict()
+            try:
+                x = signals.stop_at_once_in(activation_store.next_batch)
+                if not x.isfinite().all():
+                    raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
+            except (InputError, StreamError, Stopped) as error:  # also: the data ended early, or the network is down
+                checkpoints.save(step - 1, position)
+                if isinstance(error, InputError):
+                    with disk(cfg, "the SAEs"):
+                        for run in runs:
+                            save_sae(run.sae, run.log.folder / "sae")
+                tell(f"Stopped after {step - 1} of {num_steps} steps; all is saved")
+                raise
+            outputs = []
+            for run in runs[:]:
+                try:
+                    outputs.append(training_step(run.sae, run.optimizer, x, run.cfg))
+                except FloatingPointError as error:  # raised before the weights are touched
+                    runs.remove(run)
+                    failed.append(f"{run.cfg['name']}: step {step}: {error}")
+                    tell(failed[-1])
+                    with disk(cfg, f"{run.log.folder}"):
+                        save_sae(run.sae, run.log.folder / "sae")
+                        run.log.stop(step, str(error))
+            if not runs:
+                break
+            bar.update(len(x))
+
+            # Records. Only here does a number leave the device.
+            metrics = [{} for _ in runs]
+            if step == 1 or step % cfg["log_freq"] == 0 or step == num_steps:
+                metrics = [scalars(output) for output in outputs]
+                bar.set_postfix_str(summary(metrics))
+            if step % cfg["perf_log_freq"] == 0 and step < num_steps:
+                evaluated = evaluate([run.sae for run in runs], model, activation_store, baseline, eval_contexts)
+                for values, more in zip(metrics, evaluated):
+                    values |= more
+            for run, values in zip(runs, metrics):
+                if values:
+                    with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
+                        run.log.log(step, step * cfg["batch_size"], values)
+            if signals.asked or step == num_steps or checkpoints.due(step):
+                checkpoints.save(step, activation_store.state_dict())
+            if signals.asked and step < num_steps:
+                tell(f"Stopped after {step} of {num_steps} steps; all is saved")
+                raise Stopped
+    return failed
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a wish to stop: at once where no SAE is being changed, else after the step."""
+
+    def __enter__(self):
+        self.asked = self.at_once = False
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tell("Stopping: a checkpoint is saved first (the same again stops at once, without)")
+        if self.at_once:
+            raise Stopped
+
+    def stop_at_once_in(self, function):
+        """The function's value, or Stopped out of its midst."""
+        self.at_once = True
+        try:
+            if self.asked:
+                raise Stopped
+            return function()
+        finally:
+            self.at_once = False
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
@@ -99,10 +181,16 @@ def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
 
 
 def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
-    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows end as unit vectors."""
+    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows end as unit vectors.
+
+    Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
+    """
     output = sae(x)
     output["loss"].backward()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
+    if not norm.isfinite():
+        sae.zero_grad()
+        raise FloatingPointError("NaN or infinity in the gradient")
     sae.make_decoder_weights_and_grad_unit_norm()
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
         if held is not parameter:

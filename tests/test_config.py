@@ -54,6 +54,8 @@ OTHER_VALUE = {
     "log_freq": 51,
     "perf_log_freq": 1001,
     "checkpoint_freq": 10_001,
+    "keep_checkpoints": 3,
+    "save_errors": "go_on",
     "output_dir": "elsewhere",
     "sweep": "another",
     "wandb_project": "another",
@@ -115,6 +117,7 @@ def test_not_in_name_holds_only_what_cannot_change_the_result():
     """What is left out of the name is how a run is recorded, how its data come, and what follows from other keys."""
     records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
     assert NOT_IN_NAME == records | {
+        "keep_checkpoints", "save_errors",
         "device", "act_size", "name", "hook_point", "stream_retries", "activation_cache",
     }  # fmt: skip
 
