@@ -103,7 +103,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                     with disk(cfg, "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
-                tell(f"Stopped after {step - 1} of {num_steps} steps; all is saved")
+                tell(f"Stopped after {step - 1} of {num_steps} steps")
                 raise
             outputs = []
             for run in runs[:]:
@@ -136,7 +136,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
             if signals.asked or step == num_steps or checkpoints.due(step):
                 checkpoints.save(step, activation_store.state_dict())
             if signals.asked and step < num_steps:
-                tell(f"Stopped after {step} of {num_steps} steps; all is saved")
+                tell(f"Stopped after {step} of {num_steps} steps")
                 raise Stopped
     return failed
 

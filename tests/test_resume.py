@@ -1,0 +1,482 @@
+"""Checkpoints and exact resume: whatever stops a run, the same call goes on, and comes to the same bits."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from kill_and_resume import REPO, command, digests, environment, kill_and_resume
+from test_training import BATCH, SAES, STEPS, data, figures, lines_of, make_cfg, model, no_wandb, same_bits, train  # noqa: F401  # noqa: F401 (fixtures)
+
+import checkpoint
+import main
+import training
+from activation_store import ActivationsStore
+from checkpoint import SaveError, damage, group_folder, groups_folder, load_sae, newest_checkpoint
+from config import InputError
+from logs import RunLog, is_finished, is_over, run_folder, why_stopped
+from sae import SAE_CLASSES
+from text_stream import StreamError
+
+OFTEN = dict(log_freq=2, perf_log_freq=4)
+
+
+def stopping_store(stop_in: int, error):
+    """A store whose batch number `stop_in` of this process is an error."""
+
+    class Store(ActivationsStore):
+        batches = 0
+
+        def next_batch(self):
+            self.batches += 1
+            if self.batches == stop_in:
+                raise error
+            return super().next_batch()
+
+    return Store
+
+
+def runs_here(cfgs):
+    return {path.name for path in groups_folder(cfgs[0]).parent.iterdir()}
+
+
+@pytest.fixture
+def uninterrupted(model, make_cfg):  # noqa: F811
+    saes, results = train(model, [make_cfg("whole", **changes, **OFTEN) for changes in SAES])
+    records = [lines_of(run_folder(make_cfg("whole", **changes, **OFTEN))) for changes in SAES]
+    return saes, results, records
+
+
+def assert_as_uninterrupted(uninterrupted, cfgs, saes, results):
+    for sae, result, record, mine, my_result, cfg in zip(*uninterrupted, saes, results, cfgs):
+        assert same_bits(sae, mine) and same_bits(sae, load_sae(run_folder(cfg)))
+        assert figures(result) == figures(my_result)
+        assert lines_of(run_folder(cfg)) == record
+
+
+# It goes on to the bit
+
+
+@pytest.mark.parametrize("checkpoint_freq", [1, 3, 1000])
+def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uninterrupted, checkpoint_freq):  # noqa: F811
+    """KeyboardInterrupt out of nowhere (no checkpoint is saved then), Stopped, and a network that stays down."""
+    rng = random.Random(checkpoint_freq)
+    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=checkpoint_freq) for changes in SAES]
+    for error in (KeyboardInterrupt(), training.Stopped(), StreamError("down"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            train(model, cfgs, stopping_store(rng.randint(2, 4), error))
+        assert not any(map(is_over, cfgs))
+    assert newest_checkpoint(cfgs)
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+    assert runs_here(cfgs) == {cfg["name"] for cfg in cfgs}, "finished: no checkpoint is left"
+    assert not list(groups_folder(cfgs[0]).parent.glob("*/*.lock")) + list(
+        groups_folder(cfgs[0]).parent.glob("*/.lock")
+    )
+
+
+def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeypatch):  # noqa: F811
+    """What remains is the evaluation: no step is trained again, and runs that have their result are left alone."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    finish, finished = RunLog.finish, []
+
+    def finish_two(self, result):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(self)
+        finish(self, result)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunLog, "finish", finish_two)
+        train(model, cfgs)
+    assert list(map(is_finished, cfgs)) == [True, True] + [False] * (len(cfgs) - 2)
+    before = digests(Path(cfgs[0]["output_dir"]))
+    monkeypatch.setattr(training, "training_step", None)
+    saes, results = train(model, cfgs[2:])
+    assert_as_uninterrupted([part[2:] for part in uninterrupted], cfgs[2:], saes, results)
+    after = digests(Path(cfgs[0]["output_dir"]))
+    assert all(after[key] == before[key] for key in before if key[0] in {cfg["name"] for cfg in cfgs[:2]})
+    assert not groups_folder(cfgs[0]).exists()
+
+
+def test_real_kills(tmp_path):
+    """`python main.py demo` with real signals and a damaged checkpoint: tests/kill_and_resume.py, cut short."""
+    assert kill_and_resume(tmp_path, 3, 7, 0.5, "sae_type=batchtopk", "num_tokens=30_000") == []
+
+
+def test_sigterm_saves_and_a_second_one_does_not_wait(tmp_path):
+    """Exit code 4 and a line that says how to go on, at the first; at the second, at once. Both go on to the end."""
+    args = command(tmp_path, "sae_type=topk", "num_tokens=20_000", "checkpoint_freq=1000")
+    program = textwrap.dedent(f"""
+        import os, signal, sys, time
+        sys.argv = {args[1:]!r}
+        sys.path.insert(0, {str(REPO)!r})
+        import checkpoint, runpy, training
+        step, save, again = training.training_step, checkpoint.save_checkpoint, len(sys.argv) > 99
+        def stop_in_the_fifth(sae, optimizer, x, cfg, calls=[]):
+            calls.append(1)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(sae, optimizer, x, cfg)
+        def stop_again(*args):
+            if TWICE:
+                os.kill(os.getpid(), signal.SIGINT)
+            save(*args)
+        training.training_step, checkpoint.save_checkpoint = stop_in_the_fifth, stop_again
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """)
+    for twice in (True, False):
+        script = program.replace("TWICE", str(twice))
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 4, done.stderr
+        assert "The same command goes on" in done.stderr and "Traceback" not in done.stderr
+        assert bool(list(tmp_path.glob("*/groups/*/step_*[0-9]"))) == (not twice)
+    assert re.search(r"Stopped after [1-5] of \d+ steps", done.stderr)
+
+
+# Damage
+
+
+def damaged(path: Path, how: str) -> None:
+    file = path / {"manifest": "manifest.json", "state": "state.json"}.get(how, "00.safetensors")
+    content = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+        return
+    if how == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "state"])
+def test_a_damaged_checkpoint_is_passed_over(model, make_cfg, uninterrupted, capsys, how):  # noqa: F811
+    """The one before it is used, with a warning; with damaged ones only, nothing is begun anew over them."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, cfgs, stopping_store(8, KeyboardInterrupt()))
+    paths = sorted(group_folder(cfgs).iterdir())
+    assert [path.name for path in paths] == ["step_000000004", "step_000000006"], "keep_checkpoints is 2"
+    damaged(paths[1], how)
+    assert newest_checkpoint(cfgs) == paths[0]
+    assert f"{paths[1]} is damaged" in capsys.readouterr().err
+    damaged(paths[0], how)
+    with pytest.raises(InputError, match="only damaged checkpoints"):
+        train(model, cfgs)
+    if how == "flipped":
+        damaged(paths[0], how)  # flips it back
+        assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_a_half_written_checkpoint_is_none(model, make_cfg, monkeypatch):  # noqa: F811
+    """A save that is cut off at any write leaves the one before it, and its remains go with the next."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    write, calls = checkpoint.write, []
+    for cut_at in (1, 2, 3, 4):
+
+        def cut(path, content, cut_at=cut_at):
+            calls.append(path)
+            if len(calls) == cut_at:
+                path.write_bytes(content[: len(content) // 2])
+                raise KeyboardInterrupt
+            return write(path, content)
+
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "write", cut)
+            train(model, [cfg])
+        path = newest_checkpoint([cfg])
+        assert path is None or damage(path) is None
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    assert not list(groups_folder(cfg).glob("*/*.tmp"))
+
+
+HOSTILE = {
+    "a path out of the folder": ("manifest.json", lambda old: json.dumps({"../../x": "0"}).encode(), "names"),
+    "no JSON": ("manifest.json", lambda old: b"\x80\x04.", "cannot be read"),
+    "another JSON": ("manifest.json", lambda old: b"[1, 2]", "cannot be read"),
+    "a number": ("manifest.json", lambda old: b"7", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_manifests_are_damage(model, make_cfg, kind):  # noqa: F811
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint([cfg])
+    name, content, said = HOSTILE[kind]
+    (path / name).write_bytes(content((path / name).read_bytes()))
+    assert said in damage(path)
+
+
+@pytest.mark.parametrize("name", ["sae.W_enc", "adam.0.exp_avg"])
+def test_weights_of_another_shape_are_refused(model, make_cfg, name):  # noqa: F811
+    """Even where every SHA-256 is right."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint([cfg])
+    tensors = safetensors.torch.load_file(path / "00.safetensors")
+    tensors[name] = torch.zeros(3, 5)
+    digests = json.loads((path / "manifest.json").read_text())
+    digests["00.safetensors"] = checkpoint.write(path / "00.safetensors", safetensors.torch.save(tensors))
+    (path / "manifest.json").write_text(json.dumps(digests))
+    with pytest.raises(InputError, match="does not fit") as caught:
+        train(model, [cfg])
+    assert "\n" not in str(caught.value)
+
+
+# What has to be the same
+
+
+@pytest.mark.parametrize(
+    "key", ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "device"]
+)
+def test_what_changed_since_the_checkpoint_is_refused(model, make_cfg, monkeypatch, capsys, key):  # noqa: F811
+    """One line names what changed, both values and the flag; with it, training goes on."""
+    cfg = make_cfg(**SAES[1])
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(4, training.Stopped()))
+    provenance = training.provenance
+
+    def changed(*args):
+        made_with = provenance(*args)
+        (made_with["versions"] if key == "torch" else made_with)[key] = "another"
+        return made_with
+
+    monkeypatch.setattr(training, "provenance", changed)
+    with pytest.raises(InputError, match=f"{key} was .+ and is another.*--resume-anyway") as caught:
+        train(model, [cfg])
+    assert "\n" not in str(caught.value) and not is_over(cfg)
+    store = ActivationsStore(model, cfg)
+    training.train_sae_group([SAE_CLASSES["topk"](cfg)], store, model, [cfg], resume_anyway=True)
+    assert is_finished(cfg) and "and is another" in capsys.readouterr().err
+
+
+def test_data_that_grew_is_seen(model, make_cfg, data, tmp_path):  # noqa: F811
+    """Documents after the held-out ones count in the fingerprint of local data."""
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(Path(data).read_text())
+    before = ActivationsStore(model, make_cfg(**SAES[1], dataset_path=str(copy))).stream.reader.files_fingerprint()
+    copy.write_text(Path(data).read_text() + '{"text": "more"}\n')
+    after = ActivationsStore(model, make_cfg(**SAES[1], dataset_path=str(copy))).stream.reader.files_fingerprint()
+    assert before != after
+
+
+def test_two_processes_on_one_run(make_cfg):  # noqa: F811
+    """The second is refused in a line, and not once the first is dead."""
+    cfg = make_cfg(**SAES[1])
+    program = f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom logs import RunLog\nlog = RunLog({cfg!r}, {{}})\n"
+    program += "print('locked', flush=True)\nimport time; time.sleep(99)"
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment())
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(InputError, match="another process"):
+        RunLog(cfg, {})
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    RunLog(cfg, {}).close()
+
+
+# Runs of a sweep
+
+
+def test_runs_added_later_form_a_group_of_their_own(model, make_cfg, monkeypatch):  # noqa: F811
+    """What was begun goes on together, what is new begins together, and what is left out is kept."""
+    cfgs = [make_cfg(**changes) for changes in SAES[:4]]
+    with pytest.raises(training.Stopped):
+        train(model, cfgs[:3], stopping_store(6, training.Stopped()))
+    groups = []
+    monkeypatch.setattr(main, "load_model", lambda cfg: model)
+    monkeypatch.setattr(main, "announce", lambda *_: None)
+    monkeypatch.setattr(main, "train_sae_group", lambda s, store, m, group, anyway: groups.append(group))
+    main.train([cfgs[3], *cfgs[:2]], False, False)
+    assert [[cfg["name"] for cfg in group] for group in groups] == [
+        [cfgs[3]["name"]],
+        [cfg["name"] for cfg in cfgs[:2]],
+    ]
+    train(model, cfgs[:2])
+    assert newest_checkpoint([cfgs[2]]).name == "step_000000005"
+    train(model, cfgs[2:3])
+    assert not groups_folder(cfgs[0]).exists()
+
+
+def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
+    """No metrics before the checkpoint, or an SAE without a checkpoint: a line, and nothing is written over."""
+    cfg = make_cfg(**SAES[1])
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(6, training.Stopped()))
+    record = run_folder(cfg) / "metrics.jsonl"
+    content = record.read_bytes()
+    record.unlink()
+    with pytest.raises(InputError, match="is gone"):
+        train(model, [cfg])
+    record.write_bytes(content)
+    (run_folder(cfg) / "sae").mkdir()
+    os.rename(groups_folder(cfg), run_folder(cfg).parent.parent / "moved")
+    with pytest.raises(InputError, match="no checkpoint to go on from"):
+        train(model, [cfg])
+    assert record.read_bytes() == content
+
+
+# NaN
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, where, capsys):  # noqa: F811
+    """Before its weights are touched; the others come to the same bits, and the record names step and reason."""
+    cfgs = [make_cfg("with", **changes) for changes in SAES[:3]]
+    real, seen = training.training_step, []
+
+    def poisoned(sae, optimizer, x, cfg):
+        if cfg["sae_type"] == "topk":
+            seen.append({name: value.clone() for name, value in sae.state_dict().items()})
+            if len(seen) == 5 and where == "weights":
+                with torch.no_grad():
+                    sae.W_enc[3, 7] = torch.nan
+                    seen[-1]["W_enc"][3, 7] = torch.nan
+            if len(seen) == 5 and where == "gradient":
+                sae.W_dec.register_hook(lambda grad: grad * torch.inf)
+        return real(sae, optimizer, x, cfg)
+
+    monkeypatch.setattr(training, "training_step", poisoned)
+    with pytest.raises(InputError, match=f"1 of 3 SAEs.*{cfgs[1]['name']}: step 5: NaN or infinity"):
+        train(model, cfgs)
+    monkeypatch.undo()
+    assert len(seen) == 5
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert [is_finished(cfg) for cfg in cfgs] == [True, False, True]
+    assert re.fullmatch("step 5: NaN or infinity in .*", why_stopped(cfgs[1]))
+    saved = load_sae(run_folder(cfgs[1])).state_dict()
+    assert all(torch.equal(saved[name].nan_to_num(), value.nan_to_num()) for name, value in seen[4].items())
+    for i in (0, 2):
+        alone = train(model, [make_cfg("alone", **SAES[i])])[0][0]
+        assert same_bits(alone, load_sae(run_folder(cfgs[i])))
+    with pytest.raises(InputError, match="was stopped: step 5"):
+        train(model, [cfgs[1]])
+    assert not groups_folder(cfgs[0]).exists()
+
+
+def test_nan_in_the_activations_stops_all_of_them(model, make_cfg):  # noqa: F811
+    """No SAE is to blame: they are saved as they were, and not marked as stopped."""
+    cfgs = [make_cfg(**changes) for changes in SAES[:2]]
+
+    class Store(ActivationsStore):
+        def next_batch(self):
+            x = super().next_batch()
+            return x * torch.nan if self.offset >= 6 * BATCH else x
+
+    with pytest.raises(InputError, match="step 6: NaN or infinity in the activations"):
+        train(model, cfgs, Store)
+    assert not any(map(is_over, cfgs)) and newest_checkpoint(cfgs).name == "step_000000005"
+
+
+# The disk
+
+
+@pytest.fixture
+def file_size_limit():
+    """Files beyond `size` bytes cannot be written by this process: what a full disk does, without a disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize("save_errors", ["stop", "go_on"])
+def test_a_save_that_fails_leaves_the_one_before(model, make_cfg, uninterrupted, file_size_limit, save_errors, capsys):  # noqa: F811
+    """Training ends, or goes on, as save_errors says; once there is room the same call comes to the same bits."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=3, save_errors=save_errors) for changes in SAES]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, cfgs, stopping_store(5, KeyboardInterrupt()))
+    first = newest_checkpoint(cfgs)
+    file_size_limit(20_000)
+    error = SaveError if save_errors == "stop" else KeyboardInterrupt
+    with pytest.raises(error):
+        train(model, cfgs, stopping_store(6, KeyboardInterrupt()))
+    file_size_limit(resource.RLIM_INFINITY)
+    assert newest_checkpoint(cfgs) == first and first.name == "step_000000003"
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_a_full_disk(tmp_path):
+    """A file system of 3 MB, in a user namespace: exit code 3 and a line; with more room the same command finishes."""
+    mount = f"mount -t tmpfs -o size=3m none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system allows no mount in a user namespace: a full disk was not tried")
+    args = command(tmp_path, "sae_type=topk", "num_tokens=20_000")
+    script = f"""{mount}
+        "$@"; echo "code $?"; ls -d {tmp_path}/*/groups/*/step_*
+        mount -o remount,size=99m {tmp_path}
+        "$@"; echo "code $?"; ls {tmp_path}/*/*/result.json"""
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *args],
+        env=environment(), cwd=REPO, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert re.findall(r"code (\d)", done.stdout) == ["3", "0"], done.stdout + done.stderr
+    assert "cannot be written: No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert len(re.findall("result.json", done.stdout)) == 5
+
+
+# Weights & Biases
+
+
+def test_wandb_offline_makes_one_run_of_a_run_that_went_on(model, make_cfg, monkeypatch):  # noqa: F811
+    """The newest offline folder has every step once, under the id of the first; what was cut off is set aside."""
+    import wandb
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    cfg = make_cfg(**SAES[1], **OFTEN)
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(6, training.Stopped()))
+    wandb.teardown()
+    train(model, [cfg])
+    wandb.teardown()
+    (newest,) = (run_folder(cfg) / "wandb").glob("offline-run-*/*.wandb")
+    (cut_off,) = (run_folder(cfg) / "wandb").glob("replaced-offline-run-*/*.wandb")
+    ids, steps = set(), []
+    store = DataStore()
+    store.open_for_scan(str(newest))
+    while (content := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        if record.HasField("run"):
+            ids.add(record.run.run_id)
+        if record.HasField("history"):
+            steps.append(record.history.step.num)
+    assert steps == [line["step"] for line in lines_of(run_folder(cfg))] == [1, *range(2, STEPS + 1, 2)]
+    assert ids == {cut_off.stem.removeprefix("run-")}
+
+
+def test_wandb_that_fails_midway_changes_nothing(model, make_cfg, monkeypatch, capsys):  # noqa: F811
+    """A line says so; weights and local record are those of a run without it."""
+    cfg = make_cfg("off", **SAES[1])
+    plain = train(model, [cfg])[0][0]
+    failing = make_cfg("failing", **SAES[1])
+
+    class Broken:
+        step = 0
+
+        def log(self, line, step):
+            if step > 1:
+                raise RuntimeError("no connection")
+
+    monkeypatch.setattr("logs.start_wandb", lambda *_: Broken())
+    saes, _ = train(model, [failing])
+    assert same_bits(plain, saes[0]) and lines_of(run_folder(failing)) == lines_of(run_folder(cfg))
+    assert capsys.readouterr().err.count("Weights & Biases failed (no connection)") == 1
