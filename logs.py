@@ -2,6 +2,7 @@
 
 output_dir/sweep/name/config.json     the completed config, and _provenance: what the run was made with
                       metrics.jsonl   one line per logged step
+                      histograms.json of those tokens and of the features, see evaluation.py
                       result.json     final metrics on held-out tokens, only when finished
 """
 
@@ -57,7 +58,8 @@ class RunLog:
 
     def finish(self, result: dict) -> None:
         self.metrics.close()
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / "histograms.json", result["histograms"])
+        write_json(self.folder / "result.json", {key: result[key] for key in result if key != "histograms"})
         if self.wandb_run:
             self.wandb_run.summary.update(result)
             self.wandb_run.finish()
