@@ -119,7 +119,8 @@ def from_wandb(run) -> Run:
     """A run of wandb.Api as a record. One that was cut short has no "seconds" there, whatever W&B calls its state."""
     summary, state = run.summary_metrics, run.state
     state = "finished" if "seconds" in summary else "unfinished" if state == "finished" else state
-    return Run(run.name, run.config, list(run.scan_history(keys=["tokens", *CURVES])), summary, state)
+    history = run.scan_history(keys=["tokens", *CURVES], page_size=10_000)  # its pages are of steps, logged or not
+    return Run(run.name, run.config, list(history), summary, state)
 
 
 def run_table(runs: list[Run]) -> pd.DataFrame:

@@ -157,7 +157,8 @@ def test_a_run_is_recorded_completely(model, recorded):
     for cfg, sae, result in zip(cfgs, saes, results):
         folder = run_folder(cfg)
         assert folder == Path(cfg["output_dir"]) / cfg["sweep"] / cfg["name"]
-        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "result.json", "sae"}
+        files = {"config.json", "metrics.jsonl", "histograms.json", "result.json", "sae"}
+        assert {path.name for path in folder.iterdir()} == files
 
         config = json.loads((folder / "config.json").read_text())
         made_with = config.pop("_provenance")
@@ -166,7 +167,9 @@ def test_a_run_is_recorded_completely(model, recorded):
         assert made_with["heldout_tokens_sha256"] == store.fingerprint()
         assert {"python", "commit", "model_sha256"} <= made_with.keys()
 
-        assert json.loads((folder / "result.json").read_text()) == result
+        recorded_result = json.loads((folder / "result.json").read_text())
+        assert recorded_result | {"histograms": json.loads((folder / "histograms.json").read_text())} == result
+        assert "histograms" not in recorded_result, "result.json holds plain numbers"
         assert METRICS <= result.keys()
         assert result["steps"] == STEPS and result["tokens"] == STEPS * BATCH and result["seconds"] > 0
         batch = {"nmse_batch", "fvu_batch", "l0_batch", "ce_degradation_batch", "threshold"}
