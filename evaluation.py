@@ -13,10 +13,19 @@ With x an activation and r its reconstruction, both in the residual stream's own
 The first eval_skip_positions of a context are left alone: the model keeps its own activations there, and they
 count in no metric, nor do the predictions made from them. Everything is measured in eval(); the same metrics
 of a BatchTopK's batch top-k have the suffix _batch.
+
+On the whole held-out set there are also `histograms`, of the SAE in eval():
+
+    l0                   number of tokens with 0, 1, 2, ... active features
+    log10_density        number of features whose density (share of tokens on which it is active) has its log10
+                         between two neighbours of DENSITY_EDGES, which stand beside it as log10_density_edges
+    never_active         number of features of density 0: they are in no bin
 """
 
 import torch
 import torch.nn.functional as F
+
+DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 
 
 @torch.no_grad()
@@ -40,13 +49,14 @@ def heldout_baseline(model, activation_store) -> dict:
 @torch.no_grad()
 def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
     """The metrics above for each SAE, on the first `num_contexts` held-out contexts (all of them by default; the
-    share of dead features is told of all only). Leaves the SAEs as they were.
+    share of dead features and the histograms are told of all only). Leaves the SAEs as they were.
     """
     cfg = activation_store.cfg
     variants = [(i, "", False) for i in range(len(saes))]
     variants += [(i, "_batch", True) for i, sae in enumerate(saes) if sae.cfg["sae_type"] == "batchtopk"]
     sums = {variant: torch.zeros(5, dtype=torch.float64) for variant in variants}
-    ever_active = {variant: False for variant in variants}
+    times_active = {variant: 0 for variant in variants}  # of each feature [F]
+    token_l0 = {variant: [] for variant in variants}
 
     for tokens in eval_batches(activation_store, num_contexts):
         acts = heldout_activations(activation_store, tokens)
@@ -58,7 +68,8 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
             error = (x - reconstruction).double().pow(2).sum(-1)
             own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
             active = features > 0
-            ever_active[variant] = ever_active[variant] | active.any(0)
+            times_active[variant] = times_active[variant] + active.sum(0)
+            token_l0[variant].append(active.sum(1))
             ce = cross_entropy(model, tokens, cfg, reconstruction.view_as(acts))
             sums[variant] += torch.stack([
                 (error / own_variance).sum(), error.sum(), (x - baseline["mean"]).double().pow(2).sum(),
@@ -74,7 +85,7 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
         ce /= num_tokens
         values = {"nmse": nmse / num_tokens, "fvu": error / variance, "l0": active / num_tokens}
         if num_contexts is None:
-            values["dead_fraction"] = 1 - ever_active[i, suffix, training].double().mean().item()
+            values["dead_fraction"] = (times_active[i, suffix, training] == 0).double().mean().item()
         values |= {
             "ce_reconstructed": ce,
             "ce_degradation": ce - ces["ce_original"],
@@ -82,11 +93,27 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
             "recovery_from_mean": (ces["ce_mean_ablated"] - ce) / (ces["ce_mean_ablated"] - ces["ce_original"]),
         }
         metrics[i] |= {key + suffix: value for key, value in values.items()}
+        if num_contexts is None and not training:
+            l0 = torch.cat(token_l0[i, suffix, training])
+            metrics[i]["histograms"] = histograms(l0, times_active[i, suffix, training])
     for sae, values in zip(saes, metrics):
         values |= ces
         if sae.cfg["sae_type"] == "batchtopk":
             values["threshold"] = sae.threshold.item()
     return metrics
+
+
+def histograms(token_l0: torch.Tensor, times_active: torch.Tensor) -> dict:
+    """The histograms above, as plain lists, from each token's L0 [n] and each feature's number of active tokens [F]."""
+    ever = times_active[times_active > 0].double().cpu()
+    edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
+    log10_density = (ever / len(token_l0)).log10().clamp(min=DENSITY_EDGES[0])
+    return {
+        "l0": token_l0.cpu().bincount().tolist(),
+        "log10_density": torch.histogram(log10_density, edges).hist.int().tolist(),
+        "log10_density_edges": DENSITY_EDGES,
+        "never_active": len(times_active) - len(ever),
+    }
 
 
 def eval_batches(activation_store, num_contexts: int | None = None) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 output_dir/sweep/name/config.json     the completed config, and _provenance: what the run was made with
                       metrics.jsonl   one line per logged step
+                      histograms.json of those tokens and of the features, see evaluation.py
                       result.json     final metrics on held-out tokens, only when finished
                       stopped.json    in its place where NaN or infinity stopped the run
 """
@@ -122,7 +123,8 @@ class RunLog:
         self.close()
 
     def finish(self, result: dict) -> None:
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / "histograms.json", result["histograms"])
+        write_json(self.folder / "result.json", {key: result[key] for key in result if key != "histograms"})
         if self.wandb_run:
             self.in_wandb(lambda run: run.summary.update(result))
         if self.wandb_run:

@@ -1,139 +1,412 @@
-"""Tables and plots of a sweep from its local run records. Needs neither torch nor an account.
+"""Tables and plots of a sweep from its run records, local or in Weights & Biases. Local ones need no account, no torch.
 
-    python results.py [FOLDER]      a sweep's folder, e.g. runs/demo (default: the newest in runs/)
+    python results.py [RUNS or SWEEP] [--wandb ENTITY/PROJECT]
 
-Writes results.png, results.pdf and results.csv into the folder and prints the table.
+RUNS is a folder of sweeps, of which the newest is taken (default: runs); SWEEP a sweep's folder or its name in runs/.
+With --wandb the runs come from that project, where a sweep is a group. Into the sweep's folder go the figures, each
+as PNG and PDF, and the numbers, of finished runs only:
+
+    results               the paper's figure: NMSE and CE degradation against dictionary size and against L0
+    results_pareto        the same two against L0, all runs, with the fronts of each SAE type and of all
+    results_curves        loss and dead features over the tokens of training; unfinished runs thin, with hollow ends
+    results_histograms    L0 of the single tokens, and density of the features
+    results.csv, .md      the numbers: a run a row; a configuration a row, with mean ± standard error over its seeds
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no display needed
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter
+from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell them apart in grey.
+# Drawn at the width of a paper's page, 6.8 inches, so that fonts keep their size in points in print.
+plt.rcParams.update({
+    "font.size": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2,
+    "lines.markersize": 4.5, "errorbar.capsize": 2, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "legend.handlelength": 2.6,
+    "savefig.dpi": 300, "pdf.fonttype": 42,
+})  # fmt: skip
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the markers and lines tell them apart in grey.
 STYLES = {
-    "batchtopk": ("BatchTopK", "#0072B2", "o"),
-    "topk": ("TopK", "#D55E00", "s"),
-    "jumprelu": ("JumpReLU", "#009E73", "^"),
-    "vanilla": ("Vanilla (L1)", "#CC79A7", "D"),
+    "batchtopk": ("BatchTopK", "#0072B2", "o", "-"),
+    "topk": ("TopK", "#D55E00", "s", "--"),
+    "jumprelu": ("JumpReLU", "#009E73", "^", "-."),
+    "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
 }
+LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3, 2)), (0, (3, 1, 1, 1, 1, 1))]
 # A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
 NOT_IN_POINT = {
     "seed", "name", "device", "output_dir", "sweep", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq",
-    "checkpoint_freq",
+    "checkpoint_freq", "stream_retries", "activation_cache",
 }  # fmt: skip
-SWEPT = ["sae_type", "dict_size", "top_k", "l1_coeff"]
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # and their signs in legends
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
+CURVES = {"loss": "Training loss", "num_dead_features": "Dead features (%)"}
+METRICS = {"nmse": "Normalized MSE", "ce_degradation": "CE degradation (nats)"}
 
 
-def read_runs(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """The configs and the final metrics of a sweep's finished runs, a run a row; the names of the unfinished ones."""
-    configs, results, unfinished = [], [], []
-    for path in sorted(folder.glob("*/config.json")):
-        if (path.parent / "result.json").is_file():
-            configs.append(json.loads(path.read_text()))
-            del configs[-1]["_provenance"]
-            results.append(json.loads((path.parent / "result.json").read_text()))
-        else:
-            unfinished.append(path.parent.name)
-    return pd.DataFrame(configs), pd.DataFrame(results), unfinished
+# Records, as both sources have them
 
 
-def over_seeds(configs: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error (nmse_se, ...) of each metric over the seeds of a configuration, one a row."""
-    keys = [key for key in configs if key not in NOT_IN_POINT]
-    groups = pd.concat([configs[keys], results], axis=1).groupby(keys, dropna=False)
-    table = groups[list(results)].mean()
-    errors = groups[list(results)].sem().add_suffix("_se")
-    return table.join(errors).join(groups.size().rename("seeds")).reset_index()
+class Run(NamedTuple):
+    name: str
+    config: dict
+    history: list[dict]  # a dict per logged step
+    summary: dict  # the last value of each logged metric, then the final metrics and histograms over them
+    state: str  # "finished", or what W&B calls it, or "unfinished"
 
 
-def text_table(table: pd.DataFrame) -> str:
+def run_configs(folder: Path) -> list[Path]:
+    """The config.json of the runs in a sweep's folder; other things have a config.json too, such as language models."""
+    return [path for path in sorted(folder.glob("*/config.json")) if '"sae_type"' in path.read_text()]
+
+
+def local_runs(folder: Path) -> list[Run]:
+    """The runs of a sweep's folder."""
+    runs = []
+    for path in run_configs(folder):
+        config, result, histograms = (read(path.with_name(f"{f}.json")) for f in ("config", "result", "histograms"))
+        history = read(path.with_name("metrics.jsonl"))
+        summary = {key: value for line in [*history, result] for key, value in line.items()}
+        config.pop("_provenance", None)
+        state = "finished" if result else "unfinished"
+        runs.append(Run(path.parent.name, config, history, summary | {"histograms": histograms}, state))
+    return runs
+
+
+def read(path: Path) -> dict | list[dict]:
+    """A JSON file, or the complete lines of a .jsonl (a killed run may leave half a line); empty without the file."""
+    try:
+        text = path.read_text() if path.exists() else ""
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n")[:-1]]
+        return json.loads(text or "{}")
+    except ValueError as error:
+        fail(f"{path} is not JSON ({error}): restore it, or move its run away")
+
+
+def wandb_runs(project: str, sweep: str | None) -> list[Run]:
+    """The runs of a W&B project's group `sweep`, by default the group of its newest run; the newest run first."""
+    import wandb
+
+    if project.count("/") != 1:
+        fail(f"--wandb {project} is not of the form ENTITY/PROJECT")
+    try:
+        if not wandb.login(prompt=False):
+            fail("not logged in to Weights & Biases: run `wandb login`, or set WANDB_API_KEY")
+        api = wandb.Api()
+        if sweep is None:
+            sweep = next((run.config.get("sweep") for run in api.runs(project, order="-created_at", per_page=1)), None)
+        runs = [from_wandb(run) for run in api.runs(project, {"group": sweep}, order="-created_at")]
+    except (wandb.Error, ValueError) as error:  # what the client raises: no access, no such project, no network
+        fail(f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}")
+    return runs or fail(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
+
+
+def from_wandb(run) -> Run:
+    """A run of wandb.Api as a record. One that was cut short has no "seconds" there, whatever W&B calls its state."""
+    summary, state = run.summary_metrics, run.state
+    state = "finished" if "seconds" in summary else "unfinished" if state == "finished" else state
+    history = run.scan_history(keys=["tokens", *CURVES], page_size=10_000)  # its pages are of steps, logged or not
+    return Run(run.name, run.config, list(history), summary, state)
+
+
+def run_table(runs: list[Run]) -> pd.DataFrame:
+    """State, config and metrics, a run a row, the same from either source; the column `run` has the record itself."""
+    rows = []
+    for run in runs:
+        metrics = {k: v for k, v in run.summary.items() if isinstance(v, int | float) and not k.startswith("_")}
+        rows.append({"tokens": 0} | metrics | run.config | {"name": run.name, "state": run.state, "run": run})
+    table = pd.DataFrame(rows)
+    first = ["name", "state", *SWEPT, "seed", *(key for key in COLUMNS if key in table)]
+    return table[[*first, *sorted(set(table) - set(first))]].sort_values("name", ignore_index=True, kind="stable")
+
+
+def point_keys(table: pd.DataFrame) -> list[str]:
+    """The config keys that runs must agree on to be one point."""
+    return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row."""
+    keys = point_keys(table)
+    metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
+    groups = table.groupby(keys, dropna=False)
+    means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
+    return means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
+
+
+def markdown_table(points: pd.DataFrame) -> str:
     """The main metrics, a configuration a row; with several seeds each as mean ± standard error."""
-    rows = table.sort_values(SWEPT)[[*SWEPT, *COLUMNS]].copy()
+    rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
     for metric in COLUMNS:
         form = "{:.1f}" if metric == "l0" else "{:.4f}"
-        errors = table[f"{metric}_se"].map((" ± " + form).format).where(table["seeds"] > 1, "")
+        errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
         rows[metric] = rows[metric].map(form.format) + errors
-    sparse_by_k = rows["sae_type"].isin(["topk", "batchtopk"])
-    rows["top_k"] = rows["top_k"].astype(str).where(sparse_by_k, "")
-    rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~sparse_by_k | (rows["l1_coeff"] > 0), "")
+    by_k = rows["sae_type"].isin(["topk", "batchtopk"])
+    rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
+    rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
     rows["sae_type"] = rows["sae_type"].map(lambda sae_type: STYLES[sae_type][0])
-    return rows.to_string(index=False)
+    lines = [list(rows), *rows.astype(str).values.tolist()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join(f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines)
 
 
-def paper_figure(table: pd.DataFrame) -> plt.Figure:
-    """NMSE and CE degradation, against dictionary size at fixed k (top) and L0 at fixed dictionary size (bottom)."""
-    by_k = table[table["sae_type"].isin(["topk", "batchtopk"])]
-    figure, axes = plt.subplots(2, 2, figsize=(7, 5.6), layout="constrained")
+# Figures
+
+
+def by_type(points: pd.DataFrame) -> Iterator[tuple]:
+    """The points of each SAE type that there is, and its style."""
+    for sae_type, style in STYLES.items():
+        if (points["sae_type"] == sae_type).any():
+            yield points[points["sae_type"] == sae_type], *style
+
+
+def common_point(points: pd.DataFrame) -> tuple[int | None, int]:
+    """The k at which there are most dictionary sizes, and the dictionary size of which there are most points."""
+    by_k = points[points["sae_type"].isin(["topk", "batchtopk"])]
     top_k = by_k.groupby("top_k")["dict_size"].nunique().idxmax() if len(by_k) else None
-    dict_size = table.groupby("dict_size").size().idxmax()
-    for column, (metric, label) in enumerate([("nmse", "Normalized MSE"), ("ce_degradation", "CE degradation (nats)")]):
-        draw_lines(axes[0, column], by_k[by_k["top_k"] == top_k], "dict_size", metric)
+    return top_k, points.groupby("dict_size").size().idxmax()
+
+
+def paper_figure(points: pd.DataFrame) -> plt.Figure:
+    """NMSE and CE degradation, against dictionary size at fixed k (top) and L0 at fixed dictionary size (bottom)."""
+    figure, axes = plt.subplots(2, 2, figsize=(6.8, 5), layout="constrained")
+    top_k, dict_size = common_point(points)
+    by_k = points[points["sae_type"].isin(["topk", "batchtopk"]) & (points["top_k"] == top_k)]
+    for column, (metric, label) in enumerate(METRICS.items()):
+        draw_lines(axes[0, column], by_k, "dict_size", metric)
         axes[0, column].set(xlabel=f"Dictionary size (k = {top_k})", ylabel=label)
-        draw_lines(axes[1, column], table[table["dict_size"] == dict_size], "l0", metric)
+        draw_lines(axes[1, column], points[points["dict_size"] == dict_size], "l0", metric)
         axes[1, column].set(xlabel=f"L0 ({dict_size} features)", ylabel=label)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    legend_above(figure, axes[1, 0])
     return figure
 
 
-def draw_lines(axis: plt.Axes, table: pd.DataFrame, x: str, metric: str) -> None:
+def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
     """One line per SAE type over a logarithmic x; bars are standard errors over seeds."""
-    for sae_type, (label, colour, marker) in STYLES.items():
-        points = table[table["sae_type"] == sae_type].sort_values(x)
-        if len(points):
-            error = points[f"{metric}_se"].fillna(0)
-            axis.errorbar(
-                points[x], points[metric], yerr=error, label=label, color=colour, marker=marker, markersize=5, capsize=2
-            )
+    for own, label, colour, marker, line in by_type(points.sort_values(x)):
+        error = own[f"{metric}_se"].fillna(0)
+        axis.errorbar(own[x], own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
+    log2_axis(axis)
+
+
+def log2_axis(axis: plt.Axes) -> None:
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_formatter(PLAIN)
 
 
-def draw_results(folder: Path) -> None:
-    """Print the table of a sweep and save its figure and its numbers beside its runs."""
-    configs, results, unfinished = read_runs(folder)
-    if unfinished:
-        print(f"{len(unfinished)} unfinished runs are left out: {', '.join(unfinished)}")
-    if configs.empty:
-        print(f"{folder} holds no finished run: nothing to draw")
-        return
-    mixed = [key for key in configs if key not in {*NOT_IN_POINT, *SWEPT} and configs[key].nunique(dropna=False) > 1]
+def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+
+
+def pareto_figure(points: pd.DataFrame) -> plt.Figure:
+    """NMSE and CE degradation against L0, every configuration a point; the lines join the front of each SAE type."""
+    figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
+    for axis, (metric, ylabel) in zip(axes, METRICS.items()):
+        best = front(points, metric)
+        axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Front of all", zorder=1)
+        for own, label, colour, marker, line in by_type(points):
+            area = 12 * own["dict_size"] / points["dict_size"].min()
+            errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
+            axis.errorbar(own["l0"], own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
+            style = dict(color=colour, marker=marker, linewidth=0.4, edgecolor="white", zorder=3)
+            axis.scatter(own["l0"], own[metric], area, label=label, **style)
+            own = front(own, metric)
+            axis.plot(own["l0"], own[metric], color=colour, linestyle=line, zorder=2)
+        log2_axis(axis)
+        axis.set(xlabel="L0 (larger marker: larger dictionary)", ylabel=ylabel)
+    legend_above(figure, axes[0])
+    return figure
+
+
+def front(points: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on."""
+    points = points.sort_values(["l0", metric])
+    return points[points[metric] < points[metric].cummin().shift(fill_value=np.inf)]
+
+
+def curves_figure(table: pd.DataFrame) -> plt.Figure:
+    """Loss and dead features over tokens, a column per SAE type; an unfinished run is a line of its own."""
+    types = list(by_type(table))
+    figure = plt.figure(figsize=(max(3.3, 1.7 * len(types)), 4.4), layout="constrained")
+    axes = figure.subplots(2, len(types), sharex=True, sharey="row", squeeze=False)
+    for column, (own, name, colour, _, _) in zip(axes.T, types):
+        points = over_seeds(own)
+        told = [key for key in point_keys(own) if points[key].nunique() > 1]
+        for i, (_, point) in enumerate(points.iterrows()):
+            shade = 0.25 + 0.75 * (i + 1) / len(points)
+            style = dict(color=shade * np.array(to_rgb(colour)) + 1 - shade, mfc="white", markevery=[-1])
+            finished = [run for run in point["run"] if run.state == "finished"]
+            unfinished = [[run] for run in point["run"] if run.state != "finished"]
+            for axis, metric in zip(column, CURVES):
+                if finished:
+                    label = ", ".join(f"{SWEPT.get(key, key)} = {point[key]}" for key in told) or "all"
+                    draw_mean(axis, curves(finished, metric), linestyle=LINES[i % len(LINES)], label=label, **style)
+                for run in unfinished:
+                    draw_mean(axis, curves(run, metric), linewidth=0.7, marker="o", **style)
+        if (own["state"] != "finished").any():
+            column[0].plot([], color=colour, linewidth=0.7, marker="o", mfc="white", label="not finished")
+        column[0].legend(title=name, loc="lower center", bbox_to_anchor=(0.5, 1))
+        column[1].set_xlabel("Tokens (millions)")
+    axes[0, 0].set(yscale="log", ylabel="Training loss")
+    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 0].yaxis.set_major_formatter(PLAIN)
+    axes[1, 0].set(ylabel="Dead features (%)")
+    return figure
+
+
+def curves(runs: list[Run], metric: str) -> pd.DataFrame:
+    """A training metric by millions of tokens, a run a column, where all runs have it; dead features in per cent."""
+    columns = []
+    for run in runs:
+        scale = 100 / run.config["dict_size"] if metric == "num_dead_features" else 1
+        values = {row["tokens"] / 1e6: scale * row[metric] for row in run.history if metric in row}
+        columns.append(pd.Series(values, dtype=float))
+    return pd.concat(columns, axis=1, join="inner")
+
+
+def draw_mean(axis: plt.Axes, values: pd.DataFrame, step: str | None = None, **style) -> None:
+    """The mean of the columns over the index as a line, and its standard error as a band."""
+    mean, error = values.mean(axis=1), values.sem(axis=1).fillna(0)
+    axis.plot(mean, drawstyle=f"steps-{step}" if step else "default", **style)
+    axis.fill_between(mean.index, mean - error, mean + error, step=step, color=style["color"], alpha=0.25, linewidth=0)
+
+
+def histograms_figure(points: pd.DataFrame) -> plt.Figure:
+    """At one dictionary size: the L0 of single tokens under BatchTopK and TopK, and how often features are active."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.8), layout="constrained")
+    top_k, dict_size = common_point(points)
+    points = points[points["dict_size"] == dict_size]
+    top, shares = 0.69, []  # of the axes, below the legend
+    for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
+        for i, (_, point) in enumerate(own.iterrows()):
+            values = histograms(point["run"], "l0")
+            if label == "BatchTopK":
+                style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
+                draw_mean(left, values, step="mid", **style)
+            else:  # one bar of about 100 % would dwarf all else: a line instead
+                left.axvline(values.mean(axis=1).idxmax(), ymax=top, color=colour, linestyle=line)
+                shares.append(values.mean(axis=1).max())
+    if shares:
+        left.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {min(shares):.3g} % of tokens")
+    left.set(xlabel=f"L0 of a token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
+
+    for own, label, colour, _, line in by_type(points):
+        point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # the one nearest to that k
+        never = np.mean([run.summary["histograms"]["never_active"] / dict_size for run in point["run"]])
+        label = f"{label}, L0 {point['l0']:.0f}: {never:.1%} never active"
+        values = histograms(point["run"], "log10_density")
+        draw_mean(right, values, step="mid", color=colour, linestyle=line, label=label)
+    right.set(xlabel="Feature density (log10 of the share of tokens)", ylabel="Features (%)")
+    for axis, place in ((left, "upper right"), (right, "upper left")):
+        axis.set_ylim(0, axis.get_ylim()[1] / top)
+        axis.legend(loc=place)
+    return figure
+
+
+def histograms(runs: list[Run], key: str) -> pd.DataFrame:
+    """Per cent of tokens by L0, or of features by the middle of their bin; a run a column, without empty ends."""
+    columns = []
+    for run in runs:
+        record = run.summary["histograms"]
+        counts, total = pd.Series(record[key]), sum(record["l0"])
+        if key == "log10_density":
+            counts.index = np.convolve(record["log10_density_edges"], [0.5, 0.5], "valid")
+            total = run.config["dict_size"]
+        columns.append(100 * counts / total)
+    values = pd.concat(columns, axis=1).fillna(0)  # none where a run's greatest L0 is smaller
+    present = values.index[values.any(axis=1)]
+    return values.loc[present[0] : present[-1]]
+
+
+# The whole
+
+
+def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
+    """Print the table of a sweep's runs (by default those in its folder); save figures and numbers in the folder."""
+    table, notes, figures = run_table(local_runs(folder) if runs is None else runs), [], {}
+    for _, run in table[table["state"] != "finished"].iterrows():
+        reached = f"{run['state']}, {run['tokens']:,} of {run['num_tokens']:,} tokens"
+        notes.append(f"Not finished, so only among the curves: {run['name']} ({reached})")
+    finished = table[table["state"] == "finished"]
+    keys = point_keys(table)
+    again = finished.duplicated([*keys, "seed"])
+    notes += [f"Left out, because another run has the same config: {name}" for name in finished["name"][again]]
+    table, finished = table.drop(finished.index[again]), finished[~again]
+    mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
     if mixed:
-        print(f"The runs in {folder} also differ in {', '.join(mixed)}: the lines of the figure join unlike runs")
-    table = over_seeds(configs, results)
-    print(text_table(table))
-    pd.concat([configs, results], axis=1).to_csv(folder / "results.csv", index=False)
-    figure = paper_figure(table)
-    for ending in ("png", "pdf"):
-        figure.savefig(folder / f"results.{ending}", dpi=200)
-    plt.close(figure)
-    print(f"Figure: {folder / 'results.png'} and .pdf; numbers: {folder / 'results.csv'}")
+        notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(finished):
+        points = over_seeds(finished)
+        finished.drop(columns="run").to_csv(folder / "results.csv", index=False)
+        figures |= {"results": paper_figure(points), "results_pareto": pareto_figure(points)}
+        if all(run.summary.get("histograms") for run in finished["run"]):
+            figures["results_histograms"] = histograms_figure(points)
+        else:
+            notes.append("Some of these records have no histograms: that figure is left out")
+        text = [f"# {folder.name}", markdown_table(points), "Mean ± standard error over seeds.", *notes]
+        (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+        print(text[1])
+    else:
+        notes.append(f"{folder} holds no finished run: there is no table yet")
+    logged = table[[bool(run.history) for run in table["run"]]]
+    if len(logged):
+        figures["results_curves"] = curves_figure(logged)
+    for note in notes:
+        print(note)
+    for name, figure in figures.items():
+        for ending in ("png", "pdf"):
+            figure.savefig(folder / f"{name}.{ending}")
+        plt.close(figure)
+        print(f"Figure: {folder / name}.png and .pdf")
+    if len(finished):
+        print(f"Numbers: {folder / 'results.csv'} and .md")
 
 
-def newest_sweep(runs: Path) -> Path | None:
-    """The sweep folder in which a run finished last."""
-    finished = sorted(runs.glob("*/*/result.json"), key=lambda path: path.stat().st_mtime)
-    return finished[-1].parent.parent if finished else None
+def sweep_folder(asked: Path) -> Path:
+    """The folder of a sweep asked for by its folder, by its name in runs/, or as the newest of a folder of sweeps."""
+    for folder in (asked, "runs" / asked):
+        if run_configs(folder):
+            return folder
+    sweeps = [folder for folder in asked.glob("*") if run_configs(folder)]
+    if not sweeps:
+        fail(f"{asked} holds no run records; train a sweep first (python main.py demo)")
+    return max(sweeps, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*/*.json")))
+
+
+def fail(line: str):
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "folder", nargs="?", type=Path, help="a sweep's folder, e.g. runs/demo (default: the newest in runs/)"
-    )
-    asked = parser.parse_args().folder
-    folder = asked or newest_sweep(Path("runs"))
-    if folder is None or not folder.is_dir():
-        sys.exit(f"error: {asked or 'runs'} holds no run records; train a sweep first (python main.py demo)")
-    draw_results(folder)
+        "folder", nargs="?", type=Path, metavar="RUNS or SWEEP",
+        help="a sweep's folder or its name in runs/, or a folder of sweeps: the newest in it (default: runs)",
+    )  # fmt: skip
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from this W&B project")
+    args = parser.parse_args()
+    if args.wandb:
+        runs = wandb_runs(args.wandb, args.folder and args.folder.name)
+        folder = args.folder if args.folder and len(args.folder.parts) > 1 else Path("runs", runs[0].config["sweep"])
+        draw_results(folder, runs)
+    else:
+        draw_results(sweep_folder(args.folder or Path("runs")))

@@ -15,7 +15,7 @@ import transformers
 
 from activation_store import ActivationsStore
 from config import get_default_cfg, post_init_cfg
-from evaluation import evaluate, heldout_baseline
+from evaluation import evaluate, heldout_baseline, histograms
 from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
@@ -225,12 +225,46 @@ def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
             assert not any(key.endswith("_batch") for key in result)
 
 
+def test_histograms_equal_a_plain_reference(model, hf_model, group):
+    """Tokens by their number of active features, features by the log10 of their density: counted one by one."""
+    store, saes = group
+    saes = {name: copy.deepcopy(sae).eval() for name, sae in saes.items()}
+    with torch.no_grad():
+        for sae in saes.values():
+            sae.W_enc[:, :2] = 0  # features that are hardly ever active
+    rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in store.eval_contexts.tolist()])
+    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    for sae, result in zip(saes.values(), results):
+        active = (sae.encode(rows) > 0).numpy()
+        counted = result["histograms"]
+        assert json.loads(json.dumps(counted)) == counted
+        l0 = [0] * (1 + max(row.sum() for row in active))
+        for row in active:
+            l0[row.sum()] += 1
+        assert counted["l0"] == l0
+        density = [np.log10(column.mean()) for column in active.T if column.any()]
+        assert counted["log10_density"] == np.histogram(density, counted["log10_density_edges"])[0].tolist()
+        assert counted["never_active"] == sum(not column.any() for column in active.T)
+        assert sum(counted["log10_density"]) + counted["never_active"] == sae.cfg["dict_size"]
+        assert counted["never_active"] / sae.cfg["dict_size"] == pytest.approx(result["dead_fraction"])
+        assert sum(n * count for n, count in enumerate(l0)) / len(rows) == pytest.approx(result["l0"])
+    assert any(result["histograms"]["never_active"] for result in results)
+
+
+def test_histogram_bins_hold_every_density():
+    """Features that are always active, or more rarely than the lowest edge says, are in the last and the first bin."""
+    counted = histograms(token_l0=torch.tensor([2] * 999 + [0]), times_active=torch.tensor([1000, 50, 1e-6, 0, 0]))
+    assert counted["l0"] == [1, 0, 999]
+    middle = [int(edge <= math.log10(0.05) < edge + 0.25) for edge in counted["log10_density_edges"][1:-2]]
+    assert counted["log10_density"] == [1, *middle, 1] and sum(middle) == 1 and counted["never_active"] == 2
+
+
 def test_metrics_on_the_first_contexts(model, hf_model, group):
     """Evaluations during training are the same metrics on the first contexts, without the share of dead features."""
     store, saes = group
     results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
-        assert "dead_fraction" not in result
+        assert "dead_fraction" not in result and "histograms" not in result
         reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, 3)
         del reference["dead_fraction"]
         assert_equal_metrics(result, reference)
@@ -255,7 +289,7 @@ def test_the_demo_language_model_has_something_to_lose(model, group):
         assert result["ce_zero_ablated"] - result["ce_original"] > 0.5
         assert result["ce_degradation"] > 0
         assert result["recovery_from_zero"] < 1
-        assert all(math.isfinite(value) for value in result.values())
+        assert all(math.isfinite(value) for key, value in result.items() if key != "histograms")
 
 
 def state_of(model, sae) -> list:
@@ -322,6 +356,7 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
     baseline = heldout_baseline(model, store)
     results = [evaluate(list(saes.values()), model, s, baseline) for s in (store, smaller)]
     for usual, other in zip(*results):
+        assert usual.pop("histograms") == other.pop("histograms")
         assert {k: v for k, v in usual.items() if "_batch" not in k} == pytest.approx(
             {k: v for k, v in other.items() if "_batch" not in k}, rel=1e-5, abs=1e-5
         )

@@ -1,4 +1,4 @@
-"""main.py and results.py as a user runs them: sweeps end to end, bad input in one line, tables and figures."""
+"""main.py as a user runs it: sweeps end to end, bad input in one line, tables and figures."""
 
 import concurrent.futures
 import csv
@@ -88,7 +88,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         assert float(rows[folder.name]["nmse"]) == pytest.approx(result["nmse"])
     table = first.stdout
     for label, count in {"BatchTopK": 5, " TopK": 5, "JumpReLU": 3, "Vanilla (L1)": 3}.items():
-        assert sum(line.lstrip().startswith(label.strip()) for line in table.splitlines()) == count
+        assert sum(line.lstrip("| ").startswith(label.strip()) for line in table.splitlines()) == count
     assert "ce_degradation" in table and str(sweep / "results.png") in table
 
 
@@ -116,11 +116,13 @@ def test_results_of_a_sweep_folder(demo, tmp_path):
     """`python results.py FOLDER` prints the same table and redraws the figure."""
     first, _, sweep, _ = demo
     copy = tmp_path / "copy"
-    shutil.copytree(sweep, copy, ignore=shutil.ignore_patterns("results.*"))
+    shutil.copytree(sweep, copy, ignore=shutil.ignore_patterns("results*"))
     done = run("results.py", copy, home=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.replace(str(copy), str(sweep)) == first.stdout
-    assert {path.name for path in copy.glob("results.*")} == {"results.png", "results.pdf", "results.csv"}
+    assert {path.name for path in copy.glob("results.*")} == {
+        f"results.{ending}" for ending in ("png", "pdf", "csv", "md")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -378,130 +380,3 @@ def test_a_machine_that_is_too_small(main_here, tmp_path):
     error = the_error(code, err)
     assert "too small" in error and "days" in error and "main.py demo" in error
     assert "1,000,000,000,000,000 tokens" in err and not (tmp_path / "runs").exists()
-
-
-# results.py on records written by hand
-
-METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
-
-
-def write_run(sweep: Path, result: dict | None, **config) -> str:
-    """A run's record by hand; unfinished without a result."""
-    config = {"sae_type": "batchtopk", "dict_size": 512, "top_k": 16, "l1_coeff": 0.0, "seed": 1, "lr": 1e-3} | config
-    name = "_".join(f"{value}" for value in config.values())
-    (sweep / name).mkdir(parents=True)
-    config |= {"name": name, "sweep": sweep.name, "device": "cpu", "_provenance": {"python": "3"}}
-    (sweep / name / "config.json").write_text(json.dumps(config))
-    if result is not None:
-        (sweep / name / "result.json").write_text(json.dumps(result))
-    return name
-
-
-@pytest.fixture
-def by_hand(tmp_path):
-    """Two types at three k and three sizes, three seeds each, a JumpReLU of one seed, and two unfinished runs."""
-    rng, sweep, results = np.random.default_rng(0), tmp_path / "sweep", {}
-    points = [(sae_type, 512, k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
-    points += [(sae_type, size, 16) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
-    for point in points:
-        results[point] = [dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS)))) for _ in range(3)]
-        for seed, result in enumerate(results[point]):
-            result["l0"] = point[2] + rng.uniform(-1, 1)
-            write_run(sweep, result, sae_type=point[0], dict_size=point[1], top_k=point[2], seed=seed)
-    results["jumprelu", 512, 0.01] = [dict(zip(METRICS, [0.5, 0.6, 20.0, 0.1, 0.7, 0.8]))]
-    write_run(sweep, results["jumprelu", 512, 0.01][0], sae_type="jumprelu", l1_coeff=0.01)
-    unfinished = [write_run(sweep, None, sae_type="vanilla"), write_run(sweep, None, seed=7)]
-    return sweep, results, unfinished
-
-
-def mean_and_error(results: list[dict], metric: str) -> tuple[float, float]:
-    values = np.array([result[metric] for result in results])
-    return values.mean(), values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-
-
-def point_of(row) -> tuple:
-    return row["sae_type"], row["dict_size"], row["l1_coeff"] if row["sae_type"] == "jumprelu" else row["top_k"]
-
-
-def test_mean_and_standard_error_over_seeds(by_hand):
-    """Each metric's mean and standard error over the seeds of a configuration, against plain numpy."""
-    from results import over_seeds, read_runs
-
-    sweep, results, unfinished = by_hand
-    configs, metrics, left_out = read_runs(sweep)
-    assert sorted(left_out) == sorted(unfinished)
-    table = over_seeds(configs, metrics)
-    assert {point_of(row) for _, row in table.iterrows()} == results.keys() and len(table) == len(results)
-    for _, row in table.iterrows():
-        runs = results[point_of(row)]
-        assert row["seeds"] == len(runs)
-        for metric in METRICS:
-            wanted = mean_and_error(runs, metric)
-            np.testing.assert_allclose([row[metric], row[f"{metric}_se"]], wanted, rtol=1e-12)
-
-
-def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsys):
-    """Another learning rate is another point, and the reader is told that the runs are not alike."""
-    from results import draw_results, over_seeds, read_runs
-
-    for lr in (1e-3, 2e-3):
-        for seed in (1, 2):
-            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, lr), lr=lr, seed=seed)
-    assert len(over_seeds(*read_runs(tmp_path / "sweep")[:2])) == 2
-    draw_results(tmp_path / "sweep")
-    assert re.search(r"differ in lr\b", capsys.readouterr().out)
-
-
-def test_figure_shows_the_numbers(by_hand):
-    """NMSE and CE degradation, above against dictionary size at fixed k, below against L0 at fixed dictionary size."""
-    import matplotlib.pyplot as plt
-
-    from results import STYLES, over_seeds, paper_figure, read_runs
-
-    sweep, results, _ = by_hand
-    figure = paper_figure(over_seeds(*read_runs(sweep)[:2]))
-    labels = {label: sae_type for sae_type, (label, _, _) in STYLES.items()}
-    axes = np.array(figure.axes).reshape(2, 2)
-    for column, metric in enumerate(["nmse", "ce_degradation"]):
-        for row, fixed in enumerate([lambda p: p[0] != "jumprelu" and p[2] == 16, lambda p: p[1] == 512]):
-            drawn = {}
-            for container in axes[row, column].containers:
-                x, y = container.lines[0].get_data()
-                drawn[labels[container.get_label()]] = sorted(zip(x, y))
-            wanted = {}
-            for point in filter(fixed, results):
-                x = point[1] if row == 0 else mean_and_error(results[point], "l0")[0]
-                wanted.setdefault(point[0], []).append((x, mean_and_error(results[point], metric)[0]))
-            assert drawn.keys() == wanted.keys()
-            for sae_type, points in wanted.items():
-                np.testing.assert_allclose(drawn[sae_type], sorted(points), rtol=1e-12)
-    plt.close(figure)
-
-
-def test_results_leave_out_unfinished_runs_and_name_them(by_hand, tmp_path):
-    """`python results.py FOLDER` names the unfinished runs and puts only finished ones into table and CSV."""
-    sweep, results, unfinished = by_hand
-    done = run("results.py", sweep, home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first = done.stdout.splitlines()[0]
-    assert first.startswith("2 unfinished") and all(name in first for name in unfinished)
-    assert "Vanilla" not in done.stdout
-    mean, error = mean_and_error(results["topk", 512, 8], "nmse")
-    assert f"{mean:.4f} ± {error:.4f}" in done.stdout
-    (jumprelu,) = [line for line in done.stdout.splitlines() if line.lstrip().startswith("JumpReLU")]
-    assert "0.5000" in jumprelu and "±" not in jumprelu, "one seed has no standard error"
-    with open(sweep / "results.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == sum(map(len, results.values()))
-
-
-def test_results_of_an_empty_folder(tmp_path):
-    """A folder without finished runs is said in a line, and no figure is made; a missing folder is an error."""
-    (tmp_path / "empty").mkdir()
-    unfinished = write_run(tmp_path / "sweep", None)
-    for folder, said in [("empty", "no finished run"), ("sweep", unfinished), ("missing", "holds no run records")]:
-        done = run("results.py", tmp_path / folder, home=tmp_path / "home")
-        assert said in done.stdout + done.stderr and str(tmp_path / folder) in done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        assert (done.returncode == 0) == (folder != "missing")
-    assert not (tmp_path / "missing").exists()
-    assert not list(tmp_path.glob("*/results.*"))

@@ -157,7 +157,8 @@ def test_a_run_is_recorded_completely(model, recorded):
     for cfg, sae, result in zip(cfgs, saes, results):
         folder = run_folder(cfg)
         assert folder == Path(cfg["output_dir"]) / cfg["sweep"] / cfg["name"]
-        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "result.json", "sae"}
+        files = {"config.json", "metrics.jsonl", "histograms.json", "result.json", "sae"}
+        assert {path.name for path in folder.iterdir()} == files
 
         config = json.loads((folder / "config.json").read_text())
         made_with = config.pop("_provenance")
@@ -166,7 +167,9 @@ def test_a_run_is_recorded_completely(model, recorded):
         assert made_with["heldout_tokens_sha256"] == store.fingerprint()
         assert {"python", "commit", "model_sha256"} <= made_with.keys()
 
-        assert json.loads((folder / "result.json").read_text()) == result
+        recorded_result = json.loads((folder / "result.json").read_text())
+        assert recorded_result | {"histograms": json.loads((folder / "histograms.json").read_text())} == result
+        assert "histograms" not in recorded_result, "result.json holds plain numbers"
         assert METRICS <= result.keys()
         assert result["steps"] == STEPS and result["tokens"] == STEPS * BATCH and result["seconds"] > 0
         batch = {"nmse_batch", "fvu_batch", "l0_batch", "ce_degradation_batch", "threshold"}
@@ -223,43 +226,6 @@ def test_a_finished_run_is_refused(model, recorded):
     assert len(list(folder.parent.iterdir())) == len(cfgs)
 
 
-class StoppedStore(ActivationsStore):
-    """A stream that is interrupted in its eighth batch."""
-
-    batches = 0
-
-    def next_batch(self):
-        self.batches += 1
-        if self.batches == 8:
-            raise KeyboardInterrupt
-        return super().next_batch()
-
-
-def test_an_interrupted_run_is_moved_aside(model, make_cfg, capsys):
-    """A run that was cut off counts as unfinished, keeps its last saved SAE, and is moved aside, not written over."""
-    cfg = make_cfg(sae_type="batchtopk", top_k=4, log_freq=2, checkpoint_freq=3)
-    folder = run_folder(cfg)
-    with pytest.raises(KeyboardInterrupt):
-        train(model, [cfg], StoppedStore)
-    assert not is_finished(cfg)
-    assert [line["step"] for line in lines_of(folder)] == [1, 2, 4, 6], "what was logged is on the disk"
-    six_steps = post_init_cfg(cfg | {"num_tokens": 6 * BATCH})
-    assert same_bits(load_sae(folder), train(model, [six_steps])[0][0]), "saved after step 6"
-    content = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    with pytest.raises(KeyboardInterrupt):
-        train(model, [cfg], StoppedStore)
-    capsys.readouterr()
-    saes, _ = train(model, [cfg])
-    assert folder.name in capsys.readouterr().err
-    aside = sorted(path for path in folder.parent.iterdir() if path.name.startswith(folder.name) and path != folder)
-    assert len(aside) == 2
-    for other in aside:
-        assert {p.relative_to(other): p.read_bytes() for p in other.rglob("*") if p.is_file()} == content
-    assert same_bits(load_sae(folder), saes[0])
-    assert [line["step"] for line in lines_of(folder)] == [1, 2, 4, 6, 8, 10, 12]
-
-
 def test_data_that_ends_early_finishes_no_run(model, make_cfg, data):
     """Where the data ends before num_tokens the run is not finished, and an InputError says so."""
     cfg = make_cfg(sae_type="topk", top_k=4)
@@ -298,5 +264,6 @@ def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):
     """wandb_mode of the config overrides WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     log = RunLog(make_cfg(wandb_mode="disabled"), {})
+    log.start(0)
     assert log.wandb_run is None
-    log.finish({})
+    log.close()

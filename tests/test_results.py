@@ -1,0 +1,399 @@
+"""results.py: tables and figures of records written by hand, and of what Weights & Biases has of the same runs."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from wandb_server import WandbServer, offline_run
+
+import results
+from config import NOT_IN_NAME, get_default_cfg, post_init_cfg
+from logs import RunLog
+
+REPO = Path(__file__).resolve().parent.parent
+METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
+EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
+
+
+def run(*args: str, home: Path, **env: str) -> subprocess.CompletedProcess:
+    """`python results.py ARGS` with no account; `home` stands for the user's folder and is where it runs."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    clean |= {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "NETRC": str(home / "netrc"), "no_proxy": "127.0.0.1"}
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPO / "results.py"), *map(str, args)]
+    options = dict(cwd=home, env=clean | env, stdin=subprocess.DEVNULL, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+# Records written by hand
+
+
+def write_run(sweep: Path, result: dict | None, history: list[dict] = (), histograms: dict | None = None, **config):
+    """A run's record by hand; unfinished without a result."""
+    config = {"sae_type": "batchtopk", "dict_size": 512, "top_k": 16, "l1_coeff": 0.0, "seed": 1, "lr": 1e-3} | config
+    name = "_".join(f"{value}" for value in config.values())
+    (sweep / name).mkdir(parents=True)
+    config |= {"name": name, "sweep": sweep.name, "device": "cpu", "num_tokens": 4000, "_provenance": {"python": "3"}}
+    (sweep / name / "config.json").write_text(json.dumps(config))
+    (sweep / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    for file, content in (("histograms", histograms), ("result", result)):
+        if content is not None:
+            (sweep / name / f"{file}.json").write_text(json.dumps(content))
+    return name
+
+
+def losses(rng, num: int) -> list[dict]:
+    """Lines of num steps; another line in between has metrics of an evaluation, and no loss."""
+    lines = [
+        {"step": 2 * i, "tokens": 1000 * i, "loss": rng.uniform(), "num_dead_features": int(rng.integers(99))}
+        for i in range(1, num + 1)
+    ]
+    return [*lines[:1], {"step": 3, "tokens": 1500, "nmse": 0.5}, *lines[1:]]
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Two types at three k and three sizes, three seeds each, a JumpReLU of one seed, and two unfinished runs."""
+    rng, sweep, written = np.random.default_rng(0), tmp_path / "sweep", {}
+    points = [(sae_type, 512, k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
+    points += [(sae_type, size, 16) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
+    for point in [*points, ("jumprelu", 512, 0.01)]:
+        by_k, written[point] = point[0] != "jumprelu", []
+        sparsity = {"top_k": point[2]} if by_k else {"l1_coeff": point[2]}
+        for seed in range(3 if by_k else 1):
+            result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS))))
+            result["l0"] = (point[2] if by_k else 20) + rng.uniform(-1, 1)
+            l0 = [0] * point[2] + [40] if point[0] == "topk" else rng.integers(1, 9, size=20 + seed).tolist()
+            density = rng.multinomial(point[1] - 7, [0.25] * 4).tolist()
+            histograms = {"l0": l0, "log10_density": density, "log10_density_edges": EDGES, "never_active": 7}
+            record = dict(result=result, history=losses(rng, 5 if seed == 2 else 4), histograms=histograms)
+            written[point].append(record)
+            write_run(sweep, sae_type=point[0], dict_size=point[1], seed=seed, **sparsity, **record)
+    unfinished = [
+        write_run(sweep, None, losses(rng, 2), sae_type="vanilla", l1_coeff=0.5),
+        write_run(sweep, None, losses(rng, 3), seed=7),
+    ]
+    return sweep, written, unfinished
+
+
+def finished_points(sweep: Path) -> pd.DataFrame:
+    table = results.run_table(results.local_runs(sweep))
+    return results.over_seeds(table[table["state"] == "finished"])
+
+
+def mean_and_error(values: list) -> tuple:
+    values = np.array(values, dtype=float)
+    error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full_like(values[0], np.nan)
+    return values.mean(0), error
+
+
+def of_metric(records: list[dict], metric: str) -> tuple:
+    return mean_and_error([record["result"][metric] for record in records])
+
+
+def point_of(row) -> tuple:
+    return row["sae_type"], row["dict_size"], row["l1_coeff"] if row["sae_type"] == "jumprelu" else row["top_k"]
+
+
+def test_mean_and_standard_error_over_seeds(by_hand):
+    """Each metric's mean and standard error over the seeds of a configuration, against plain numpy."""
+    sweep, written, unfinished = by_hand
+    table = results.run_table(results.local_runs(sweep))
+    assert sorted(table["name"][table["state"] != "finished"]) == sorted(unfinished)
+    points = finished_points(sweep)
+    assert {point_of(row) for _, row in points.iterrows()} == written.keys() and len(points) == len(written)
+    for _, row in points.iterrows():
+        assert row["seeds"] == len(written[point_of(row)])
+        for metric in METRICS:
+            wanted = of_metric(written[point_of(row)], metric)
+            np.testing.assert_allclose([row[metric], row[f"{metric}_se"]], wanted, rtol=1e-12)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsys):
+    """Another learning rate is another point, and the reader is told that the runs are not alike."""
+    for lr in (1e-3, 2e-3):
+        for seed in (1, 2):
+            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, lr), lr=lr, seed=seed)
+    assert len(finished_points(tmp_path / "sweep")) == 2
+    results.draw_results(tmp_path / "sweep")
+    assert re.search(r"differ in lr\b", capsys.readouterr().out)
+
+
+def test_what_does_not_change_a_result_does_not_part_seeds():
+    """Keys that are no part of a run's name are none of a point, but for those that follow from others."""
+    assert NOT_IN_NAME - {"act_size", "hook_point"} <= results.NOT_IN_POINT
+    assert results.NOT_IN_POINT - NOT_IN_NAME == {"seed"}
+
+
+def test_a_config_counts_once(tmp_path, capsys):
+    """A copy of a run's record is not another seed: it is left out by name."""
+    for device in ("cpu", "cuda"):
+        write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5), seed=1, device_name=device, lr=1e-3)
+    for path in (tmp_path / "sweep").glob("*/config.json"):
+        config = json.loads(path.read_text())
+        del config["device_name"]
+        path.write_text(json.dumps(config))
+    results.draw_results(tmp_path / "sweep")
+    out = capsys.readouterr().out
+    assert re.search(r"Left out, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
+
+
+def test_figure_shows_the_numbers(by_hand):
+    """NMSE and CE degradation, above against dictionary size at fixed k, below against L0 at fixed dictionary size."""
+    sweep, written, _ = by_hand
+    figure = results.paper_figure(finished_points(sweep))
+    labels = {label: sae_type for sae_type, (label, *_) in results.STYLES.items()}
+    axes = np.array(figure.axes).reshape(2, 2)
+    for column, metric in enumerate(["nmse", "ce_degradation"]):
+        for row, fixed in enumerate([lambda p: p[0] != "jumprelu" and p[2] == 16, lambda p: p[1] == 512]):
+            drawn = {}
+            for container in axes[row, column].containers:
+                x, y = container.lines[0].get_data()
+                drawn[labels[container.get_label()]] = sorted(zip(x, y))
+            wanted = {}
+            for point in filter(fixed, written):
+                x = point[1] if row == 0 else of_metric(written[point], "l0")[0]
+                wanted.setdefault(point[0], []).append((x, of_metric(written[point], metric)[0]))
+            assert drawn.keys() == wanted.keys()
+            for sae_type, points in wanted.items():
+                np.testing.assert_allclose(drawn[sae_type], sorted(points), rtol=1e-12)
+    plt.close(figure)
+
+
+def test_pareto_front():
+    """The points of a front are those that no other point matches or beats in both, compared one with another."""
+    rng = np.random.default_rng(0)
+    points = pd.DataFrame(rng.integers(0, 30, size=(40, 2)), columns=["l0", "nmse"]).drop_duplicates().astype(float)
+    points = points[points.sum(axis=1) > 25]
+    rows = [tuple(row) for row in points.values]
+    wanted = [p for p in rows if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in rows)]
+    assert 3 < len(wanted) < len(rows)
+    assert [tuple(row) for row in results.front(points, "nmse").values] == sorted(wanted)
+
+
+def test_pareto_figure_has_every_configuration(by_hand):
+    """Every point is drawn, whatever its dictionary size, and the line of a type is its front."""
+    sweep, written, _ = by_hand
+    points = finished_points(sweep)
+    figure = results.pareto_figure(points)
+    for axis, metric in zip(figure.axes, ("nmse", "ce_degradation")):
+        drawn = np.concatenate([dots.get_offsets() for dots in axis.collections if dots.get_label()[0] != "_"])
+        wanted = [(of_metric(runs, "l0")[0], of_metric(runs, metric)[0]) for runs in written.values()]
+        np.testing.assert_allclose(sorted(map(tuple, drawn)), sorted(wanted))
+        own = results.front(points[points["sae_type"] == "topk"], metric)
+        drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][1]]
+        assert any(np.array_equal(line, own[["l0", metric]]) for line in drawn)
+    plt.close(figure)
+
+
+def test_curves_of_finished_and_unfinished_runs(by_hand):
+    """A line is the mean over the seeds of a configuration, dead features in per cent; unfinished runs end hollow."""
+    sweep, written, _ = by_hand
+    table = results.run_table(results.local_runs(sweep))
+    figure = results.curves_figure(table)
+    axes = np.array(figure.axes).reshape(2, -1)
+    batchtopk = axes[:, 0]
+    (index,) = [i for i, text in enumerate(batchtopk[0].get_legend().texts) if text.get_text() == "F = 512, k = 16"]
+    handle = batchtopk[0].get_legend().get_lines()[index]
+    for axis, metric, scale in zip(batchtopk, ("loss", "num_dead_features"), (1, 100 / 512)):
+        lines = [[line[metric] for line in r["history"] if "loss" in line][:4] for r in written["batchtopk", 512, 16]]
+        mean, error = mean_and_error(lines)  # where all three seeds are, and without the unfinished fourth
+        same = [line for line in axis.lines if np.array_equal(line.get_color(), handle.get_color())]
+        (drawn,) = [line for line in same if line.get_marker() != "o"]
+        np.testing.assert_allclose(drawn.get_xdata(), [0.001, 0.002, 0.003, 0.004])
+        np.testing.assert_allclose(drawn.get_ydata(), scale * mean)
+        bands = [band.get_datalim(axis.transData).get_points()[:, 1] for band in axis.collections]
+        ends = (scale * (mean - error)).min(), (scale * (mean + error)).max()
+        assert any(np.allclose(band, ends) for band in bands)
+        (hollow,) = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+        np.testing.assert_allclose(hollow.get_xdata(), [0.001, 0.002, 0.003])
+        assert hollow.get_markerfacecolor() == "white"
+    assert batchtopk[0].get_legend().texts[-1].get_text() == "not finished"
+    assert [axis.get_legend().get_title().get_text() for axis in axes[0]] == [
+        "BatchTopK", "TopK", "JumpReLU", "Vanilla (L1)",
+    ]  # fmt: skip
+    plt.close(figure)
+
+
+def test_histograms_are_of_all_tokens_and_features(by_hand):
+    """Per cent of the tokens by L0 and of all features by density, mean over seeds of unequal length; TopK at k."""
+    sweep, written, _ = by_hand
+    figure = results.histograms_figure(finished_points(sweep))
+    left, right = figure.axes
+    records = [record["histograms"] for record in written["batchtopk", 512, 8]]
+    wanted = np.zeros((3, 22))
+    for row, record in zip(wanted, records):
+        row[: len(record["l0"])] = 100 * np.array(record["l0"]) / sum(record["l0"])
+    drawn = {line.get_label(): line for line in left.lines}
+    np.testing.assert_allclose(drawn["BatchTopK, k = 8"].get_ydata(), wanted.mean(0))
+    np.testing.assert_allclose(drawn["BatchTopK, k = 8"].get_xdata(), range(22))
+    topk = [line.get_xdata()[0] for line in left.lines if len(line.get_xdata()) == 2]
+    assert topk == [8, 16, 32] and "TopK: L0 = k for 100 % of tokens" in drawn
+    (label,) = [line.get_label() for line in right.lines if line.get_label().startswith("BatchTopK")]
+    assert label.endswith(f"{7 / 512:.1%} never active")
+    density = [record["histograms"]["log10_density"] for record in written["batchtopk", 512, 16]]
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.mean(density, 0) / 512)
+    assert right.lines[0].get_xdata().tolist() == [-3.5, -2.5, -1.5, -0.5]
+    plt.close(figure)
+
+
+def test_figures_are_readable_in_a_paper(by_hand):
+    """At most 6.8 inches wide, no letter below 7 points, and types told apart without colour."""
+    sweep, _, _ = by_hand
+    points, table = finished_points(sweep), results.run_table(results.local_runs(sweep))
+    draw = [results.paper_figure, results.pareto_figure, results.histograms_figure]
+    for figure in [*(function(points) for function in draw), results.curves_figure(table)]:
+        figure.canvas.draw()
+        assert 3.3 <= figure.get_figwidth() <= 6.8
+        texts = [text for text in figure.findobj(plt.Text) if text.get_text()]
+        assert len(texts) > 10 and min(text.get_fontsize() for text in texts) >= 7
+        inside = figure.get_tightbbox()
+        assert inside.x0 >= -0.02 and inside.x1 <= figure.get_figwidth() + 0.02, "nothing is cut off"
+        plt.close(figure)
+    _, colours, markers, lines = zip(*results.STYLES.values())
+    assert all(len(set(way)) == len(results.STYLES) for way in (colours, markers, lines))
+
+
+def test_unfinished_runs_are_named_and_left_out(by_hand, tmp_path):
+    """`python results.py FOLDER` names the unfinished runs and how far they came; the CSV has finished ones."""
+    sweep, written, unfinished = by_hand
+    with open(sweep / unfinished[0] / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tok')  # killed while it wrote
+    done = run(sweep, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    for name, tokens in zip(unfinished, ("2,000", "3,000")):
+        (line,) = [line for line in done.stdout.splitlines() if name in line]
+        assert line.startswith("Not finished") and f"{tokens} of 4,000 tokens" in line
+        assert line in (sweep / "results.md").read_text(encoding="utf-8")
+    assert "Vanilla" not in done.stdout
+    mean, error = of_metric(written["topk", 512, 8], "nmse")
+    assert f"{mean:.4f} ± {error:.4f}" in done.stdout
+    (jumprelu,) = [line for line in done.stdout.splitlines() if "JumpReLU" in line]
+    assert "±" not in jumprelu, "one seed has no standard error"
+    with open(sweep / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == sum(map(len, written.values()))
+    names = ("results", "results_pareto", "results_curves", "results_histograms")
+    wanted = {f"{name}.{ending}" for name in names for ending in ("png", "pdf")} | {"results.csv", "results.md"}
+    assert {path.name for path in sweep.iterdir() if path.is_file()} == wanted
+
+
+def test_which_folder(tmp_path, monkeypatch):
+    """A sweep is found by its folder, by its name in runs/, and as the newest in a folder; nothing else is taken."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    for i, name in enumerate(("older", "newer")):
+        write_run(home / "runs" / name, dict.fromkeys(METRICS, 0.5))
+        for path in (home / "runs" / name).glob("*/*.json"):
+            os.utime(path, (1000 + i, 1000 + i))
+    (home / "older" / "lm").mkdir(parents=True)
+    (home / "older" / "lm" / "config.json").write_text("{}")  # a folder of the same name with a language model
+    for asked, found in [("older", "older"), ("runs/older", "older"), ("runs", "newer")]:
+        assert results.sweep_folder(Path(asked)) == Path("runs", found)
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    """No records, no folder, a broken record, no login, a wrong project name: one line that names it, exit code 2."""
+    (tmp_path / "empty").mkdir()
+    name = write_run(tmp_path / "broken", {})
+    (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
+    for folder, said in [
+        ("empty", f"{tmp_path / 'empty'} holds no run records"),
+        ("missing", f"{tmp_path / 'missing'} holds no run records"),
+        ("broken", f"{name}/metrics.jsonl is not JSON"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            results.draw_results(results.sweep_folder(tmp_path / folder))
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and not out and re.fullmatch(r"error: .*\n", err) and said in err
+    for project, said in [("me/project", "wandb login"), ("project", "ENTITY/PROJECT")]:
+        done = run("demo", "--wandb", project, home=tmp_path / "home")
+        assert done.returncode == 2 and not done.stdout
+        assert re.fullmatch(r"error: .*\n", done.stderr) and said in done.stderr
+    assert not (tmp_path / "missing").exists() and not list(tmp_path.glob("*/results*"))
+
+
+def test_nothing_finished_yet(tmp_path):
+    """A sweep of which nothing is finished has curves and says so; there is no table."""
+    name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 3))
+    done = run(tmp_path / "sweep", home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout and "no finished run" in done.stdout
+    assert {path.name for path in tmp_path.glob("sweep/results*")} == {"results_curves.png", "results_curves.pdf"}
+
+
+def test_needs_no_torch():
+    """Local records are read without torch and without wandb."""
+    code = "import sys, results; assert not {'torch', 'wandb'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+# The same runs in Weights & Biases
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """A sweep's local records as logs.py writes them, and a W&B server with what its offline runs recorded."""
+    folder, rng = tmp_path_factory.mktemp("mirrored"), np.random.default_rng(0)
+    cfgs = [dict(sae_type="topk", seed=1), dict(sae_type="topk", seed=2), dict(sae_type="vanilla", l1_coeff=0.5)]
+    for changes in [*cfgs, dict(sae_type="batchtopk")]:
+        cfg = get_default_cfg() | {"output_dir": str(folder / "runs"), "sweep": "mine", "wandb_mode": "offline"}
+        cfg = post_init_cfg(cfg | {"device": "cpu", "dict_size": 64, "top_k": 4, "num_tokens": 4000} | changes)
+        log = RunLog(cfg, {"python": "3"})
+        for line in losses(rng, 4 if changes["sae_type"] != "batchtopk" else 3):
+            log.log(line["step"], line["tokens"], {k: v for k, v in line.items() if k not in ("step", "tokens")})
+        if changes["sae_type"] == "batchtopk":
+            log.wandb_run.finish(exit_code=0)  # cut short, which W&B calls finished
+            continue
+        result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS)))) | {"tokens": 4000, "steps": 4, "seconds": 1.5}
+        counts = {"l0": rng.integers(1, 9, size=20).tolist(), "log10_density": [1, 2, 3, 4], "never_active": 54}
+        log.finish(result | {"l0": 4.0, "histograms": counts | {"log10_density_edges": EDGES}})
+    runs = [offline_run(path) for path in folder.glob("runs/*/*/wandb/offline-run-*/*.wandb")]
+    assert len(runs) == 4, "one W&B run per SAE"
+    other = runs[0] | {"id": "other", "group": "other", "created": "2020-01-01T00:00:00Z"}
+    server = WandbServer([*runs, other], "me", "project")
+    yield folder / "runs" / "mine", server
+    server.close()
+
+
+def from_server(server, *args: str, home: Path) -> subprocess.CompletedProcess:
+    return run(*args, home=home, WANDB_BASE_URL=server.url, WANDB_API_KEY="0" * 40)
+
+
+def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path):
+    """`results.py --wandb`, through wandb.Api, writes what the local records give: table, numbers and every pixel."""
+    local, server = mirrored
+    assert run(local, home=tmp_path).returncode == 0
+    done = from_server(server, "mine", "--wandb", "me/project", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "mine"
+    tables = [pd.read_csv(path / "results.csv") for path in (local, folder)]
+    pd.testing.assert_frame_equal(*tables, check_dtype=False)
+    assert len(tables[0]) == 3 and (folder / "results.md").read_text(encoding="utf-8").count("Not finished") == 1
+    assert (folder / "results.md").read_text(encoding="utf-8") == (local / "results.md").read_text(encoding="utf-8")
+    names = sorted(path.name for path in local.glob("*.png"))
+    assert names == sorted(path.name for path in folder.glob("*.png")) and len(names) == 4
+    for name in names:
+        assert np.array_equal(plt.imread(local / name), plt.imread(folder / name)), name
+
+
+def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
+    """Without a name the newest run's sweep is taken; no such project or sweep is one line."""
+    _, server = mirrored
+    done = from_server(server, "--wandb", "me/project", home=tmp_path)
+    assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout
+    for args, said in [
+        (("mine", "--wandb", "me/missing"), "me/missing"),
+        (("missing", "--wandb", "me/project"), "no runs of a sweep missing"),
+    ]:
+        done = from_server(server, *args, home=tmp_path)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr
+        assert "Traceback" not in done.stderr

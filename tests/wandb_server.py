@@ -1,0 +1,135 @@
+"""A Weights & Biases server on this machine, as far as wandb.Api asks it for runs: those that offline runs recorded.
+
+`wandb sync` would send these files' records to the real server; here they are put together as it does: summary and
+config by key, history rows as logged.
+"""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from wandb.proto import wandb_internal_pb2
+
+
+def records(path: Path) -> Iterator:
+    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB) after a header of 7 bytes."""
+    content, position, whole = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:  # no room for another header in this block
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        whole += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def offline_run(path: Path) -> dict:
+    """An offline run as the server would know it after `wandb sync`."""
+    run = {"config": {}, "summary": {}, "history": [], "state": "crashed"}
+
+    def put(all_keys: dict, items) -> None:
+        for item in items:
+            into, (*parents, key) = all_keys, item.nested_key or [item.key]
+            for parent in parents:
+                into = into.setdefault(parent, {})
+            into[key] = json.loads(item.value_json)
+
+    for record in records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run |= {"id": record.run.run_id, "name": record.run.display_name, "group": record.run.run_group}
+            run |= {"project": record.run.project, "created": record.run.start_time.ToJsonString()}
+            put(run["config"], record.run.config.update)
+        elif kind == "config":
+            put(run["config"], record.config.update)
+        elif kind == "summary":
+            put(run["summary"], record.summary.update)
+        elif kind == "history":
+            run["history"].append({})
+            put(run["history"][-1], record.history.item)
+        elif kind == "exit":
+            run["state"] = "failed" if record.exit.exit_code else "finished"
+    return run
+
+
+class WandbServer:
+    """Answers the queries of wandb.Api about the runs at `url`; `queries` are those it was sent."""
+
+    def __init__(self, runs: list[dict], entity: str, project: str):
+        self.runs, self.path, self.queries = {run["id"]: run for run in runs}, (entity, project), []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.path == "/graphql":
+                    answer = json.dumps({"data": outer.answer(**json.loads(body))}).encode()
+                else:
+                    answer = b"{}"  # telemetry
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, query: str, variables: dict | None = None, operationName: str = "") -> dict:
+        variables = variables or {}
+        self.queries.append((query, variables))
+        if "viewer" in query:
+            return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if (variables.get("entity"), variables.get("project")) != self.path:
+            return {"project": None}
+        if "query Runs(" in query:
+            return {"project": {"internalId": "1", "readOnly": False} | self.page(**variables)}
+        run = self.runs[variables.get("name") or variables.get("runName") or variables["run"]]
+        if "parquetHistory" in query:  # exports of finished runs; here everything is still in the live data
+            return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": []}}}}
+        if "sampledHistory" in query:
+            spec = json.loads(variables["spec"])
+            rows = [row for row in run["history"] if spec["minStep"] <= row["_step"] <= spec["maxStep"]]
+            rows = [{key: row[key] for key in spec["keys"]} for row in rows if row.keys() >= set(spec["keys"])]
+            return {"project": {"run": {"sampledHistory": [rows]}}}
+        if "historyKeys }" in query:
+            return {"project": {"run": {"historyKeys": {"lastStep": run["history"][-1]["_step"]}}}}
+        return {"project": {"run": self.node(run, full=True)}}
+
+    def page(self, order: str, perPage: int, filters: str = "{}", cursor: str | None = None, **_) -> dict:
+        """A page of the runs of a group, in the order of their creation."""
+        group = json.loads(filters).get("group")
+        runs = [run for run in self.runs.values() if group in (None, run["group"])]
+        runs.sort(key=lambda run: run["created"], reverse=order == "-created_at")
+        start = int(cursor or 0)
+        edges = [{"node": self.node(run), "cursor": str(start + i + 1)} for i, run in enumerate(runs[start:][:perPage])]
+        more = start + perPage < len(runs)
+        return {"runCount": len(runs), "runs": {"edges": edges, "pageInfo": {"hasNextPage": more, "endCursor": None}}}
+
+    def node(self, run: dict, full: bool = False) -> dict:
+        """A run in the server's form: JSON in JSON, config values in a dict each; lists of runs are without them."""
+        node = {
+            "id": run["id"], "name": run["id"], "displayName": run["name"], "group": run["group"], "projectId": "1",
+            "state": run["state"], "createdAt": run["created"], "user": {"name": "me", "username": "me"},
+        }  # fmt: skip
+        if full:
+            config = {key: {"value": value} for key, value in run["config"].items()}
+            node |= {"config": json.dumps(config), "summaryMetrics": json.dumps(run["summary"])}
+        return node
