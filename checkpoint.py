@@ -175,8 +175,11 @@ def load_checkpoint(path: Path, runs: list) -> dict:
         tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
         try:
             run.sae.load_state_dict(part(tensors, "sae"))
-            adam = {i: part(tensors, f"adam.{i}") for i in range(len(list(run.sae.parameters())))}
-            adam = {i: values for i, values in adam.items() if values}
+            parameters = run.optimizer.param_groups[0]["params"]
+            adam = {i: part(tensors, f"adam.{i}") for i in range(len(parameters))}
+            for i, values in adam.items():  # torch does not look, and reads beyond what there is
+                if any(value.shape not in ((), parameters[i].shape) for value in values.values()):
+                    raise ValueError(f"adam.{i} is not of shape {tuple(parameters[i].shape)}")
             groups = run.optimizer.state_dict()["param_groups"]
             run.optimizer.load_state_dict({"state": adam, "param_groups": groups})
         except (RuntimeError, ValueError) as error:

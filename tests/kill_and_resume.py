@@ -3,9 +3,9 @@
     python tests/kill_and_resume.py [--kills N] [--seed N] [--cut SHARE]
 
 Every process is started with the same command and gets SIGKILL (now and then SIGTERM or SIGINT) at a random instant
-after its training has begun; checkpoints and evaluations are so frequent that many hit one. The last is let finish.
-Then weights, metrics and results of both have to be the same to the bit. With --cut, each damages the newest checkpoint
-with this probability before it goes on. Exit code 1 if there is a difference.
+after its training has begun; checkpoints and evaluations are so frequent that many hit one. After some of them (--cut,
+the share) the newest checkpoint is damaged, too. The last process is let finish. Then weights, metrics and results have
+to be the same to the bit. Exit code 1 if they are not.
 """
 
 import argparse
@@ -96,13 +96,11 @@ def damage_newest(output_dir: Path, rng: random.Random) -> str | None:
     return f"{what} {file.name}"
 
 
-def kill_and_resume(folder: Path, kills: int, seed: int, cut: float, *overrides: str, say=print) -> list:
-    """The names of what differs from the run that nobody killed."""
-    rng = random.Random(seed)
+def kill_and_resume(folder: Path, signals: list[int], rng: random.Random, cut: float, *overrides, say=print) -> list:
+    """The names of what differs from the run that nobody killed, after a process for each of the signals."""
     subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
     hits, args = Counter(), command(folder / "killed", *overrides)
-    while hits.total() < kills:
-        how = rng.choice([signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT])
+    for how in signals:
         hit = kill_once(args, folder / "killed", how, rng.uniform(0, 2))
         say(f"{hits.total() + 1}: hit {hit}")
         if hit.startswith("nothing"):
@@ -124,15 +122,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cut", type=float, default=0.2)
     args = parser.parse_args()
-    kills, sweep = 0, 0
+    rng = random.Random(args.seed)
+    signals = rng.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), weights=(8, 1, 1), k=args.kills)
     with tempfile.TemporaryDirectory() as folder:
-        while kills < args.kills:  # several sweeps: each gets a few kills, then finishes
-            here = min(args.kills - kills, 9)
-            different = kill_and_resume(Path(folder) / str(sweep), here, args.seed + sweep, args.cut, f"seed={sweep}")
-            if different:
+        for sweep, first in enumerate(range(0, args.kills, 9)):  # each sweep gets a few, then finishes
+            some = signals[first : first + 9]
+            if different := kill_and_resume(Path(folder) / str(sweep), some, rng, args.cut, f"seed={sweep}"):
                 sys.exit(f"sweep {sweep}: not the same: {different}")
-            print(f"sweep {sweep}: the same to the bit")
-            kills, sweep = kills + here, sweep + 1
+            print(f"sweep {sweep}: the same to the bit", flush=True)
 
 
 if __name__ == "__main__":

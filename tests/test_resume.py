@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -109,39 +108,54 @@ def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeyp
 
 def test_real_kills(tmp_path):
     """`python main.py demo` with real signals and a damaged checkpoint: tests/kill_and_resume.py, cut short."""
-    assert kill_and_resume(tmp_path, 3, 7, 0.5, "sae_type=batchtopk", "num_tokens=30_000") == []
+    signals, few = [signal.SIGKILL, signal.SIGTERM], ["sae_type=topk", "num_tokens=20_000"]
+    assert kill_and_resume(tmp_path, signals, random.Random(7), 1, *few) == []
 
 
-def test_sigterm_saves_and_a_second_one_does_not_wait(tmp_path):
-    """Exit code 4 and a line that says how to go on, at the first; at the second, at once. Both go on to the end."""
-    args = command(tmp_path, "sae_type=topk", "num_tokens=20_000", "checkpoint_freq=1000")
-    program = textwrap.dedent(f"""
-        import os, signal, sys, time
-        sys.argv = {args[1:]!r}
-        sys.path.insert(0, {str(REPO)!r})
-        import checkpoint, runpy, training
-        step, save, again = training.training_step, checkpoint.save_checkpoint, len(sys.argv) > 99
-        def stop_in_the_fifth(sae, optimizer, x, cfg, calls=[]):
-            calls.append(1)
-            if len(calls) == 5:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, uninterrupted, monkeypatch, number):  # noqa: F811
+    """The step is finished and a checkpoint saved; the same again stops in the midst of that. Either way it goes on."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    before = signal.getsignal(number)
+    step, calls = training.training_step, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 3 * len(SAES) + 2:  # in the fourth step
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    def signalled_again(*args):
+        os.kill(os.getpid(), number)
+        raise AssertionError("not reached")
+
+    for save in (signalled_again, checkpoint.save_checkpoint):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+            patch.setattr(training, "training_step", signalled)
+            patch.setattr(checkpoint, "save_checkpoint", save)
+            train(model, cfgs)
+        assert signal.getsignal(number) == before
+        assert (caught.type is training.Stopped) == (save is not signalled_again)
+    assert newest_checkpoint(cfgs).name == "step_000000004"
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_a_signal_while_activations_are_awaited_stops_at_once(model, make_cfg):  # noqa: F811
+    """Harvesting takes minutes on a CPU: it is broken off, and nothing of it is lost or skipped."""
+    cfg = make_cfg(**SAES[1])
+
+    class Store(ActivationsStore):
+        def fill_buffer(self):
+            super().fill_buffer()
+            if self.here["buffer"] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return step(sae, optimizer, x, cfg)
-        def stop_again(*args):
-            if TWICE:
-                os.kill(os.getpid(), signal.SIGINT)
-            save(*args)
-        training.training_step, checkpoint.save_checkpoint = stop_in_the_fifth, stop_again
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    """)
-    for twice in (True, False):
-        script = program.replace("TWICE", str(twice))
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=environment(), cwd=REPO, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 4, done.stderr
-        assert "The same command goes on" in done.stderr and "Traceback" not in done.stderr
-        assert bool(list(tmp_path.glob("*/groups/*/step_*[0-9]"))) == (not twice)
-    assert re.search(r"Stopped after [1-5] of \d+ steps", done.stderr)
+                raise AssertionError("not reached")
+
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], Store)
+    assert newest_checkpoint([cfg]).name == "step_000000006"
+    assert same_bits(train(model, [cfg])[0][0], train(model, [make_cfg("whole", **SAES[1])])[0][0])
 
 
 # Damage
