@@ -54,14 +54,14 @@ def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
     """
     folder = Path(folder)
     try:
-        cfg, tensors = as_ours(*IMPORTS[source](folder), folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # l1_coeff 0: what it was trained with is not known, nor needed
+            cfg, tensors = as_ours(*IMPORTS[source](folder))
             cfg = post_init_cfg(cfg)
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         sae.load_state_dict(sae.state_dict() | tensors)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     except KeyError as error:
         raise InputError(f"{folder} is not in the format {source}: there is no {error}") from error
     except Exception as error:
@@ -163,11 +163,11 @@ def from_published(folder: Path) -> tuple[dict, dict, bool]:
 def from_saelens(folder: Path) -> tuple[dict, dict, bool]:
     config, tensors = json.loads((folder / "cfg.json").read_text()), read_tensors(folder / "sae_weights.safetensors")
     architecture, metadata, norm = config["architecture"], config["metadata"], config["normalize_activations"]
-    check_allowed(folder, "architecture", architecture, "standard", "topk", "jumprelu")
-    check_allowed(folder, "normalize_activations", norm, "none", "layer_norm")
-    check_allowed(folder, "reshape_activations", config["reshape_activations"], "none")
-    check_allowed(folder, "rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False), False)
-    check_allowed(folder, "hook_head_index", metadata.get("hook_head_index"), None)
+    check_allowed("architecture", architecture, "standard", "topk", "jumprelu")
+    check_allowed("normalize_activations", norm, "none", "layer_norm")
+    check_allowed("reshape_activations", config["reshape_activations"], "none")
+    check_allowed("rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False), False)
+    check_allowed("hook_head_index", metadata.get("hook_head_index"), None)
     ours = metadata.get(OURS, {})
     sae_type, theta = {"standard": "vanilla"}.get(architecture, architecture), tensors.get("threshold", torch.zeros(0))
     if sae_type == "jumprelu" and ours.get("sae_type") == "batchtopk" and len(theta.unique()) == 1:
@@ -184,14 +184,14 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
     config, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder / "ae.pt")
     trainer = config["trainer"]
     types = {names[0]: sae_type for sae_type, names in DICTIONARIES.items()}
-    check_allowed(folder, "dict_class", trainer["dict_class"], *types)
+    check_allowed("dict_class", trainer["dict_class"], *types)
     sae_type = types[trainer["dict_class"]]
     _, _, names = DICTIONARIES[sae_type]
     if sae_type != "jumprelu":
         names = {foreign: name for name, foreign in (LINEAR | names).items()}
         tensors = {names.get(name, name): value.t() for name, value in tensors.items()}
     if sae_type in ("topk", "batchtopk"):
-        check_allowed(folder, "k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
+        check_allowed("k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
     if sae_type == "topk":
         tensors.pop("threshold", None)  # not used unless asked for
     if sae_type == "vanilla" and not torch.allclose(norms := tensors["W_dec"].norm(dim=-1), norms.new_ones(1)):
@@ -207,7 +207,7 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
         cfg["site"] = submodule
     else:
         raise InputError(
-            f"{folder}: submodule_name = {submodule!r} does not say where the SAE reads, as resid_post_layer_8 would"
+            f"submodule_name = {submodule!r} does not say where the SAE reads, as resid_post_layer_8 would"
         )
     cfg |= config.get(OURS, {}) | ({"top_k": trainer["k"]} if sae_type in ("topk", "batchtopk") else {})
     cfg |= {"sae_type": sae_type, "act_size": trainer["activation_dim"], "dict_size": trainer["dict_size"]}
@@ -221,7 +221,7 @@ EXPORTS = {
 }  # fmt: skip
 
 
-def as_ours(cfg: dict, tensors: dict, centred: bool, folder: Path) -> tuple[dict, dict]:
+def as_ours(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
     """Config and state dict of the SAE here whose z is (x̂ − b_dec) W_enc + b_enc, or x̂ W_enc + b_enc if not centred.
 
     Raises InputError if the tensors are not exactly those that the config asks for, or where no SAE here does this.
@@ -236,9 +236,9 @@ def as_ours(cfg: dict, tensors: dict, centred: bool, folder: Path) -> tuple[dict
         found = list(tensors[name].shape) if name in tensors else "missing"
         if found != shapes.get(name):
             wanted = shapes.get(name, f"one of {', '.join(shapes)}")
-            raise InputError(f"{folder}: {name} is {found}; by its config it must be {wanted}")
+            raise InputError(f"{name} is {found}; by its config it must be {wanted}")
         if not tensors[name].isfinite().all():
-            raise InputError(f"{folder}: there is NaN or infinity in {name}")
+            raise InputError(f"there is NaN or infinity in {name}")
 
     theta, b_enc = tensors.pop("threshold", None), tensors["b_enc"]
     if sae_type == "batchtopk" and theta is not None and theta >= 0:  # dictionary_learning has -1 for none
@@ -251,16 +251,16 @@ def as_ours(cfg: dict, tensors: dict, centred: bool, folder: Path) -> tuple[dict
         shift = (tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
         tensors["b_enc"] = b_enc = b_enc - shift if centred else b_enc + shift
     if sae_type in ("topk", "batchtopk") and b_enc.any():
-        raise InputError(f"{folder}: a {sae_type} SAE with an encoder bias is not possible here")
+        raise InputError(f"a {sae_type} SAE with an encoder bias is not possible here")
     if sae_type == "jumprelu" and theta is not None:  # a threshold below 0 is as good as 0: z goes through relu too
         tensors["jumprelu.log_threshold"] = theta.expand(F).clamp(min=torch.finfo(torch.float32).tiny).log()
     dtype = "float64" if b_enc.dtype == torch.float64 else "float32"
     return cfg | {"sae_type": sae_type, "dtype": dtype, "device": "cpu"}, tensors
 
 
-def check_allowed(folder: Path, key: str, value, *allowed) -> None:
+def check_allowed(key: str, value, *allowed) -> None:
     if value not in allowed:
-        raise InputError(f"{folder}: {key} = {value!r} is not possible here, only {', '.join(map(str, allowed))}")
+        raise InputError(f"{key} = {value!r} is not possible here, only {', '.join(map(str, allowed))}")
 
 
 def read_tensors(path: Path) -> dict:
@@ -270,12 +270,12 @@ def read_tensors(path: Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch's own message advises to run the code
-        raise InputError(f"{path} is damaged, or holds more than plain tensors and is not opened") from error
+        raise InputError(f"{path.name} is damaged, or holds more than plain tensors and is not opened") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{path} holds no state dict, a dict of tensors")
+        raise InputError(f"{path.name} holds no state dict, a dict of tensors")
     for name, value in tensors.items():
         if value.untyped_storage().nbytes() < value.nbytes:  # one number can claim to be of any shape
-            raise InputError(f"{path}: {name} is larger than its data")
+            raise InputError(f"{path.name}: {name} is larger than its data")
     return tensors
 
 
