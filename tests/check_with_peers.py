@@ -33,7 +33,7 @@ def check(name: str, results: tuple, expected: tuple) -> bool:
     recon_difference = (reconstruction - wanted_reconstruction)[rows].abs().max() / wanted_reconstruction.abs().max()
     good = difference < 1e-5 and recon_difference < 1e-5 and flipped.float().mean() < 1e-4 and bool((wanted > 0).any())
     print(
-        f"{'same' if good else 'DIFFERENT':10}{name:45} L0 {(wanted > 0).sum(1).float().mean():6.1f}   features "
+        f"{'same' if good else 'DIFFERENT':10}{name:52} L0 {(wanted > 0).sum(1).float().mean():6.1f}   features "
         f"{difference:.0e}   reconstructions {recon_difference:.0e}   over the threshold otherwise {flipped.sum()}"
     )
     return bool(good)
@@ -133,7 +133,8 @@ def peers(work: Path) -> bool:
                     value.copy_(torch.randn_like(value) * 0.1)
             for buffer in ("threshold", "topk_threshold"):
                 if hasattr(sae, buffer):
-                    getattr(sae, buffer).copy_(torch.rand_like(getattr(sae, buffer)) + 0.5)
+                    scale = 0.01 if buffer == "topk_threshold" else 1  # that one begins with small weights
+                    getattr(sae, buffer).copy_((torch.rand_like(getattr(sae, buffer)) + 0.5) * scale)
             folder = work / "theirs" / library / name
             if library == "saelens":
                 getattr(sae, "save_inference_model", sae.save_model)(folder)
