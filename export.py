@@ -1,0 +1,328 @@
+"""SAEs to and from other libraries' formats. RUN is a run's folder; what --out names must not be there yet.
+
+    python export.py RUN --to saelens|dictionary_learning|published|safetensors --out DIR
+    python export.py DIR --from saelens|dictionary_learning|published --out RUN
+
+    saelens              cfg.json, sae_weights.safetensors   SAELens 6: SAE.load_from_disk(DIR)
+    dictionary_learning  config.json, ae.pt                  dictionary_learning.utils.load_dictionary(DIR, device)
+    published            config.json, sae.pt                 the scripts published with arXiv 2412.06410
+    safetensors          cfg.json, sae_weights.safetensors   this program's own: checkpoint.load_sae(DIR)
+
+Features and reconstructions stay the same; what a format cannot express is refused. BatchTopK goes with its inference
+threshold, to SAELens as the JumpReLU that it then is. Counters of dead features stay behind. Reading runs no code.
+"""
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import load_sae, sync, write_json
+from config import SITES, InputError, one_line, post_init_cfg
+from language_model import hub_name
+from sae import SAE_CLASSES, BaseAutoencoder
+
+OURS = "batchtopk_config"  # the key of another library's config that holds this program's own
+DICTIONARIES = {  # of dictionary_learning: the class, the trainer that makes it, and its names for our weights
+    "vanilla": ("AutoEncoder", "StandardTrainer", {"b_dec": "bias"}),
+    "topk": ("AutoEncoderTopK", "TopKTrainer", {}),
+    "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
+}
+LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # the weights transposed
+
+
+def export_sae(sae: BaseAutoencoder, to: str, folder: str | Path) -> None:
+    """Write an SAE to a new folder in the format `to`, a key of EXPORTS.
+
+    Raises InputError if the format cannot express the SAE, or if the folder is there already or cannot be written.
+    """
+    write_folder(Path(folder), EXPORTS[to](sae))
+
+
+def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
+    """The SAE in a folder of the format `source`, a key of IMPORTS: on the CPU, in eval mode.
+
+    A BatchTopK that comes without an inference threshold has none here: encoding in eval() raises until it is given
+    one. Raises InputError, one line, for whatever is missing, damaged, or impossible here.
+    """
+    folder = Path(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # l1_coeff 0: what it was trained with is not known, nor needed
+            cfg, tensors = as_ours(*IMPORTS[source](folder))
+            cfg = post_init_cfg(cfg)
+        sae = SAE_CLASSES[cfg["sae_type"]](cfg)
+        sae.load_state_dict(sae.state_dict() | tensors)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    except KeyError as error:
+        raise InputError(f"{folder} is not in the format {source}: there is no {error}") from error
+    except Exception as error:
+        raise InputError(f"{folder} cannot be read in the format {source}: {one_line(error)}") from error
+    return sae.eval()
+
+
+# Export: the files of a format, {name: content}
+
+
+def own_files(sae: BaseAutoencoder) -> dict:
+    return {"sae_weights.safetensors": sae.state_dict(), "cfg.json": sae.cfg}
+
+
+def published_files(sae: BaseAutoencoder) -> dict:
+    cfg = sae.cfg | {"dtype": f"torch.{sae.cfg['dtype']}"}
+    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches > 0:
+        cfg["threshold"] = sae.threshold.item()  # the scripts have none, and ignore the key
+    return {"sae.pt": {name: parameter.detach() for name, parameter in sae.named_parameters()}, "config.json": cfg}
+
+
+def saelens_files(sae: BaseAutoencoder) -> dict:
+    cfg, weights = sae.cfg, weights_of(sae)
+    config = {"architecture": {"vanilla": "standard", "topk": "topk"}.get(cfg["sae_type"], "jumprelu")}
+    if config["architecture"] == "jumprelu":
+        weights["threshold"] = weights["threshold"].expand(cfg["dict_size"])
+    if config["architecture"] == "topk":
+        config |= {"k": cfg["top_k"], "rescale_acts_by_decoder_norm": False}
+    metadata = {
+        "sae_lens_version": "6.0.0", "model_name": cfg["model_name"], "model_class_name": "HookedTransformer",
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},  # trained on the model as it is
+        "hook_name": cfg["hook_point"], "hook_layer": cfg["layer"], "hook_head_index": None,
+        "context_size": cfg["seq_len"], "prepend_bos": cfg["bos_per_context"], "sequence_separator_token": "bos",
+        "disable_concat_sequences": False, "exclude_special_tokens": False, "dataset_path": cfg["dataset_path"],
+        OURS: cfg,
+    }  # fmt: skip
+    config |= {
+        "d_in": cfg["act_size"], "d_sae": cfg["dict_size"], "dtype": cfg["dtype"], "device": "cpu",
+        "apply_b_dec_to_input": cfg["sae_type"] != "jumprelu", "reshape_activations": "none",
+        # Its layer_norm is the function that input_unit_norm is: unbiased standard deviation, plus 1e-5.
+        "normalize_activations": "layer_norm" if cfg["input_unit_norm"] else "none", "metadata": metadata,
+    }  # fmt: skip
+    return {"sae_weights.safetensors": weights, "cfg.json": config}
+
+
+def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
+    cfg, weights = sae.cfg, weights_of(sae)
+    if cfg["input_unit_norm"]:
+        raise InputError("input_unit_norm = True cannot be expressed by dictionary_learning; --to saelens can")
+    dict_class, trainer_class, names = DICTIONARIES[cfg["sae_type"]]
+    if names is not None:
+        weights = {(LINEAR | names).get(name, name): value.t() for name, value in weights.items()}
+    if cfg["sae_type"] in ("topk", "batchtopk"):
+        weights = {"threshold": torch.tensor(-1.0), "k": torch.tensor(cfg["top_k"], dtype=torch.int32)} | weights
+    layer, submodule = cfg["layer"], cfg["hook_point"]
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", submodule):
+        layer, site = int(match[1]), match[2]
+        if site == "resid_pre" and layer > 0:  # this library reads what comes out of a block
+            layer, site = layer - 1, "resid_post"
+        submodule = f"{site}_layer_{layer}"
+    trainer = {
+        "trainer_class": trainer_class, "dict_class": dict_class, "activation_dim": cfg["act_size"],
+        "dict_size": cfg["dict_size"], "k": cfg["top_k"], "lr": cfg["lr"], "seed": cfg["seed"], "device": "cpu",
+        "steps": -(-cfg["num_tokens"] // cfg["batch_size"]), "lm_name": hub_name(cfg["model_name"]), "layer": layer,
+        "submodule_name": submodule, "wandb_name": cfg["name"],
+    }  # fmt: skip
+    buffer = {"d_submodule": cfg["act_size"], "ctx_len": cfg["seq_len"]}
+    return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OURS: cfg}}
+
+
+def weights_of(sae: BaseAutoencoder) -> dict:
+    """W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], and the threshold on z, [F] or [], where there is one."""
+    weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    if sae.cfg["sae_type"] == "jumprelu":
+        weights["threshold"] = sae.jumprelu.log_threshold.detach().exp()
+    if sae.cfg["sae_type"] in ("topk", "batchtopk"):
+        weights["b_enc"] = torch.zeros_like(sae.b_enc)  # not used here, but elsewhere it would be
+    if sae.cfg["sae_type"] == "batchtopk":
+        if sae.threshold_num_batches == 0:
+            raise InputError("this BatchTopK has no inference threshold: calibrate it (--to published needs none)")
+        weights["threshold"] = sae.threshold
+    return weights
+
+
+# Import: a folder -> config, tensors under our names, and whether the encoder reads x̂ − b_dec or x̂
+
+
+def from_published(folder: Path) -> tuple[dict, dict, bool]:
+    cfg, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder / "sae.pt")
+    needed = ("sae_type", "act_size", "dict_size", "top_k", "input_unit_norm", "model_name", "site", "layer", "dtype")
+    cfg |= {key: cfg[key] for key in needed}  # no default is right for these
+    if (threshold := cfg.pop("threshold", None)) is not None:
+        tensors["threshold"] = torch.tensor(threshold)
+    if cfg["sae_type"] in ("topk", "batchtopk"):  # they do not use it
+        tensors["b_enc"] = torch.zeros_like(tensors["b_enc"])
+    return cfg, tensors, cfg["sae_type"] != "jumprelu"
+
+
+def from_saelens(folder: Path) -> tuple[dict, dict, bool]:
+    config, tensors = json.loads((folder / "cfg.json").read_text()), read_tensors(folder / "sae_weights.safetensors")
+    architecture, metadata, norm = config["architecture"], config["metadata"], config["normalize_activations"]
+    check_allowed("architecture", architecture, "standard", "topk", "jumprelu")
+    check_allowed("normalize_activations", norm, "none", "layer_norm")
+    check_allowed("reshape_activations", config["reshape_activations"], "none")
+    check_allowed("rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False), False)
+    check_allowed("hook_head_index", metadata.get("hook_head_index"), None)
+    ours = metadata.get(OURS, {})
+    sae_type, theta = {"standard": "vanilla"}.get(architecture, architecture), tensors.get("threshold", torch.zeros(0))
+    if sae_type == "jumprelu" and ours.get("sae_type") == "batchtopk" and len(theta.unique()) == 1:
+        sae_type, tensors["threshold"] = "batchtopk", theta.flatten()[0]
+    names = {"seq_len": "context_size", "bos_per_context": "prepend_bos", "dataset_path": "dataset_path"}
+    cfg = {key: metadata[name] for key, name in names.items() if metadata.get(name) is not None}
+    cfg |= {"model_name": metadata["model_name"], "site": metadata["hook_name"]} | ours
+    cfg |= {"sae_type": sae_type, "act_size": config["d_in"], "dict_size": config["d_sae"]}
+    cfg |= {"input_unit_norm": norm == "layer_norm"} | ({"top_k": config["k"]} if sae_type == "topk" else {})
+    return cfg, tensors, config["apply_b_dec_to_input"]
+
+
+def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
+    config, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder / "ae.pt")
+    trainer = config["trainer"]
+    types = {names[0]: sae_type for sae_type, names in DICTIONARIES.items()}
+    check_allowed("dict_class", trainer["dict_class"], *types)
+    sae_type = types[trainer["dict_class"]]
+    _, _, names = DICTIONARIES[sae_type]
+    if sae_type != "jumprelu":
+        names = {foreign: name for name, foreign in (LINEAR | names).items()}
+        tensors = {names.get(name, name): value.t() for name, value in tensors.items()}
+    if sae_type in ("topk", "batchtopk"):
+        check_allowed("k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
+    if sae_type == "topk":
+        tensors.pop("threshold", None)  # not used unless asked for
+    if sae_type == "vanilla" and not torch.allclose(norms := tensors["W_dec"].norm(dim=-1), norms.new_ones(1)):
+        tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms}  # as its loader does
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+
+    found = {"lr": trainer.get("lr"), "seed": trainer.get("seed"), "seq_len": config.get("buffer", {}).get("ctx_len")}
+    cfg = {key: value for key, value in found.items() if value is not None} | {"model_name": trainer["lm_name"]}
+    submodule = str(trainer["submodule_name"])
+    if match := re.fullmatch(rf"({'|'.join(SITES)})_layer_(\d+)", submodule):
+        cfg |= {"site": match[1], "layer": int(match[2])}
+    elif submodule.startswith("blocks."):
+        cfg["site"] = submodule
+    else:
+        raise InputError(
+            f"submodule_name = {submodule!r} does not say where the SAE reads, as resid_post_layer_8 would"
+        )
+    cfg |= config.get(OURS, {}) | ({"top_k": trainer["k"]} if sae_type in ("topk", "batchtopk") else {})
+    cfg |= {"sae_type": sae_type, "act_size": trainer["activation_dim"], "dict_size": trainer["dict_size"]}
+    return cfg | {"input_unit_norm": False}, tensors, sae_type != "jumprelu"
+
+
+IMPORTS = {"saelens": from_saelens, "dictionary_learning": from_dictionary_learning, "published": from_published}
+EXPORTS = {
+    "saelens": saelens_files, "dictionary_learning": dictionary_learning_files, "published": published_files,
+    "safetensors": own_files,
+}  # fmt: skip
+
+
+def as_ours(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
+    """Config and state dict of the SAE here whose z is (x̂ − b_dec) W_enc + b_enc, or x̂ W_enc + b_enc if not centred.
+
+    Raises InputError if the tensors are not exactly those that the config asks for, or where no SAE here does this.
+    """
+    d, F, sae_type = cfg["act_size"], cfg["dict_size"], cfg["sae_type"]
+    shapes = {"W_enc": [d, F], "W_dec": [F, d], "b_enc": [F], "b_dec": [d]}
+    if sae_type == "jumprelu":
+        shapes["threshold" if "jumprelu.log_threshold" not in tensors else "jumprelu.log_threshold"] = [F]
+    if sae_type == "batchtopk" and "threshold" in tensors:
+        shapes["threshold"] = []
+    for name in [*shapes, *tensors]:
+        found = list(tensors[name].shape) if name in tensors else "missing"
+        if found != shapes.get(name):
+            wanted = shapes.get(name, f"one of {', '.join(shapes)}")
+            raise InputError(f"{name} is {found}; by its config it must be {wanted}")
+        if not tensors[name].isfinite().all():
+            raise InputError(f"there is NaN or infinity in {name}")
+
+    theta, b_enc = tensors.pop("threshold", None), tensors["b_enc"]
+    if sae_type == "batchtopk" and theta is not None and theta >= 0:  # dictionary_learning has -1 for none
+        if centred and not b_enc.any():
+            # It counts as the mean of long training, should this one be trained further.
+            tensors |= {"threshold": theta, "threshold_num_batches": torch.tensor(100)}
+        else:
+            sae_type = "jumprelu"  # at inference that is what it is, and a JumpReLU has a bias
+    if centred != (sae_type != "jumprelu"):
+        shift = (tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
+        tensors["b_enc"] = b_enc = b_enc - shift if centred else b_enc + shift
+    if sae_type in ("topk", "batchtopk") and b_enc.any():
+        raise InputError(f"a {sae_type} SAE with an encoder bias is not possible here")
+    if sae_type == "jumprelu" and theta is not None:  # a threshold below 0 is as good as 0: z goes through relu too
+        tensors["jumprelu.log_threshold"] = theta.expand(F).clamp(min=torch.finfo(torch.float32).tiny).log()
+    dtype = "float64" if b_enc.dtype == torch.float64 else "float32"
+    return cfg | {"sae_type": sae_type, "dtype": dtype, "device": "cpu"}, tensors
+
+
+def check_allowed(key: str, value, *allowed) -> None:
+    if value not in allowed:
+        raise InputError(f"{key} = {value!r} is not possible here, only {', '.join(map(str, allowed))}")
+
+
+def read_tensors(path: Path) -> dict:
+    """The tensors of a .safetensors or .pt file. Raises InputError if it holds anything else; runs no code of it."""
+    try:
+        tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch's own message advises to run the code
+        raise InputError(f"{path.name} is damaged, or holds more than plain tensors and is not opened") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f"{path.name} holds no state dict, a dict of tensors")
+    for name, value in tensors.items():
+        if value.untyped_storage().nbytes() < value.nbytes:  # one number can claim to be of any shape
+            raise InputError(f"{path.name}: {name} is larger than its data")
+    return tensors
+
+
+def write_folder(folder: Path, files: dict) -> None:
+    """Write {name: content}, JSON or the tensors of a .safetensors or .pt, to a new folder: all of it or nothing."""
+    if folder.exists():
+        raise InputError(f"{folder} is there already, and nothing is overwritten: choose another --out")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            for name, content in files.items():
+                path = Path(temporary) / "new" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix == ".json":
+                    write_json(path, content)
+                    continue
+                tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
+                (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+                sync(path)
+            (Path(temporary) / "new").rename(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="RUN|DIR", help="what to export, or with --from to import")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=EXPORTS, help="export the SAE of a run in this format")
+    direction.add_argument("--from", dest="source", choices=IMPORTS, help="import a folder of this format")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    args = parser.parse_args(argv)
+    if args.to:
+        export_sae(load_sae(args.folder), args.to, args.out)
+        return
+    sae = import_sae(args.folder, args.source)
+    files = {f"sae/{name}": content for name, content in own_files(sae).items()}
+    write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
+    print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
+    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
+        print("It has no inference threshold: calibrate it before it encodes in eval()")
+
+
+if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
