@@ -1,0 +1,67 @@
+"""What a checkpoint of the paper's sweep costs: how long training is held up, and the room on the disk.
+
+    python benchmarks/checkpoint.py [--folder DIR] [--repeats N]
+
+Builds the 15 SAEs of the sweep with their optimizers (about 7 GiB of memory), takes one training step with each, and
+writes checkpoints as training does: flushed, read back, the older ones deleted.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from machine import cpu_name  # noqa: E402
+
+from checkpoint import LONGEST_PAUSE, load_checkpoint, save_checkpoint  # noqa: E402
+from config import get_default_cfg  # noqa: E402
+from main import sweep_configs  # noqa: E402
+from sae import SAE_CLASSES  # noqa: E402
+from training import make_optimizer, training_step  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    x = torch.randn(4096, 768)
+    runs, step_seconds = [], 0.0
+    for cfg in sweep_configs("paper", {"device": "cpu"}):
+        sae = SAE_CLASSES[cfg["sae_type"]](cfg)
+        runs.append(SimpleNamespace(cfg=cfg, sae=sae, optimizer=make_optimizer(sae, cfg)))
+        begun = time.perf_counter()
+        training_step(sae, runs[-1].optimizer, x, cfg)
+        step_seconds += time.perf_counter() - begun
+    seconds = []
+    for step in range(1, args.repeats + 1):
+        begun = time.perf_counter()
+        save_checkpoint(folder, runs, {"step": step}, keep=2)
+        seconds.append(time.perf_counter() - begun)
+    path = max(folder.iterdir())
+    begun = time.perf_counter()
+    load_checkpoint(path, runs)
+    loading = time.perf_counter() - begun
+    size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
+    shutil.rmtree(folder)
+    took, freq = statistics.median(seconds), get_default_cfg()["checkpoint_freq"]
+    print(f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {len(runs)} SAEs")
+    print(
+        f"a checkpoint: {size:.2f} GiB, {took:.1f} s ({min(seconds):.1f} – {max(seconds):.1f}); loading {loading:.1f} s"
+    )
+    print(f"a step of all SAEs: {step_seconds:.1f} s, so that every {freq:,} steps it takes", end=" ")
+    print(f"{took / (freq * step_seconds + took):.3%} of the time, and every {LONGEST_PAUSE / 60:.0f} minutes", end=" ")
+    print(f"{took / max(LONGEST_PAUSE, 50 * took):.2%}")
+
+
+if __name__ == "__main__":
+    main()

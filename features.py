@@ -1,0 +1,272 @@
+"""One static page per SAE: what each feature responds to and what it does, in one HTML file without network.
+
+    python features.py RUN [--num N] [--features I I ...]      RUN is a run's folder, runs/<sweep>/<name>
+
+Writes RUN/features.html with the N most interesting features, and those asked for first. Activations are those of
+the held-out tokens, with the SAE as it is used, in eval(); positions that evaluation skips have none.
+
+Interesting are the features that put most energy, Σ f² ‖W_dec row‖², into the reconstructions of the held-out tokens.
+Those active on fewer than RARE tokens or on more than DENSE of them come after all others.
+
+Logit effects take the decoder row as if it were the whole residual stream before the final norm: at RMS 1 through norm
+and unembedding, less the mean over the vocabulary, which softmax ignores. So they are the direct path only. The layers
+between hook point and norm are left out, and so is the size of the rest of the stream, which scales all effects of a
+token alike: the order of the tokens means something, the values compare within one feature.
+"""
+
+import argparse
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from activation_store import ActivationsStore
+from checkpoint import load_sae
+from config import SITES, InputError, best_device, one_line, tell
+from evaluation import heldout_activations
+from language_model import load_model
+from text_stream import StreamError, stay_offline_without_network
+
+EXAMPLES = 8  # top contexts of a feature
+WINDOW, BEFORE = 32, 22  # tokens shown of each, and how many of them come before its peak
+BINS = 32  # of a feature's histogram, from 0 to the power of 2 above its maximum
+TOKENS, NEAREST = 10, 6  # promoted and suppressed tokens, and similar features, of each feature
+RARE, DENSE = 10, 0.1
+CHUNK = 2**24  # activations in memory at a time, [tokens, F]
+TEMPLATE = Path(__file__).with_suffix(".html")
+# Characters that byte-level tokenizers write for the 256 bytes: the printable ones as they are, the others from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(byte): byte for byte in PRINTABLE}
+BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+
+
+@torch.no_grad()
+def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
+    """One pass over the held-out tokens; never more than CHUNK activations (or one context's) at a time.
+
+    active [F]: tokens on which a feature is active; energy [F]: Σ f² (float64); histogram [F, BINS]: its activations by
+    size, from 0 to 2^exponent [F]. And of the EXAMPLES contexts in which it is most active, [EXAMPLES, F], greatest
+    first, ties in the order of the text: value (the peak; 0: no such context), context, position and start, and shown
+    [EXAMPLES, window, F], the activations from start on.
+    """
+    contexts, skip = activation_store.eval_contexts, activation_store.cfg["eval_skip_positions"]
+    seq_len, dict_size, device = contexts.shape[1], sae.cfg["dict_size"], sae.W_dec.device
+    window = min(WINDOW, seq_len)
+    energy = torch.zeros(dict_size, dtype=torch.float64, device=device)
+    histogram = torch.zeros(dict_size, BINS, dtype=torch.int64, device=device)
+    exponent = torch.full((dict_size,), -100, device=device)  # below any activation
+    best = {key: torch.zeros(EXAMPLES, dict_size, dtype=torch.int64, device=device) for key in ("context", "position")}
+    best |= {"value": torch.zeros(EXAMPLES, dict_size, device=device), "start": best["context"]}
+    best["shown"] = torch.zeros(EXAMPLES, window, dict_size, device=device)
+
+    bar = tqdm(total=contexts.numel(), unit="tok", unit_scale=True, desc="held-out activations")
+    for tokens in contexts.split(max(1, CHUNK // (dict_size * seq_len))):
+        x = heldout_activations(activation_store, tokens)
+        acts = sae.encode(x.flatten(0, 1)).float()
+        energy += acts.pow(2).sum(0)
+        per_context = acts.view(len(tokens), -1, dict_size)
+
+        # The best contexts so far, and those of this chunk.
+        value, position = per_context.max(1)
+        position = position + skip
+        start = (position - BEFORE).clamp(0, seq_len - window)
+        offsets = start[:, None] + torch.arange(window, device=device)[:, None]  # [contexts, window, F]
+        shown = torch.take_along_dim(F.pad(per_context, (0, 0, skip, 0)), offsets, 1)
+        context = torch.arange(len(tokens), device=device)[:, None] + bar.n // seq_len
+        new = dict(value=value, position=position, start=start, context=context.expand_as(value), shown=shown)
+        order = torch.cat([best["value"], value]).argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
+        for key, tensor in new.items():
+            index = order[:, None] if key == "shown" else order
+            best[key] = torch.take_along_dim(torch.cat([best[key], tensor]), index, 0)
+
+        # A greater maximum doubles the width of the bins until it fits: exact, as bins merge in pairs.
+        peak = value.amax(0)
+        if not peak.isfinite().all():
+            raise InputError("this SAE gives activations that are NaN or infinite")
+        grown = torch.where(peak > 0, torch.maximum(exponent, torch.frexp(peak).exponent), exponent)
+        bins = torch.arange(BINS, device=device) >> (grown - exponent).clamp(max=31)[:, None]
+        histogram, exponent = torch.zeros_like(histogram).scatter_add_(1, bins, histogram), grown
+        rows, features = acts.nonzero(as_tuple=True)
+        bins = (acts[rows, features] * torch.exp2(-exponent.float())[features] * BINS).long()
+        histogram += torch.bincount(features * BINS + bins, minlength=dict_size * BINS).view_as(histogram)
+        bar.update(tokens.numel())
+    bar.close()
+    return best | {"active": histogram.sum(1), "energy": energy, "histogram": histogram, "exponent": exponent}
+
+
+def most_interesting(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> list[int]:
+    """The features that are active at all, the most interesting first, as the head of this file has it."""
+    active = statistics["active"]
+    last = (active < RARE) | (active > DENSE * num_tokens)
+    energy = statistics["energy"] * W_dec.detach().double().pow(2).sum(-1)
+    order = np.lexsort([-energy.cpu().numpy(), last.cpu().numpy()])
+    return [i for i in order.tolist() if active[i] > 0]
+
+
+@torch.no_grad()
+def logit_effects(model, directions: torch.Tensor) -> torch.Tensor:
+    """Directions [n, d] of the residual stream -> their logit effects [n, d_vocab] (head of this file)."""
+    directions = directions / directions.pow(2).mean(-1, keepdim=True).sqrt()
+    both = torch.cat([directions, torch.zeros_like(directions[:1])])  # 0: what the biases alone give
+    logits = model.unembed(model.ln_final(both[None].to(model.cfg.dtype)))[0].float()
+    return (logits[:-1] - logits[-1]) - (logits[:-1] - logits[-1]).mean(-1, keepdim=True)
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """What each token stands for, in characters that can be seen: half a character as \\xe2, a line's end as ↵."""
+    vocabulary = tokenizer.get_vocab()
+    byte_level = sum(token[0] == "Ġ" for token in vocabulary if token) > sum("▁" in token for token in vocabulary)
+    texts = []
+    for i, token in zip(ids, tokenizer.convert_ids_to_tokens(ids)):
+        if token is None:
+            text = f"[{i}]"
+        elif byte_level and all(character in BYTES for character in token):
+            text = bytes(BYTES[character] for character in token).decode("utf-8", "backslashreplace")
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+            text = bytes([int(token[3:5], 16)]).decode("utf-8", "backslashreplace")
+        else:
+            text = token if byte_level else token.replace("▁", " ")
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", "↵"))
+        texts.append(text)
+    return texts
+
+
+def rounded(values: torch.Tensor) -> list:
+    """Three significant digits, and 0 for 0."""
+    return [int(value) if value == 0 else float(f"{value:.3g}") for value in values.flatten().tolist()]
+
+
+@torch.no_grad()
+def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
+    """What the page shows of these features, in plain values; tokens are indices into its `vocab`."""
+    cfg, skip = sae.cfg, activation_store.cfg["eval_skip_positions"]
+    contexts = activation_store.eval_contexts
+    num_tokens = len(contexts) * (contexts.shape[1] - skip)
+    writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
+    unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
+    pages = []
+    for chunk in torch.tensor(features, device=sae.W_dec.device).split(256):
+        similarity = unit_rows[chunk] @ unit_rows.T
+        similarity[torch.arange(len(chunk)), chunk] = -2  # not itself
+        near = similarity.topk(min(NEAREST, cfg["dict_size"] - 1))
+        if writes_to_residual:
+            # A padded vocabulary has logits that no token belongs to.
+            effects = logit_effects(model, sae.W_dec[chunk].float())[:, : len(model.tokenizer)]
+            up, down = (effects.topk(min(TOKENS, effects.shape[1]), largest=largest) for largest in (True, False))
+        for row, i in enumerate(chunk.tolist()):
+            found = int((statistics["value"][:, i] > 0).sum())
+            places = [statistics[key][:found, i].tolist() for key in ("context", "start", "position")]
+            page = {
+                "i": i,
+                "active": int(statistics["active"][i]),
+                "max": rounded(statistics["value"][0, i])[0],
+                "range": 2.0 ** int(statistics["exponent"][i]),
+                "histogram": statistics["histogram"][i].tolist(),
+                "examples": [[*at, rounded(statistics["shown"][n, :, i])] for n, at in enumerate(zip(*places))],
+                "near": list(zip(near.indices[row].tolist(), rounded(near.values[row]))),
+            }
+            if writes_to_residual:
+                page["up"] = list(zip(up.indices[row].tolist(), rounded(up.values[row])))
+                page["down"] = list(zip(down.indices[row].tolist(), rounded(down.values[row])))
+            pages.append(page)
+
+    # Of text and vocabulary only what is shown, numbered anew.
+    used = sorted({example[0] for page in pages for example in page["examples"]})
+    ids = {token for page in pages for token, _ in page.get("up", []) + page.get("down", [])}
+    ids = sorted(ids | set(contexts[used].flatten().tolist()))
+    context_at, token_at = ({old: new for new, old in enumerate(kept)} for kept in (used, ids))
+    for page in pages:
+        page["examples"] = [[context_at[context], *rest] for context, *rest in page["examples"]]
+        for key in {"up", "down"} & set(page):
+            page[key] = [[token_at[token], value] for token, value in page[key]]
+    density = statistics["active"].double().cpu().numpy() / num_tokens
+    edges = np.linspace(-6, 0, 25)
+    return {
+        "dict_size": cfg["dict_size"],
+        "num_tokens": num_tokens,
+        "never_active": int((density == 0).sum()),
+        "dense": int((density > DENSE).sum()),
+        "densities": np.histogram(np.log10(density[density > 0]).clip(-6, 0), edges)[0].tolist(),
+        "vocab": token_texts(model.tokenizer, ids),
+        "context_numbers": used,
+        "contexts": [[token_at[token] for token in contexts[i].tolist()] for i in used],
+        "features": pages,
+    }
+
+
+def read_record(file: Path) -> dict:
+    """The JSON of a run's record; {} where there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def write_page(path: Path, title: str, data: dict) -> None:
+    """The template with this title and data, in ASCII: whatever the text holds, no character of it is read as HTML."""
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {"TITLE": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(), "DATA": content}
+    page = re.sub("{{(TITLE|DATA)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(path)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
+    parser.add_argument("--num", type=int, metavar="N", help="the N most interesting features (default: 2048)")
+    parser.add_argument(
+        "--features", nargs="+", type=int, default=[], metavar="I", help="these too; without N, only these"
+    )
+    args = parser.parse_args(argv)
+    num = args.num if args.num is not None else 0 if args.features else 2048
+    if num < 0:
+        raise InputError(f"--num {num} is not allowed: it must be at least 0")
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is no folder; RUN must be a run's folder, runs/<sweep>/<name>")
+    sae = load_sae(args.run, best_device())
+    for feature in args.features:
+        if not 0 <= feature < sae.cfg["dict_size"]:
+            raise InputError(f"there is no feature {feature}: those of {args.run} are 0 to {sae.cfg['dict_size'] - 1}")
+    if num == 0 and not args.features:
+        raise InputError("--num 0 without --features leaves nothing to show")
+    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
+        raise InputError(f"{args.run}: this BatchTopK has no inference threshold yet")
+    record, result = read_record(args.run / "config.json"), read_record(args.run / "result.json")
+
+    # The held-out tokens alone: nothing is trained on.
+    cfg = sae.cfg | {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
+    stay_offline_without_network(cfg["model_name"], cfg["dataset_path"])
+    model = load_model(cfg)
+    activation_store = ActivationsStore(model, cfg)
+    trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
+    if trained_on not in (None, activation_store.fingerprint()):
+        tell(f"warning: {cfg['dataset_path']} has changed since the training: the SAE may have seen its held-out text")
+
+    statistics = feature_statistics(sae, activation_store)
+    contexts = activation_store.eval_contexts
+    num_tokens = len(contexts) * (contexts.shape[1] - cfg["eval_skip_positions"])
+    ranked = most_interesting(statistics, sae.W_dec, num_tokens)
+    chosen = list(dict.fromkeys(args.features))
+    features = chosen + [i for i in ranked if i not in chosen][:num]
+    data = page_data(sae, model, activation_store, statistics, features)
+    keys = ("sae_type", "model_name", "hook_point", "dataset_path")
+    data |= {"cfg": {key: cfg[key] for key in keys}, "result": {k: v for k, v in result.items() if math.isfinite(v)}}
+    write_page(args.run / "features.html", cfg["name"], data)
+    print(f"{len(features)} of {cfg['dict_size']} features: {args.run / 'features.html'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, StreamError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, StreamError) else 2)
