@@ -217,7 +217,7 @@ class VanillaSAE(SparseWhenItPays):
         return (x - self.b_dec) @ self.W_enc + self.b_enc
 
     def sparse_pre_activation(self, x):
-        if self.batches_until_sparse > 0:
+        if self.batches_until_sparse > 0 or not sparse_ops.possible(x.device):
             return None
         found = sparse_ops.above(x - self.b_dec, self.W_enc, self.b_enc, theta=0, margin=0)
         if found is None:
@@ -240,7 +240,7 @@ class TopKSAE(BaseAutoencoder):
         return (x - self.b_dec) @ self.W_enc
 
     def sparse_pre_activation(self, x):
-        if not sparse_ops.pays(len(x), *self.W_enc.shape, self.cfg["top_k"]):
+        if not sparse_ops.pays(self.cfg["dict_size"], self.cfg["top_k"], x.device):
             return None
         found = sparse_ops.largest(x - self.b_dec, self.W_enc, self.cfg["top_k"], self.per_row)
         if found is None:
@@ -306,7 +306,7 @@ class JumpReLUSAE(SparseWhenItPays):
         return x @ self.W_enc + self.b_enc
 
     def sparse_pre_activation(self, x):
-        if self.batches_until_sparse > 0:
+        if self.batches_until_sparse > 0 or not sparse_ops.possible(x.device):
             return None
         # Below θ, f is 0 but θ has a gradient, half a bandwidth down.
         theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2

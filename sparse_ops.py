@@ -351,9 +351,20 @@ def what_is_not_finite(x, W, offset) -> str:
     return "the activations or encoder weights are too large: their norms overflow"
 
 
-def pays(num_tokens: int, d: int, num_features: int, k: int) -> bool:
+def pays(num_features: int, k: int, device: torch.device) -> bool:
     """Whether the sparse form of a TopK costs less than the dense one."""
-    return num_features >= 32 * k
+    return num_features >= 32 * k and possible(device)
+
+
+@lru_cache
+def possible(device: torch.device) -> bool:
+    """Whether this device has the two kernels, found out by trying."""
+    try:
+        one, zero = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        entries = Entries(zero, zero, (1, 1))
+        return bool(entries.dots(one, one) == 1) and bool(entries.sum_into_rows(one[0], one) == 1)
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 _scratch = {}

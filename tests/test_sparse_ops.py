@@ -1,14 +1,21 @@
 """The sparse form selects what a float64 product would, and computes what the dense form computes."""
 
+import argparse
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from test_sae import KINDS, make_sae, make_x
 
 import sparse_ops
+from config import get_default_cfg
+from language_model import Harvester, load_model
 from sae import SAE_CLASSES, JumpReLUSAE
 from sparse_ops import Entries
 from training import make_optimizer, training_step
 
+DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 SCREENS = (torch.bfloat16, torch.float32)
 
 
@@ -166,7 +173,9 @@ def both_forms(kind, seed, **changes):
     """The same SAE in dense and in sparse form, with gradients, of the same float32 batch."""
     found = []
     for sparse in (False, True):
-        sae = make_sae(kind, seed=seed, d=24, F=160, k=5, dtype="float32", **changes)
+        # Half of the features are dead, so that the aux loss is in its sparse form with few of them a token, or dense.
+        sae = make_sae(kind, seed=seed, d=24, F=160, k=5, dtype="float32", top_k_aux=(3, 40)[seed % 2], **changes)
+        sae.num_batches_not_active[::2] = 10
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sparse_ops, "pays", lambda *_: sparse)  # noqa: B023
             if isinstance(sae, tuple(SAE_CLASSES[name] for name in ("vanilla", "jumprelu"))):
@@ -187,6 +196,7 @@ def test_outputs_and_gradients_equal_the_dense_form(screen_dtype, kind, seed, un
     """Values to float32's rounding, gradients to 1e-5 of their norm, in x and every parameter, aux loss included."""
     (_, dense, dense_grads), (_, sparse, sparse_grads) = both_forms(kind, seed, input_unit_norm=unit_norm)
     assert set(dense) == set(sparse)
+    assert "aux_loss" not in dense or dense["aux_loss"] > 0
     for key, value in dense.items():
         torch.testing.assert_close(sparse[key].to_dense(), value, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: k + m)
     assert {name for name, grad in dense_grads.items() if grad.any()} <= set(sparse_grads)
@@ -225,3 +235,28 @@ def test_entries_of_nothing():
     assert torch.equal(entries.sum_into_rows(values, torch.ones(4, 2)), torch.zeros(3, 2))
     assert torch.equal(entries.sum_into_features(values, torch.ones(3, 2)), torch.zeros(4, 2))
     assert torch.equal(entries.sparse_tensor(values).to_dense(), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_300_steps_differ_no_more_than_two_dense_runs_do(kind, monkeypatch):
+    """On the demo's activations: from the dense form as far as that is from itself with another order of sums."""
+    model = load_model(get_default_cfg() | {"model_name": str(DEMO_LM), "device": "cpu"})
+    tokens = model.tokenizer(inspect.getsource(argparse), verbose=False)["input_ids"]
+    tokens = torch.tensor(tokens[: len(tokens) // 128 * 128]).view(-1, 128)
+    x = Harvester(model, "blocks.2.hook_resid_pre")(tokens).flatten(0, 1).float()
+    x = x[: len(x) // 256 * 256]  # whole batches
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    changes = dict(d=128, F=512, k=8, top_k_aux=64, lr=3e-3, n_batches_to_dead=20, aux_penalty=1 / 32, dtype="float32")
+
+    def losses(sparse: bool, order: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(sparse_ops, "pays", lambda *_: sparse)
+        sae = make_sae(kind, **changes)
+        optimizer = make_optimizer(sae, sae.cfg)
+        batches = [x[shuffled[256 * i % len(x) :][:256]] for i in range(300)]
+        # The order of the tokens within a batch, and so that of all sums over them, is all that differs.
+        return torch.stack([training_step(sae, optimizer, b[order], sae.cfg)["loss"].detach() for b in batches])
+
+    plain, backwards = torch.arange(256), torch.arange(255, -1, -1)
+    dense, reordered, sparse = losses(False, plain), losses(False, backwards), losses(True, plain)
+    assert dense[-20:].mean() < 0.5 * dense[0], "it learns"
+    assert (sparse - dense).abs().mean() <= 3 * (reordered - dense).abs().mean()
