@@ -76,6 +76,8 @@ class ActivationCache:
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
         """Keep `buffer` [rows, d] as number `index`. Raises InputError if it cannot be written."""
+        if index > len(self.buffers):
+            return  # training began without this cache: what it lacks before would be counted as this
         rows = buffer.cpu().view(torch.uint8).numpy()
         path = self.path(index)
         temporary = path.with_suffix(".tmp")

@@ -60,7 +60,8 @@ class ActivationsStore:
         self.memory = self.memory.to(cfg["device"])
         self.harvested = 0  # rows, for the message where the data ends
         self.cache = self.open_cache() if cfg["activation_cache"] else None
-        self.load_state_dict({"buffer": 0, "rows": 0, "stream": self.stream.state_dict(), "inside": 0, "offset": 0})
+        self.beginning = {"buffer": 0, "rows": 0, "stream": self.stream.state_dict(), "inside": 0, "offset": 0}
+        self.load_state_dict(self.beginning)
         self.left_over = self.memory[:0]  # the stream is there already
 
     def check_length(self) -> None:

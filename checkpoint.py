@@ -15,15 +15,17 @@ import json
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
 from safetensors.torch import load_file, save_file
 
-from config import InputError, post_init_cfg, tell
+from config import InputError, one_line, post_init_cfg, tell
 from sae import SAE_CLASSES, BaseAutoencoder
 
+# What state.json holds: steps taken, seconds it took, the store's state, the last step in each run's metrics.jsonl.
+STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": list, "provenance": dict}
 LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
 
 
@@ -87,11 +89,14 @@ class Checkpoints:
 
     def __init__(self, runs: list, provenance: dict, resume_anyway: bool):
         self.runs, self.provenance, self.cfg = runs, provenance, runs[0].cfg
-        cfgs = [run.cfg for run in runs]
-        self.folder = group_folder(cfgs)
-        path = newest_checkpoint(cfgs)
-        state = load_checkpoint(path, runs) if path else {"step": 0, "seconds": 0.0, "stream": None}
-        self.step, self.seconds, self.stream = state["step"], state["seconds"], state["stream"]
+        self.folder = group_folder([run.cfg for run in runs])
+        paths = {newest_checkpoint(run.cfg) for run in runs}
+        if len(paths) > 1:
+            found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
+            raise InputError(f"these runs cannot go on together: their newest checkpoints are {found}")
+        path = paths.pop()
+        state = load_checkpoint(path, runs) if path else {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
+        self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
         if path:
             check_provenance(state["provenance"], provenance, path, resume_anyway)
             tell(f"Going on after step {self.step}, from {path}")
@@ -109,6 +114,7 @@ class Checkpoints:
             return
         begun = time.time()
         state = {"step": step, "seconds": self.elapsed(), "stream": stream, "provenance": self.provenance}
+        state["logged"] = {run.cfg["name"]: run.log.last_step for run in self.runs}
         with disk(self.cfg, f"the checkpoint after step {step}"):
             for run in self.runs:
                 run.log.sync()
@@ -144,6 +150,8 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     for left_over in folder.glob("*.tmp"):
         shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
+    if not (folder / "runs.json").exists():  # whose checkpoints these are, should their own files be damaged
+        write_json(folder / "runs.json", {"runs": [run.cfg["name"] for run in runs]})
     digests = {}
     for name, run in {f"{i:02}.safetensors": run for i, run in enumerate(runs)}.items():
         digests[name] = write(temporary / name, safetensors.torch.save(tensors_of(run)))
@@ -156,8 +164,17 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     sync_folder(folder)
     if problem := damage(path):
         raise OSError(f"{path} was written, but {problem}")
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old)
+    older = sorted(old for old in folder.glob("step_*[0-9]") if old.name < path.name)
+    for old in older[: len(older) + 1 - keep] if keep <= len(older) else ():
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: it is none from the first moment on. One that cannot be deleted does no harm."""
+    with suppress(OSError):
+        temporary = path.with_name(path.name + ".tmp")
+        path.rename(temporary)
+        shutil.rmtree(temporary)
 
 
 def tensors_of(run) -> dict:
@@ -172,23 +189,38 @@ def load_checkpoint(path: Path, runs: list) -> dict:
     """Put each run's SAE and optimizer where they were; returns the state that was saved with them."""
     state = json.loads((path / "state.json").read_text())
     for run in runs:
-        tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
         try:
+            tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
             run.sae.load_state_dict(part(tensors, "sae"))
-            parameters = run.optimizer.param_groups[0]["params"]
-            adam = {i: part(tensors, f"adam.{i}") for i in range(len(parameters))}
-            for i, values in adam.items():  # torch does not look, and reads beyond what there is
-                if any(value.shape not in ((), parameters[i].shape) for value in values.values()):
-                    raise ValueError(f"adam.{i} is not of shape {tuple(parameters[i].shape)}")
-            groups = run.optimizer.state_dict()["param_groups"]
-            run.optimizer.load_state_dict({"state": adam, "param_groups": groups})
-        except (RuntimeError, ValueError) as error:
+            run.optimizer.load_state_dict({
+                "state": adam_state(tensors, run.optimizer.param_groups[0]["params"]),
+                "param_groups": run.optimizer.state_dict()["param_groups"],
+            })  # fmt: skip
+        except Exception as error:
             raise InputError(f"{path} does not fit {run.cfg['name']}: {' '.join(str(error).split())[:300]}") from error
     return state
 
 
+def adam_state(tensors: dict, parameters: list) -> dict:
+    """Adam's state of each parameter that ever had a gradient. torch does not look, and would read beyond its ends."""
+    state = {i: part(tensors, f"adam.{i}") for i in range(len(parameters))}
+    state = {i: values for i, values in state.items() if values}
+    for i, values in state.items():
+        shapes = {key: tuple(value.shape) for key, value in values.items()}
+        if shapes != {"step": (), "exp_avg": (shape := tuple(parameters[i].shape)), "exp_avg_sq": shape}:
+            raise ValueError(f"adam.{i} has {shapes} for a parameter of shape {shape}")
+    if not state:
+        raise ValueError("there is no state of the optimizer")
+    return state
+
+
 def part(tensors: dict, prefix: str) -> dict:
-    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(prefix + ".")}
+    """Copies: what safetensors gives is a view of the file, which would keep that from being deleted."""
+    return {k.removeprefix(f"{prefix}."): tensor.clone() for k, tensor in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+def run_folder(cfg: dict) -> Path:
+    return Path(cfg["output_dir"]) / cfg["sweep"] / cfg["name"]
 
 
 def group_folder(cfgs: list[dict]) -> Path:
@@ -201,16 +233,17 @@ def groups_folder(cfg: dict) -> Path:
     return Path(cfg["output_dir"]) / cfg["sweep"] / "groups"
 
 
-def newest_checkpoint(cfgs: list[dict]) -> Path | None:
-    """The sound one with the most steps that holds all these runs; None if they were never saved.
+def newest_checkpoint(cfg: dict) -> Path | None:
+    """The sound one with the most steps that holds this run; None if it was never saved, or its record was taken away.
 
     Damaged ones are told of and passed over. Raises InputError if there are damaged ones only: what was trained may
     be in them, and nothing is to be begun anew over that.
     """
-    names, damaged = {cfg["name"] for cfg in cfgs}, []
-    paths = groups_folder(cfgs[0]).glob("*/step_*[0-9]")
-    for path in sorted(paths, key=lambda path: path.name, reverse=True):
-        if (runs := runs_of(path)) is not None and not names <= runs:
+    if not (run_folder(cfg) / "config.json").is_file():
+        return None
+    damaged = []
+    for path in sorted(groups_folder(cfg).glob("*/step_*[0-9]"), key=lambda path: path.name, reverse=True):
+        if (runs := runs_of(path)) is not None and cfg["name"] not in runs:
             continue
         problem = damage(path)
         if not problem:
@@ -219,25 +252,29 @@ def newest_checkpoint(cfgs: list[dict]) -> Path | None:
         tell_once(f"{path} is damaged ({problem}): it is passed over")
     if damaged:
         raise InputError(
-            f"{damaged[0].parent} holds only damaged checkpoints of {cfgs[0]['name']}: move it away to train from the "
+            f"{damaged[0].parent} holds only damaged checkpoints of {cfg['name']}: move it away to train it from the "
             f"beginning"
         )
     return None
 
 
 def runs_of(path: Path) -> set[str] | None:
-    """The names of the runs in a checkpoint; None if it is too damaged to tell."""
-    try:
-        return set(json.loads((path / "state.json").read_text())["runs"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    """The names of the runs in a checkpoint, or in its group; None if they cannot be told."""
+    for file in (path / "state.json", path.parent / "runs.json"):
+        try:
+            return set(json.loads(file.read_text())["runs"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+    return None
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as its manifest has it."""
-    return damage_of_files(
-        path, tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir()))
-    )
+    """What is wrong with a checkpoint, or None if all that it needs is there and as its manifest has it."""
+    try:
+        files = tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir()))
+    except OSError as error:
+        return error.strerror
+    return damage_of_files(path, files)
 
 
 @functools.lru_cache  # reading gigabytes once for all the runs of a group
@@ -249,10 +286,16 @@ def damage_of_files(path: Path, files: tuple) -> str | None:
                 return f"manifest.json names {name!r}"
             if hashlib.sha256((path / name).read_bytes()).hexdigest() != digests.get(name):
                 return f"{name} has not the SHA-256 that manifest.json gives"
+        state = json.loads((path / "state.json").read_text())
+        for key, kind in STATE.items():
+            if not isinstance(state[key], kind):
+                return f"{key} in state.json is no {kind.__name__}"
+        if not {f"{i:02}.safetensors" for i in range(len(state["runs"]))} <= set(digests):
+            return "it lacks the weights of some of its runs"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, AttributeError, TypeError) as error:
-        return f"manifest.json cannot be read: {error}"
+    except Exception as error:  # whatever JSON can be
+        return f"its JSON is not that of a checkpoint: {one_line(error)}"
     return None
 
 
@@ -272,12 +315,14 @@ def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -
 def remove_checkpoints(cfg: dict, is_over) -> None:
     """Delete those of a sweep whose runs are over, all of them: is_over(name)."""
     folder = groups_folder(cfg)
-    for group in folder.glob("*/"):
-        runs = [runs_of(path) for path in group.glob("step_*[0-9]")]
-        if all(names is not None and all(map(is_over, names)) for names in runs):
-            shutil.rmtree(group)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    with suppress(OSError):
+        for group in list(folder.iterdir()):
+            runs = [runs_of(path) for path in group.glob("step_*[0-9]")]
+            if runs and all(names is not None and all(map(is_over, names)) for names in runs):
+                for path in group.glob("step_*[0-9]"):
+                    remove(path)
+                shutil.rmtree(group)
+        folder.rmdir()  # if it is empty
 
 
 tell_once = functools.cache(tell)

@@ -15,13 +15,14 @@ import os
 import platform
 import secrets
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
 import torch
 import wandb
 
-from checkpoint import write, write_json
+from checkpoint import SaveError, run_folder, write, write_json
 from config import InputError, one_line, tell
 from language_model import model_fingerprint
 
@@ -35,7 +36,7 @@ class RunLog:
     def __init__(self, cfg: dict, provenance: dict):
         self.cfg, self.provenance, self.folder = cfg, provenance, run_folder(cfg)
         self.metrics = self.wandb_run = None
-        self.unwritten = b""
+        self.unwritten, self.last_step = b"", 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
@@ -49,20 +50,26 @@ class RunLog:
             over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(cfg)}"
             raise InputError(f"{self.folder} is {over}. Change its config, or move the folder away, to train it again")
 
-    def start(self, step: int) -> None:
-        """Go on after `step`: what was logged of later steps, of which no checkpoint knows, is taken back.
+    def start(self, step: int, logged: int) -> None:
+        """Go on after `step`, the last line before which was that of step `logged` (0, 0: at the beginning). What was
+        logged after it, of which no checkpoint knows, is taken back.
 
-        Raises InputError if what was logged before is missing, or if there is an SAE and no checkpoint to go on from.
+        Raises InputError if what was logged before is not there, or if there is an SAE and no checkpoint to go on from;
+        SaveError if the disk is full.
         """
         path = self.folder / "metrics.jsonl"
         lines = complete_lines(path.read_bytes()) if path.exists() else []
         lines = [line for line in lines if line["step"] <= step]
+        self.last_step = lines[-1]["step"] if lines else 0
         if step == 0 and (self.folder / "sae").exists():
             raise InputError(
                 f"{self.folder} holds an SAE, and no checkpoint to go on from: move the folder away to train it again"
             )
-        if step > 0 and not lines:
-            raise InputError(f"{path} is gone, and training goes on after step {step}: put it back")
+        if self.last_step != logged:
+            raise InputError(
+                f"{path} does not fit the checkpoint after step {step}: its last sound line before is of step "
+                f"{self.last_step}, not {logged}. Put it back, or move the folder away to train it again"
+            )
         recorded = read_json(self.folder / "config.json").get("_provenance", {})
         # Two runs of one config are two runs there, a run that goes on is one.
         wandb_id = recorded.get("wandb_id") or secrets.token_hex(4)
@@ -74,7 +81,7 @@ class RunLog:
             path.with_suffix(".tmp").replace(path)
             self.metrics = open(path, "ab", buffering=0)
         except OSError as error:
-            raise InputError(f"output_dir = {self.cfg['output_dir']!r} cannot be written to: {error}") from error
+            raise SaveError(f"{self.folder} cannot be written: {error.strerror or error}") from error
         self.wandb_run = start_wandb(self.cfg, self.folder, wandb_id)
         for line in lines:
             self.mirror(line)
@@ -82,6 +89,7 @@ class RunLog:
     def log(self, step: int, tokens: int, metrics: dict) -> None:
         """Raises OSError if the line cannot be written; it is kept, and written with the next."""
         line = {"step": step, "tokens": tokens} | metrics
+        self.last_step = step
         self.unwritten += as_line(line)
         self.mirror(line)
         self.flush()
@@ -110,35 +118,39 @@ class RunLog:
     def in_wandb(self, function) -> None:
         """It may fail at any moment: the local record is complete without it."""
         try:
-            function(self.wandb_run)
+            if self.wandb_run:
+                function(self.wandb_run)
         except Exception as error:
             tell(f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)}), and gets no more of this run")
             self.wandb_run = None
 
     def stop(self, step: int, reason: str) -> None:
         """The end of a run that cannot be trained on: its record says why."""
+        self.sync()
         write_json(self.folder / "stopped.json", {"step": step, "reason": reason})
-        if self.wandb_run:
-            self.in_wandb(lambda run: run.finish(exit_code=1))
         self.close()
 
     def finish(self, result: dict) -> None:
+        """The end of a run. result.json comes last: a run without it is evaluated again."""
+        self.sync()
         write_json(self.folder / "histograms.json", result["histograms"])
+        self.in_wandb(lambda run: run.summary.update(result))
+        self.in_wandb(lambda run: run.finish())
+        self.wandb_run = None
         write_json(self.folder / "result.json", {key: result[key] for key in result if key != "histograms"})
-        if self.wandb_run:
-            self.in_wandb(lambda run: run.summary.update(result))
-        if self.wandb_run:
-            self.in_wandb(lambda run: run.finish())
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder, and of a W&B run that has not come to its end."""
+        self.in_wandb(lambda run: run.finish(exit_code=1))
+        self.wandb_run = None
         if self.metrics:
             self.metrics.close()
         if self.lock.is_locked:
-            if is_over(self.cfg):
-                Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
+            if is_over(self.cfg):
+                with suppress(OSError):
+                    Path(self.lock.lock_file).unlink()
 
 
 def as_line(content: dict) -> bytes:
@@ -165,10 +177,6 @@ def read_json(path: Path) -> dict:
         return {}
 
 
-def run_folder(cfg: dict) -> Path:
-    return Path(cfg["output_dir"]) / cfg["sweep"] / cfg["name"]
-
-
 def is_finished(cfg: dict) -> bool:
     return (run_folder(cfg) / "result.json").is_file()
 
@@ -189,24 +197,26 @@ def start_wandb(cfg: dict, folder: Path, wandb_id: str):
     An online run goes on under its id. Offline a run cannot go on, so it is written anew from its first line, and what
     was there is set aside: a later `wandb sync` makes one run of it.
     """
-    mode = cfg["wandb_mode"] or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "disabled")
-    if mode == "disabled":
-        if not (cfg["wandb_mode"] or os.environ.get("WANDB_MODE")):
-            tell_once("Not logged in to Weights & Biases: metrics are logged to the run folders only.")
-        return None
+    asked = cfg["wandb_mode"] or os.environ.get("WANDB_MODE")
     try:
-        for cut_off in (folder / "wandb").glob("offline-run-*") if mode == "offline" else ():
-            cut_off.rename(cut_off.with_name(f"replaced-{cut_off.name}"))
+        mode = asked or ("online" if logged_in() else "disabled")
+        if mode == "disabled":
+            if not asked:
+                tell_once("Not logged in to Weights & Biases: metrics are logged to the run folders only.")
+            return None
+        cut_off = list((folder / "wandb").glob("offline-run-*")) if mode == "offline" else []
         run = wandb.init(
             project=cfg["wandb_project"], name=cfg["name"], group=cfg["sweep"], config=cfg, mode=mode, dir=folder,
             id=wandb_id, resume="allow" if mode == "online" else None, reinit="create_new",
             settings=wandb.Settings(silent=True),
         )  # fmt: skip
+        for old in cut_off:
+            old.rename(old.with_name(f"replaced-{old.name}"))
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
     except Exception as error:
         tell_once(f"Weights & Biases cannot be reached ({error}): metrics are logged to the run folders only.")
         return None
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="tokens")
     tell_once(f"Weights & Biases: {run.project_url or f'{mode} files in {folder.parent}/*/wandb'}")
     return run
 
@@ -221,7 +231,7 @@ tell_once = functools.cache(tell)  # one line for all the runs of a sweep
 
 def provenance(model, activation_store) -> dict:
     """What a run was made with: versions, commit, and fingerprints of the language model and of the text."""
-    packages = ("torch", "transformer_lens", "transformers", "datasets", "tokenizers")
+    packages = ("torch", "numpy", "transformer_lens", "transformers", "datasets", "tokenizers")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +21,7 @@ import psutil
 import torch
 
 from activation_store import ActivationsStore
-from checkpoint import SaveError, newest_checkpoint
+from checkpoint import SaveError, newest_checkpoint, remove_checkpoints
 from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
 from demo.text import write_demo_text
 from language_model import check_hook_point, load_model
@@ -28,7 +29,7 @@ from logs import is_finished, is_over, run_folder, why_stopped
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import StreamError, stay_offline_without_network
-from training import train_sae_group
+from training import NotFinite, train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
 PAPER = [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.004, 0.0018, 0.0008)]
@@ -83,9 +84,11 @@ def main(argv: list[str]) -> None:
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(cfg)):
             tell(f"{run_folder(cfg)} was stopped ({why}): move it away to train it again")
-    if todo:
-        train(todo, args.force, args.resume_anyway)
+    failed = train(todo, args.force, args.resume_anyway) if todo else []
+    remove_checkpoints(cfgs[0], lambda name: is_over(cfgs[0] | {"name": name}))
     draw_results(run_folder(cfgs[0]).parent)
+    if failed:
+        raise InputError("; ".join(failed))
 
 
 def parse_override(text: str) -> tuple[str, object]:
@@ -129,11 +132,14 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
     return list(cfgs.values())
 
 
-def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> None:
-    """Train the runs side by side that can share a stream: those that go on do so with those at the same step of it."""
-    groups = {}
+def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
+    """Train the runs side by side that can share a stream: those that go on do so with those at the same step of it.
+
+    Returns a line for each group in which NaN or infinity stopped an SAE.
+    """
+    groups, failed = {}, []
     for cfg in cfgs:
-        key = newest_checkpoint([cfg]), *(cfg[key] for key in GROUP_KEYS)
+        key = newest_checkpoint(cfg), *(cfg[key] for key in GROUP_KEYS)
         groups.setdefault(key, []).append(cfg)
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:
@@ -149,8 +155,12 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> None:
         store = ActivationsStore(model, group[0])
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
         started = time.time()
-        train_sae_group(saes, store, model, group, resume_anyway)
+        try:
+            train_sae_group(saes, store, model, group, resume_anyway)
+        except NotFinite as error:
+            failed.append(str(error))
         tell(f"Trained and evaluated {len(group)} SAEs in {(time.time() - started) / 60:.1f} minutes")
+    return failed
 
 
 def announce(group: list[dict], model, force: bool) -> None:
@@ -213,6 +223,7 @@ def duration(days: float) -> str:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # wherever it comes, as Ctrl-C
     try:
         main(sys.argv[1:])
     except (InputError, StreamError, SaveError) as error:

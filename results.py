@@ -48,7 +48,7 @@ LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3,
 # A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
 NOT_IN_POINT = {
     "seed", "name", "device", "output_dir", "sweep", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq",
-    "checkpoint_freq", "stream_retries", "activation_cache",
+    "checkpoint_freq", "keep_checkpoints", "save_errors", "stream_retries", "activation_cache",
 }  # fmt: skip
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # and their signs in legends

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -15,9 +16,15 @@ from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
 from text_stream import StreamError
 
+TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
+
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: training has stopped, and is saved."""
+
+
+class NotFinite(InputError):
+    """NaN or infinity stopped some SAEs of a group; the others are trained."""
 
 
 @dataclass
@@ -53,26 +60,26 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         logs = [stack.enter_context(closing(RunLog(run_cfg, made_with))) for run_cfg in cfgs]
         runs = [Run(c, sae.train(), make_optimizer(sae, c), log) for c, sae, log in zip(cfgs, saes, logs)]
         checkpoints = Checkpoints(runs, made_with, resume_anyway)
-        if checkpoints.stream:
-            activation_store.load_state_dict(checkpoints.stream)
-        for log in logs:
-            log.start(checkpoints.step)
+        activation_store.load_state_dict(checkpoints.stream or activation_store.beginning)
+        for run in runs:
+            run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
         baseline = heldout_baseline(model, activation_store)
 
         failed = train_steps(runs, activation_store, model, baseline, checkpoints)
         seconds = checkpoints.elapsed()
 
-        # The end: save first, then measure.
         num_tokens = activation_store.tokens_needed
         results = evaluate([run.sae for run in runs], model, activation_store, baseline) if runs else []
+        with disk(cfg | {"save_errors": "stop"}, "the SAEs"):
+            for run in runs:
+                save_sae(run.sae, run.log.folder / "sae")
         for run, result in zip(runs, results):
             result |= {"tokens": num_tokens, "steps": num_tokens // cfg["batch_size"], "seconds": seconds}
             with disk(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
-                save_sae(run.sae, run.log.folder / "sae")
                 run.log.finish(result)
         remove_checkpoints(cfg, lambda name: is_over(cfg | {"name": name}))
     if failed:
-        raise InputError(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
+        raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
     return results
 
 
@@ -99,7 +106,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
             except (InputError, StreamError, Stopped) as error:  # also: the data ended early, or the network is down
                 checkpoints.save(step - 1, position)
-                if isinstance(error, InputError):
+                if isinstance(error, InputError) and step > 1:
                     with disk(cfg, "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
@@ -135,7 +142,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                         run.log.log(step, step * cfg["batch_size"], values)
             if signals.asked or step == num_steps or checkpoints.due(step):
                 checkpoints.save(step, activation_store.state_dict())
-            if signals.asked and step < num_steps:
+            if signals.asked:
                 tell(f"Stopped after {step} of {num_steps} steps")
                 raise Stopped
     return failed
@@ -156,9 +163,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, *_):
-        if self.asked:
+        if self.asked and time.monotonic() - self.asked_at > TOGETHER:
             raise KeyboardInterrupt
-        self.asked = True
+        if self.asked:
+            return
+        self.asked, self.asked_at = True, time.monotonic()
         tell("Stopping: a checkpoint is saved first (the same again stops at once, without)")
         if self.at_once:
             raise Stopped

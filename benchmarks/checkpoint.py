@@ -45,9 +45,10 @@ def main() -> None:
     seconds = []
     for step in range(1, args.repeats + 1):
         begun = time.perf_counter()
-        save_checkpoint(folder, runs, {"step": step}, keep=2)
+        state = {"step": step, "seconds": 0.0, "stream": {}, "logged": {}, "provenance": {}}
+        save_checkpoint(folder, runs, state, keep=2)
         seconds.append(time.perf_counter() - begun)
-    path = max(folder.iterdir())
+    path = max(folder.glob("step_*"))
     begun = time.perf_counter()
     load_checkpoint(path, runs)
     loading = time.perf_counter() - begun

@@ -348,6 +348,7 @@ def mirrored(tmp_path_factory):
         cfg = get_default_cfg() | {"output_dir": str(folder / "runs"), "sweep": "mine", "wandb_mode": "offline"}
         cfg = post_init_cfg(cfg | {"device": "cpu", "dict_size": 64, "top_k": 4, "num_tokens": 4000} | changes)
         log = RunLog(cfg, {"python": "3"})
+        log.start(0, 0)
         for line in losses(rng, 4 if changes["sae_type"] != "batchtopk" else 3):
             log.log(line["step"], line["tokens"], {k: v for k, v in line.items() if k not in ("step", "tokens")})
         if changes["sae_type"] == "batchtopk":

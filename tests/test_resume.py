@@ -75,7 +75,7 @@ def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uni
         with pytest.raises(type(error)):
             train(model, cfgs, stopping_store(rng.randint(2, 4), error))
         assert not any(map(is_over, cfgs))
-    assert newest_checkpoint(cfgs)
+    assert newest_checkpoint(cfgs[0])
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
     assert runs_here(cfgs) == {cfg["name"] for cfg in cfgs}, "finished: no checkpoint is left"
     assert not list(groups_folder(cfgs[0]).parent.glob("*/*.lock")) + list(
@@ -130,6 +130,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, un
         os.kill(os.getpid(), number)
         raise AssertionError("not reached")
 
+    monkeypatch.setattr(training, "TOGETHER", 0.0)
     for save in (signalled_again, checkpoint.save_checkpoint):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
@@ -138,7 +139,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, un
             train(model, cfgs)
         assert signal.getsignal(number) == before
         assert (caught.type is training.Stopped) == (save is not signalled_again)
-    assert newest_checkpoint(cfgs).name == "step_000000004"
+    assert newest_checkpoint(cfgs[0]).name == "step_000000004"
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
@@ -155,7 +156,7 @@ def test_a_signal_while_activations_are_awaited_stops_at_once(model, make_cfg): 
 
     with pytest.raises(training.Stopped):
         train(model, [cfg], Store)
-    assert newest_checkpoint([cfg]).name == "step_000000006"
+    assert newest_checkpoint(cfg).name == "step_000000006"
     assert same_bits(train(model, [cfg])[0][0], train(model, [make_cfg("whole", **SAES[1])])[0][0])
 
 
@@ -181,10 +182,10 @@ def test_a_damaged_checkpoint_is_passed_over(model, make_cfg, uninterrupted, cap
     cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
         train(model, cfgs, stopping_store(8, KeyboardInterrupt()))
-    paths = sorted(group_folder(cfgs).iterdir())
+    paths = sorted(group_folder(cfgs).glob("step_*"))
     assert [path.name for path in paths] == ["step_000000004", "step_000000006"], "keep_checkpoints is 2"
     damaged(paths[1], how)
-    assert newest_checkpoint(cfgs) == paths[0]
+    assert newest_checkpoint(cfgs[0]) == paths[0]
     assert f"{paths[1]} is damaged" in capsys.readouterr().err
     damaged(paths[0], how)
     with pytest.raises(InputError, match="only damaged checkpoints"):
@@ -211,18 +212,71 @@ def test_a_half_written_checkpoint_is_none(model, make_cfg, monkeypatch):  # noq
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoint, "write", cut)
             train(model, [cfg])
-        path = newest_checkpoint([cfg])
+        path = newest_checkpoint(cfg)
         assert path is None or damage(path) is None
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     assert not list(groups_folder(cfg).glob("*/*.tmp"))
 
 
+def resigned(path: Path, name: str, content: bytes) -> None:
+    """Another content of a file, and its SHA-256 in the manifest."""
+    digests = json.loads((path / "manifest.json").read_text())
+    digests[name] = checkpoint.write(path / name, content)
+    (path / "manifest.json").write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"step": "x"}', "[" * 9999, "no weights"])
+def test_a_state_that_is_none_is_damage(model, make_cfg, state):  # noqa: F811
+    """What is signed, and still not a checkpoint's."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint(cfg)
+    if state == "no weights":
+        digests = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({"state.json": digests["state.json"]}))
+    else:
+        resigned(path, "state.json", state.encode())
+    assert damage(path)
+    with pytest.raises(InputError, match="only damaged"):
+        newest_checkpoint(cfg)
+
+
+def test_a_damaged_newer_checkpoint_is_not_kept_for_a_sound_older_one(model, make_cfg):  # noqa: F811
+    """What is deleted after a save is what is older than it."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
+    two = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [two], stopping_store(8, KeyboardInterrupt()))
+    older, newer = sorted(group_folder([cfg]).glob("step_*"))
+    damaged(newer, "flipped")
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(2, training.Stopped()))
+    assert newest_checkpoint(cfg).name == "step_000000005" and not older.exists()
+
+
+def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811
+    """A kill while checkpoints are deleted leaves some without a state.json: other runs of the sweep begin all the same,
+    and the remains go once theirs are over."""
+    cfgs = [make_cfg(**changes) for changes in SAES[:2]]
+    with pytest.raises(training.Stopped):
+        train(model, cfgs[:1], stopping_store(4, training.Stopped()))
+    (newest_checkpoint(cfgs[0]) / "state.json").unlink()
+    (run_folder(cfgs[1])).mkdir()
+    (run_folder(cfgs[1]) / "config.json").write_text("{}")
+    assert newest_checkpoint(cfgs[1]) is None
+    group = group_folder(cfgs[1:])
+    (group / "step_000000001.tmp").mkdir(parents=True)
+    checkpoint.remove_checkpoints(cfgs[0], lambda name: True)
+    assert list(groups_folder(cfgs[0]).iterdir()) == [group], "what is being written is left alone"
+
+
 HOSTILE = {
     "a path out of the folder": ("manifest.json", lambda old: json.dumps({"../../x": "0"}).encode(), "names"),
-    "no JSON": ("manifest.json", lambda old: b"\x80\x04.", "cannot be read"),
-    "another JSON": ("manifest.json", lambda old: b"[1, 2]", "cannot be read"),
-    "a number": ("manifest.json", lambda old: b"7", "cannot be read"),
+    "no JSON": ("manifest.json", lambda old: b"\x80\x04.", "not that of a checkpoint"),
+    "another JSON": ("manifest.json", lambda old: b"[1, 2]", "not that of a checkpoint"),
+    "a number": ("manifest.json", lambda old: b"7", "not that of a checkpoint"),
 }
 
 
@@ -231,21 +285,30 @@ def test_hostile_manifests_are_damage(model, make_cfg, kind):  # noqa: F811
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
-    path = newest_checkpoint([cfg])
+    path = newest_checkpoint(cfg)
     name, content, said = HOSTILE[kind]
     (path / name).write_bytes(content((path / name).read_bytes()))
     assert said in damage(path)
 
 
-@pytest.mark.parametrize("name", ["sae.W_enc", "adam.0.exp_avg"])
-def test_weights_of_another_shape_are_refused(model, make_cfg, name):  # noqa: F811
+CHANGES = {
+    "weights of another shape": lambda tensors: tensors | {"sae.W_enc": torch.zeros(3, 5)},
+    "moments of another shape": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3, 5)},
+    "a moment that is a number": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(())},
+    "no moments": lambda tensors: {name: value for name, value in tensors.items() if name.startswith("sae")},
+    "one weight less": lambda tensors: {name: value for name, value in tensors.items() if name != "sae.b_dec"},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_tensors_that_do_not_fit_are_refused(model, make_cfg, kind):  # noqa: F811
     """Even where every SHA-256 is right."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
-    path = newest_checkpoint([cfg])
+    path = newest_checkpoint(cfg)
     tensors = safetensors.torch.load_file(path / "00.safetensors")
-    tensors[name] = torch.zeros(3, 5)
+    tensors = CHANGES[kind](tensors)
     digests = json.loads((path / "manifest.json").read_text())
     digests["00.safetensors"] = checkpoint.write(path / "00.safetensors", safetensors.torch.save(tensors))
     (path / "manifest.json").write_text(json.dumps(digests))
@@ -323,7 +386,7 @@ def test_runs_added_later_form_a_group_of_their_own(model, make_cfg, monkeypatch
         [cfg["name"] for cfg in cfgs[:2]],
     ]
     train(model, cfgs[:2])
-    assert newest_checkpoint([cfgs[2]]).name == "step_000000005"
+    assert newest_checkpoint(cfgs[2]).name == "step_000000005"
     train(model, cfgs[2:3])
     assert not groups_folder(cfgs[0]).exists()
 
@@ -336,7 +399,9 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     record = run_folder(cfg) / "metrics.jsonl"
     content = record.read_bytes()
     record.unlink()
-    with pytest.raises(InputError, match="is gone"):
+    with pytest.raises(
+        InputError, match="does not fit the checkpoint after step 5: its last sound line before is of step 0, not 1"
+    ):
         train(model, [cfg])
     record.write_bytes(content)
     (run_folder(cfg) / "sae").mkdir()
@@ -344,6 +409,46 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     with pytest.raises(InputError, match="no checkpoint to go on from"):
         train(model, [cfg])
     assert record.read_bytes() == content
+
+
+def test_a_run_that_was_moved_away_begins_anew(model, make_cfg):  # noqa: F811
+    """Its checkpoint may still be there, in that of a group that goes on."""
+    cfgs = [make_cfg(**changes) for changes in SAES[:2]]
+    with pytest.raises(training.Stopped):
+        train(model, cfgs, stopping_store(6, training.Stopped()))
+    run_folder(cfgs[1]).rename(run_folder(cfgs[1]).parent.parent / "moved")
+    assert newest_checkpoint(cfgs[1]) is None and newest_checkpoint(cfgs[0]) is not None
+    with pytest.raises(InputError, match="cannot go on together: .*none, step_000000005"):
+        train(model, cfgs)
+    alone = train(model, cfgs[1:])[0][0]
+    assert same_bits(alone, train(model, [make_cfg("whole", **SAES[1])])[0][0])
+
+
+def test_a_store_that_was_used_begins_at_the_beginning(model, make_cfg):  # noqa: F811
+    """The same call again in a notebook, with the same store: nothing of the stream is passed over."""
+    cfg = make_cfg(**SAES[1])
+    store = ActivationsStore(model, cfg)
+    for _ in range(5):
+        store.next_batch()
+    sae = SAE_CLASSES["topk"](cfg)
+    training.train_sae(sae, store, model, cfg)
+    assert same_bits(sae, train(model, [make_cfg("whole", **SAES[1])])[0][0])
+
+
+def test_a_stop_in_the_last_step_is_a_stop(model, make_cfg, monkeypatch):  # noqa: F811
+    cfg = make_cfg(**SAES[1], checkpoint_freq=1000)
+    step, calls = training.training_step, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(training.Stopped):
+        patch.setattr(training, "training_step", signalled)
+        train(model, [cfg])
+    assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
 
 
 # NaN
@@ -397,7 +502,7 @@ def test_nan_in_the_activations_stops_all_of_them(model, make_cfg):  # noqa: F81
 
     with pytest.raises(InputError, match="step 6: NaN or infinity in the activations"):
         train(model, cfgs, Store)
-    assert not any(map(is_over, cfgs)) and newest_checkpoint(cfgs).name == "step_000000005"
+    assert not any(map(is_over, cfgs)) and newest_checkpoint(cfgs[0]).name == "step_000000005"
 
 
 # The disk
@@ -419,13 +524,13 @@ def test_a_save_that_fails_leaves_the_one_before(model, make_cfg, uninterrupted,
     cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=3, save_errors=save_errors) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
         train(model, cfgs, stopping_store(5, KeyboardInterrupt()))
-    first = newest_checkpoint(cfgs)
+    first = newest_checkpoint(cfgs[0])
     file_size_limit(20_000)
     error = SaveError if save_errors == "stop" else KeyboardInterrupt
     with pytest.raises(error):
         train(model, cfgs, stopping_store(6, KeyboardInterrupt()))
     file_size_limit(resource.RLIM_INFINITY)
-    assert newest_checkpoint(cfgs) == first and first.name == "step_000000003"
+    assert newest_checkpoint(cfgs[0]) == first and first.name == "step_000000003"
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 

@@ -264,6 +264,6 @@ def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):
     """wandb_mode of the config overrides WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     log = RunLog(make_cfg(wandb_mode="disabled"), {})
-    log.start(0)
+    log.start(0, 0)
     assert log.wandb_run is None
     log.close()
