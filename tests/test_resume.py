@@ -257,8 +257,9 @@ def test_a_damaged_newer_checkpoint_is_not_kept_for_a_sound_older_one(model, mak
 
 
 def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811
-    """A kill while checkpoints are deleted leaves some without a state.json: other runs of the sweep begin all the same,
-    and the remains go once theirs are over."""
+    """A kill while checkpoints are deleted leaves some without a state.json: other runs begin all the same, and the
+    remains go once theirs are over.
+    """
     cfgs = [make_cfg(**changes) for changes in SAES[:2]]
     with pytest.raises(training.Stopped):
         train(model, cfgs[:1], stopping_store(4, training.Stopped()))
