@@ -51,7 +51,7 @@ SETUPS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
 SETUPS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
 GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
-LARGEST_DENSE = 2**27  # entries of [B, F]: beyond this the dense steps take a minute each and are left out
+LARGEST = {"published": 2**27, "dense form": 2**23}  # entries of [B, F]: beyond them it takes long, and is no question
 
 
 def label(setup: dict) -> str:
@@ -134,12 +134,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(setup: dict, rounds: int, device: str) -> dict:
-    names = [
-        n
-        for n in CONTENDERS
-        if setup["batch_size"] * setup["dict_size"] <= LARGEST_DENSE or n in ("ours", "encoder product")
-    ]
+def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
+    size = setup["batch_size"] * setup["dict_size"]
+    names = [name for name in CONTENDERS if size <= LARGEST.get(name, size)]
     bench = Bench(setup, names, device)
     for _ in range(12 if setup["l0"] is not None else 2):  # JumpReLU and vanilla begin in the dense form
         bench.time("ours", bench.batches[0])
@@ -150,8 +147,9 @@ def measure(setup: dict, rounds: int, device: str) -> dict:
             if i > 0:
                 seconds[name].append(took)
     del bench
-    memory = {name: in_own_process(setup, name, device) for name in names if name != "encoder product"}
-    return {"setup": setup, "seconds": seconds, "peak_bytes": memory}
+    names = [name for name in ("ours", "published") if name in names and memory]
+    peak = {name: in_own_process(setup, name, device) for name in names}
+    return {"setup": setup, "seconds": seconds, "peak_bytes": peak}
 
 
 def in_own_process(setup: dict, name: str, device: str) -> int:
@@ -160,12 +158,12 @@ def in_own_process(setup: dict, name: str, device: str) -> int:
 
 
 def peak_memory(setup: dict, name: str, device: str) -> int:
-    """Bytes at the peak of three steps, beyond what the process (the device) held before the SAE was built."""
+    """Bytes at the peak of two steps, beyond what the process (the device) held before the SAE was built."""
     batches(setup, device)
     cuda = device.startswith("cuda")
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     bench = Bench(setup, [name], device)
-    for i in range(3 if setup["l0"] is None else 12):
+    for i in range(2 if setup["l0"] is None else 12):
         if not cuda and i == (0 if setup["l0"] is None else 10):
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         bench.time(name, bench.batches[i % 2])
@@ -177,7 +175,7 @@ def peak_memory(setup: dict, name: str, device: str) -> int:
 
 def table(results: list[dict]) -> str:
     heads = ("SAE", "ours, ms (quartiles)", "dense form ÷ ours", "published ÷ ours", "ours ÷ encoder product")
-    lines = [f"| {' | '.join(heads)} | peak MiB: ours, dense form, published |", "|---|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(heads)} | peak MiB: ours, published |", "|---|---|---|---|---|---|"]
     for result in results:
         seconds, peak = result["seconds"], result["peak_bytes"]
         low, middle, high = statistics.quantiles(seconds["ours"], n=4, method="inclusive")
@@ -205,7 +203,9 @@ def plot(results: list[dict], file: Path) -> None:
     styles = {"published": ("#999999", "s"), "encoder product": ("#E69F00", "^"), "ours": ("#0072B2", "o")}
     for ax, key, name in ((axes[0], "dict_size", "dictionary size"), (axes[1], "batch_size", "batch size")):
         other = "batch_size" if key == "dict_size" else "dict_size"
-        rows = [result for result in results if result["setup"][other] == PAPER[other]]
+        rows = [row for row in results if row["setup"][other] == PAPER[other]]
+        if key == "dict_size":  # the one at which the batch grows is no power of 2, and has no room
+            rows = [row for row in rows if row["setup"][key] != PAPER[key]]
         for contender, (colour, marker) in styles.items():
             points = [
                 (r["setup"][key], statistics.median(r["seconds"][contender])) for r in rows if contender in r["seconds"]
@@ -246,7 +246,7 @@ def main() -> None:
         parser.error(f"--only {args.only!r} is in none of: {'; '.join(map(label, setups))}")
     results = []
     for setup in tqdm(chosen, unit="setup"):
-        results.append(measure(setup, args.rounds, args.device))
+        results.append(measure(setup, args.rounds, args.device, memory=not args.growth))
         tqdm.write(table(results[-1:]).splitlines()[-1])
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
