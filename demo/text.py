@@ -13,6 +13,7 @@ quarter of the library, and so unlike the rest that their share would decide eve
 
 import hashlib
 import json
+import os
 import sysconfig
 import tokenize
 from pathlib import Path
@@ -63,7 +64,7 @@ def documents(part: str) -> list[dict]:
 def write_demo_text(path: Path) -> Path:
     """Write the SAE's text as JSON lines, the held-out files first: the store holds out the start of its stream."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write it at once
     with open(temporary, "w", encoding="utf-8") as file:
         for document in documents("heldout") + documents("sae"):
             file.write(json.dumps(document) + "\n")

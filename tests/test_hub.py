@@ -100,6 +100,8 @@ def record(folder: Path) -> dict:
     """Result of the one run in `folder`, and the fingerprints of its model and text; not the time it took."""
     (result,) = folder.glob("runs/*/*/result.json")
     made_with = json.loads((result.parent / "config.json").read_text())["_provenance"]
+    # Of each run its own, and of local files only.
+    made_with = {key: made_with[key] for key in made_with if key not in ("wandb_id", "data_files_sha256")}
     return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
 
 

@@ -32,9 +32,7 @@ from test_hub import LM, ONE_SMALL_RUN, ROOT
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from checkpoint import load_sae
 from config import InputError
-from sae import SAE_CLASSES
 from text_stream import TextStream
 
 # The hub's client tries six times itself, for 23 seconds. Here it tries twice, so that faults come through to the
@@ -191,7 +189,7 @@ def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, sound_
 @pytest.mark.parametrize("fault", ["503", "gone"])
 def test_a_hub_that_stays_down(tmp_path, repos, fault):
     """After stream_retries tries with growing pauses the program ends with code 3 and one line that names the dataset;
-    the SAE trained until then is in the run folder, and no result."""
+    there is a checkpoint and no result, and the same command goes on from it."""
     with FaultyHub(repos, lambda path: None if path.endswith(("0.parquet", "1.parquet")) else fault) as hub:
         overrides = ONE_SMALL_RUN | dict(
             model_name="demo/lm", dataset_path="someone/parquet", output_dir=tmp_path / "runs", num_tokens=200_000,
@@ -203,10 +201,14 @@ def test_a_hub_that_stays_down(tmp_path, repos, fault):
     assert lines[-1].startswith("error: dataset_path = 'someone/parquet' cannot be read on at document 1 of ")
     assert sum(line.startswith("error:") for line in lines) == 1 and "Traceback" not in process.stderr
     assert OPENED_AGAIN.findall(process.stderr) == [("1", "1", "2"), ("2", "2", "2")]
-    (run,) = (tmp_path / "runs").glob("*/*/")
+    (run,) = (path.parent for path in (tmp_path / "runs").glob("*/*/config.json"))
     assert not (run / "result.json").exists()
-    trained, untrained = load_sae(run), SAE_CLASSES["batchtopk"](json.loads((run / "config.json").read_text()))
-    assert not torch.equal(trained.W_dec, untrained.W_dec)
+    # The same command goes on where it stopped, once the hub is back.
+    with FaultyHub(repos, lambda path: None) as hub:
+        process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
+    assert (step := re.search(r"Going on after step (\d+)", process.stderr)) and int(step[1]) > 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] > int(step[1]) and [line["step"] for line in lines] == sorted({x["step"] for x in lines})
 
 
 # Damaged files and odd documents
