@@ -52,6 +52,8 @@ def get_default_cfg() -> dict:
         "batch_size": 4096,  # tokens per training step
         "num_tokens": 1_000_000_000,  # tokens to train on, rounded up to whole batches
         "lr": 3e-4,  # Adam's learning rate
+        "lr_warmup_steps": 0,  # over the first so many steps the rate rises from 0 to lr, in a straight line
+        "lr_decay_steps": 0,  # over the last so many steps it falls to 0, in a straight line
         "beta1": 0.9,  # Adam's decay of the mean gradient
         "beta2": 0.99,  # Adam's decay of the mean squared gradient
         "max_grad_norm": 100_000.0,  # the norm of the whole gradient is clipped to this
@@ -134,7 +136,7 @@ AT_LEAST = {
     "batch_size": 1, "num_tokens": 1, "beta1": 0, "beta2": 0, "layer": 0, "act_size": 2, "seq_len": 2,
     "model_batch_size": 1, "num_batches_in_buffer": 1, "num_epochs": 1, "stream_retries": 0, "shuffle_seed": 0,
     "eval_tokens": 1, "eval_skip_positions": 0, "log_freq": 1, "perf_log_freq": 1, "checkpoint_freq": 1,
-    "keep_checkpoints": 1,
+    "keep_checkpoints": 1, "lr_warmup_steps": 0, "lr_decay_steps": 0,
 }  # fmt: skip
 BELOW = {"beta1": 1, "beta2": 1, "seed": 2**63, "shuffle_seed": 2**63}
 POSITIVE = ("lr", "bandwidth", "max_grad_norm")
@@ -159,6 +161,11 @@ def post_init_cfg(cfg: dict) -> dict:
     if cfg["eval_skip_positions"] > cfg["seq_len"] - 2:
         raise InputError(
             f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate: at most seq_len - 2"
+        )
+    if cfg["lr_warmup_steps"] + cfg["lr_decay_steps"] > num_steps(cfg):
+        raise InputError(
+            f"lr_warmup_steps = {cfg['lr_warmup_steps']} and lr_decay_steps = {cfg['lr_decay_steps']} are impossible: "
+            f"num_tokens and batch_size make {num_steps(cfg)} steps, and together they may be as many"
         )
     if cfg["l1_coeff"] == 0 and cfg["sae_type"] in ("vanilla", "jumprelu"):
         warnings.warn(f"l1_coeff is 0: nothing makes this {cfg['sae_type']} SAE sparse", stacklevel=2)
@@ -209,6 +216,11 @@ def check_value(key: str, value, default):
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise InputError(f"{key} = {value!r} is not allowed: it must be {allowed}{hint}")
     return value
+
+
+def num_steps(cfg: dict) -> int:
+    """Training steps: num_tokens in whole batches."""
+    return -(-cfg["num_tokens"] // cfg["batch_size"])
 
 
 def run_name(cfg: dict) -> str:

@@ -10,15 +10,11 @@ import ast
 import hashlib
 import json
 import os
-import re
 import signal
 import sys
 import time
 import warnings
 from pathlib import Path
-
-import psutil
-import torch
 
 from activation_store import ActivationsStore
 from checkpoint import SaveError, newest_checkpoint, remove_checkpoints
@@ -26,6 +22,7 @@ from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_in
 from demo.text import write_demo_text
 from language_model import check_hook_point, load_model
 from logs import is_finished, is_over, run_folder, why_stopped
+from plan import duration, plan_group, tell_time
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import StreamError, stay_offline_without_network
@@ -49,8 +46,6 @@ DEMO_BASE = dict(
 )  # fmt: skip
 
 SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO)}
-
-LONGEST_DAYS = 30  # a sweep whose matrix products alone take longer on this machine is not started
 
 
 def main(argv: list[str]) -> None:
@@ -146,79 +141,33 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
             write_demo_text(Path(DEMO_BASE["dataset_path"]))
         except OSError as error:  # a Python without the source of its library, or a folder that is read-only
             raise InputError(f"the demo's text cannot be written: {error}") from error
-    for group in groups.values():
+    models, planned = {}, []
+    for group in groups.values():  # all of them, before the first is trained
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
-        model = load_model(group[0])
+        loaded_as = tuple(group[0][key] for key in ("model_name", "model_dtype", "device"))
+        model = models[loaded_as] = models.get(loaded_as) or load_model(group[0])
         width = check_hook_point(model, group[0])
         group = [post_init_cfg(cfg | {"act_size": width}) for cfg in group]
-        announce(group, model, force)
-        store = ActivationsStore(model, group[0])
-        saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
-        started = time.time()
+        planned += [(part, model) for part in plan_group(group, model, force)]
+    if len(planned) > 1:
+        tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a pass of its own over the text")
+    for group, model in planned:
         try:
-            train_sae_group(saes, store, model, group, resume_anyway)
+            train_planned(group, model, force, resume_anyway)
         except NotFinite as error:
             failed.append(str(error))
-        tell(f"Trained and evaluated {len(group)} SAEs in {(time.time() - started) / 60:.1f} minutes")
     return failed
 
 
-def announce(group: list[dict], model, force: bool) -> None:
-    """Say what is to be trained and what that takes; raises InputError if this machine is too small for it."""
-    cfg = group[0]
-    d, tokens, features = cfg["act_size"], cfg["num_tokens"], [cfg["dict_size"] for cfg in group]
-    blocks = [(re.search(r"blocks\.(\d+)\.", name), parameter.numel()) for name, parameter in model.named_parameters()]
-    below = sum(size for block, size in blocks if block and int(block[1]) < cfg["layer"])
-    # Per token: six products of d x F for each SAE, and one forward of the blocks below the hook point.
-    flop = tokens * (12 * d * sum(features) + 2 * below)
-    days = flop / matmul_flops(cfg["device"]) / 86400
-
-    weights = 4 * sum(2 * d * F * 3 for F in features)  # W_enc and W_dec with Adam's two moments, in float32
-    step = 4 * (6 * cfg["batch_size"] * max(features) + 2 * d * max(features))  # activations and gradients of one SAE
-    forward = cfg["model_batch_size"] * cfg["seq_len"]  # its tokens; a block's widest tensors are some 8 d wide
-    buffer = getattr(torch, cfg["activation_dtype"]).itemsize * d * min(cfg["num_batches_in_buffer"] * forward, tokens)
-    buffer += 4 * 8 * d * forward
-    logits = 4 * 3 * max(cfg["batch_size"], cfg["seq_len"]) * model.cfg.d_vocab
-    needed = (weights + max(step, logits) + buffer) / 2**30
-    present = free_memory(cfg["device"]) / 2**30
-
-    tell(
-        f"{len(group)} SAEs on {cfg['model_name']}, {cfg['hook_point']}, {tokens:,} tokens of {cfg['dataset_path']}\n"
-        f"on {cfg['device']}: about {needed:.1f} GiB of memory ({present:.1f} GiB are free); "
-        f"the matrix products alone take about {duration(days)}"
-    )
-    too_small = []
-    if needed > present:
-        too_small.append(f"it needs about {needed:.0f} GiB of memory, and {present:.0f} GiB are free")
-    if days > LONGEST_DAYS:
-        too_small.append(f"it would take more than {days:,.0f} days")
-    if too_small and not force:
-        raise InputError(
-            f"this machine is too small for the sweep: {'; '.join(too_small)}. `python main.py demo` runs in minutes, "
-            f"and num_tokens=… makes a smaller one (--force starts it anyway)"
-        )
-
-
-def matmul_flops(device: str) -> float:
-    """float32 operations per second that a matrix product reaches here, measured for about a second."""
-    a = torch.rand(2048, 2048, device=device)
-    for repeats in (1, 5):  # once to warm up
-        started = time.time()
-        for _ in range(repeats):
-            b = a @ a
-        b[0, 0].item()  # waits for the device
-    return repeats * 2 * 2048**3 / (time.time() - started)
-
-
-def free_memory(device: str) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-
-
-def duration(days: float) -> str:
-    for unit, length in (("days", 1), ("hours", 1 / 24)):
-        if days >= 2 * length:
-            return f"{days / length:,.0f} {unit}"
-    return f"{max(days * 24 * 60, 1):.0f} minutes"
+def train_planned(group: list[dict], model, force: bool, resume_anyway: bool) -> None:
+    """Train one group: a function, so that its SAEs and its stream are gone before the next is built."""
+    store = ActivationsStore(model, group[0])
+    checkpoint = newest_checkpoint(group[0])
+    tell_time(group, model, store, int(checkpoint.name.removeprefix("step_")) if checkpoint else 0, force)
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
+    started = time.time()
+    train_sae_group(saes, store, model, group, resume_anyway)
+    tell(f"Trained and evaluated {len(group)} SAEs in {duration(time.time() - started)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
-from config import InputError, tell
+from config import InputError, num_steps, tell
 from evaluation import evaluate, heldout_baseline
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
@@ -86,11 +86,11 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
 def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkpoints: Checkpoints) -> list[str]:
     """All steps after that of the checkpoint. Runs that NaN stops leave `runs`; a line for each comes back."""
     cfg = checkpoints.cfg
-    num_steps = activation_store.tokens_needed // cfg["batch_size"]
+    last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
     failed = []
     bar = tqdm(
-        total=num_steps * cfg["batch_size"],
+        total=last_step * cfg["batch_size"],
         initial=checkpoints.step * cfg["batch_size"],
         unit="tok",
         unit_scale=True,
@@ -98,7 +98,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
         smoothing=0.05,
     )
     with bar, StopSignals() as signals:
-        for step in range(checkpoints.step + 1, num_steps + 1):
+        for step in range(checkpoints.step + 1, last_step + 1):
             position = activation_store.state_dict()
             try:
                 x = signals.stop_at_once_in(activation_store.next_batch)
@@ -110,10 +110,11 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                     with disk(cfg, "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
-                tell(f"Stopped after {step - 1} of {num_steps} steps")
+                tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
             outputs = []
             for run in runs[:]:
+                run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
                 try:
                     outputs.append(training_step(run.sae, run.optimizer, x, run.cfg))
                 except FloatingPointError as error:  # raised before the weights are touched
@@ -129,21 +130,22 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
 
             # Records. Only here does a number leave the device.
             metrics = [{} for _ in runs]
-            if step == 1 or step % cfg["log_freq"] == 0 or step == num_steps:
+            if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [scalars(output) for output in outputs]
                 bar.set_postfix_str(summary(metrics))
-            if step % cfg["perf_log_freq"] == 0 and step < num_steps:
+            if step % cfg["perf_log_freq"] == 0 and step < last_step:
                 evaluated = evaluate([run.sae for run in runs], model, activation_store, baseline, eval_contexts)
+                tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
                 for values, more in zip(metrics, evaluated):
                     values |= more
             for run, values in zip(runs, metrics):
                 if values:
                     with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
-            if signals.asked or step == num_steps or checkpoints.due(step):
+            if signals.asked or step == last_step or checkpoints.due(step):
                 checkpoints.save(step, activation_store.state_dict())
             if signals.asked:
-                tell(f"Stopped after {step} of {num_steps} steps")
+                tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return failed
 
@@ -189,8 +191,23 @@ def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
 
 
+def learning_rate(cfg: dict, step: int) -> float:
+    """Adam's rate in a step, counted from 1. It follows from the step alone, so there is no state to lose.
+
+    lr · min(1, step / lr_warmup_steps, (last step + 1 − step) / lr_decay_steps): the lines begin and end at 0 one step
+    outside of training, so that no step is for nothing.
+    """
+    rate, left = cfg["lr"], num_steps(cfg) + 1 - step
+    if step < cfg["lr_warmup_steps"]:
+        rate *= step / cfg["lr_warmup_steps"]
+    elif left < cfg["lr_decay_steps"]:
+        rate *= left / cfg["lr_decay_steps"]
+    return rate
+
+
 def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
     """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows end as unit vectors.
+    The learning rate is the optimizer's: learning_rate gives it where cfg has it change over the steps.
 
     Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
     """
@@ -215,6 +232,18 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
 def scalars(output: dict) -> dict:
     """The single numbers of a forward's output, fetched from the device."""
     return {key: value.item() for key, value in output.items() if value.ndim == 0}
+
+
+def progress_table(runs: list[Run], outputs: list[dict], evaluated: list[dict], tokens: int) -> str:
+    """The SAEs, a line each: loss and dead features of the training step, held-out NMSE, L0 and CE degradation."""
+    rows = [("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")]
+    for run, output, values in zip(runs, outputs, evaluated):
+        dead = output["num_dead_features"].item() / run.cfg["dict_size"]
+        row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
+        rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = (f"{row[0]:{widths[0]}}" + "".join(f"{c:>{w + 2}}" for c, w in zip(row[1:], widths[1:])) for row in rows)
+    return "\n".join((f"After {tokens:,} tokens:", *lines))
 
 
 def summary(metrics: list[dict]) -> str:

@@ -33,6 +33,8 @@ OTHER_VALUE = {
     "batch_size": 2048,
     "num_tokens": 1_000_000_001,
     "lr": 3.0000001e-4,
+    "lr_warmup_steps": 1,
+    "lr_decay_steps": 1,
     "beta1": 0.91,
     "beta2": 0.999,
     "max_grad_norm": 1.0,
@@ -147,6 +149,7 @@ def test_group_keys_are_config_keys_that_decide_the_stream():
     per_sae = {
         "sae_type", "dict_size", "top_k", "top_k_aux", "aux_penalty", "l1_coeff", "bandwidth", "n_batches_to_dead",
         "input_unit_norm", "dtype", "seed", "lr", "beta1", "beta2", "max_grad_norm",
+        "lr_warmup_steps", "lr_decay_steps",
     }  # fmt: skip
     records = {"output_dir", "sweep", "wandb_project", "wandb_mode"}
     assert set(GROUP_KEYS) == set(DEFAULTS) - per_sae - records
@@ -228,6 +231,7 @@ IMPOSSIBLE = [
     ("device", "gpu"), ("device", "cpu:x"), ("dataset_path", ""), ("dataset_split", ""), ("seq_len", 1),
     ("model_batch_size", 0), ("num_batches_in_buffer", 0), ("shuffle_seed", -1), ("shuffle_seed", 2**63),
     ("eval_tokens", 0), ("eval_skip_positions", -1), ("eval_skip_positions", 127), ("log_freq", 0),
+    ("lr_warmup_steps", -1), ("lr_decay_steps", -1),
     ("perf_log_freq", 0), ("checkpoint_freq", 0), ("output_dir", ""), ("sweep", ""), ("sweep", ".."),
     ("sweep", "a/b"), ("sweep", "a\\b"), ("wandb_project", ""), ("wandb_mode", "on"),
 ]  # fmt: skip
@@ -237,6 +241,15 @@ IMPOSSIBLE = [
 def test_impossible_value_is_rejected(key, value):
     """An impossible value is rejected with the key and the value."""
     assert rejection(**{key: value}).startswith(f"{key} = {value!r} ")
+
+
+def test_warmup_and_decay_have_room():
+    """Together they may take all the steps (num_tokens in whole batches), and not one more."""
+    steps = dict(num_tokens=901, batch_size=100)  # 10
+    for warmup, decay in ((10, 0), (0, 10), (4, 6)):
+        completed(**steps, lr_warmup_steps=warmup, lr_decay_steps=decay)
+        message = rejection(**steps, lr_warmup_steps=warmup, lr_decay_steps=decay + 1)
+        assert f"lr_decay_steps = {decay + 1} " in message and "10 steps" in message
 
 
 EXTREME = [

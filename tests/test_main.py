@@ -305,7 +305,7 @@ def bad_files(tmp_path) -> Path:
 def the_error(code: int, err: str) -> str:
     """The one line on stderr that is not the plan of a sweep, nor the bar that a slow machine shows."""
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
-    told = r"\d+ SAEs on |on cpu: about |\d+ runs are \d+ |counting tokens: |$"
+    told = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |It takes about |\d+ runs are \d+ |counting tokens: |$"
     lines = [line for line in lines if not re.match(told, line)]
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err

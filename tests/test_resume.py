@@ -83,6 +83,18 @@ def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uni
     )
 
 
+def test_warmup_and_decay_go_on_where_they_were(model, make_cfg):  # noqa: F811
+    """The learning rate follows from the step: stopped in the rise, between, and in the fall, the bits are the same."""
+    changes = dict(SAES[2], lr_warmup_steps=5, lr_decay_steps=4)
+    whole, _ = train(model, [make_cfg("whole", **changes)])
+    cfg = make_cfg("cut", **changes)
+    for batches in (4, 4, 5):  # stopped after 3, 6 and 10 of 12 steps
+        with pytest.raises(training.Stopped):
+            train(model, [cfg], stopping_store(batches, training.Stopped()))
+    cut, _ = train(model, [cfg])
+    assert same_bits(whole[0], cut[0])
+
+
 def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeypatch):  # noqa: F811
     """What remains is the evaluation: no step is trained again, and runs that have their result are left alone."""
     cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
@@ -379,7 +391,8 @@ def test_runs_added_later_form_a_group_of_their_own(model, make_cfg, monkeypatch
         train(model, cfgs[:3], stopping_store(6, training.Stopped()))
     groups = []
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
-    monkeypatch.setattr(main, "announce", lambda *_: None)
+    monkeypatch.setattr(main, "plan_group", lambda group, *_: [group])
+    monkeypatch.setattr(main, "tell_time", lambda *_: None)
     monkeypatch.setattr(main, "train_sae_group", lambda s, store, m, group, anyway: groups.append(group))
     main.train([cfgs[3], *cfgs[:2]], False, False)
     assert [[cfg["name"] for cfg in group] for group in groups] == [

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from evaluation import evaluate, heldout_baseline
 from language_model import load_model
 from logs import RunLog, is_finished, run_folder
 from sae import SAE_CLASSES
-from training import train_sae, train_sae_group
+from training import learning_rate, make_optimizer, train_sae, train_sae_group, training_step
 
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
+REPO = Path(__file__).resolve().parent.parent
+DEMO_LM = REPO / "demo" / "lm"
 BATCH, STEPS = 64, 12
 SAES = [
     dict(sae_type="vanilla", l1_coeff=0.02),
@@ -139,7 +141,44 @@ def test_training_learns(model, make_cfg):
         assert many["nmse"] < 0.8 * few["nmse"]
 
 
+@pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 0), (0, 4), (5, 4), (1, 1), (12, 0), (6, 6)])
+def test_warmup_and_decay(model, make_cfg, warmup, decay):
+    """The rate rises from 0 over the first steps and falls to 0 over the last: as a plain loop with it written out."""
+    rising = [(i + 1) / warmup for i in range(warmup)]
+    falling = [(decay - i) / decay for i in range(decay)]
+    rates = [3e-3 * factor for factor in rising + [1.0] * (STEPS - warmup - decay) + falling]
+    cfg = make_cfg(sae_type="batchtopk", top_k=4, lr_warmup_steps=warmup, lr_decay_steps=decay)
+    other = make_cfg("plain", sae_type="batchtopk", top_k=4)
+    plain, store = SAE_CLASSES["batchtopk"](other), ActivationsStore(model, other)
+    optimizer = make_optimizer(plain, other)
+    for i, rate in enumerate(rates):
+        assert learning_rate(cfg, i + 1) == rate
+        optimizer.param_groups[0]["lr"] = rate
+        training_step(plain, optimizer, store.next_batch(), other)
+    assert same_bits(plain, train(model, [cfg])[0][0])
+
+
 # Records
+
+
+def test_the_table_while_it_trains(model, make_cfg, capsys):
+    """At each evaluation but the last: tokens so far and a line per SAE, aligned, with the numbers of its record."""
+    cfgs = [make_cfg(**changes, log_freq=1, perf_log_freq=4) for changes in SAES]
+    train(model, cfgs)
+    err = capsys.readouterr().err.replace("\r", "\n")
+    tables = re.findall(r"After (\d+) tokens:\n((?:\S+(?: .*)\n)+)", err)
+    assert [int(tokens) for tokens, _ in tables] == [4 * BATCH, 8 * BATCH]
+    for tokens, table in tables:
+        head, *lines = table.splitlines()[: len(cfgs) + 1]
+        assert re.split("  +", head) == ["SAE", "loss", "NMSE", "L0", "CE degradation", "dead"]
+        assert len({len(line) for line in (head, *lines)}) == 1
+        for cfg, line in zip(cfgs, lines, strict=True):
+            (values,) = (values for values in lines_of(run_folder(cfg)) if values["tokens"] == int(tokens))
+            name, loss, nmse, l0, ce_degradation, dead = line.split()
+            assert name == cfg["name"]
+            assert float(loss) == round(values["loss"], 4) and float(nmse) == round(values["nmse"], 4)
+            assert float(l0) == round(values["l0"], 1) and float(ce_degradation) == round(values["ce_degradation"], 4)
+            assert float(dead.rstrip("%")) == round(100 * values["num_dead_features"] / cfg["dict_size"], 1)
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""The paper's sweep of 15 SAEs on one shared stream, against 15 single runs, and against the published way.
+
+    python benchmarks/sweep.py [--only demo|gpt2] [--warmup N] [--rounds N] [--json FILE]
+
+On the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and on one of GPT-2 small's shape with
+random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. In every
+round, one after the other: a batch from the store; a training step of each SAE on it; contexts of as many tokens in
+transformer_lens' form of the language model, up to the hook point, which is what the published scripts run; the dense
+step of each SAE (dense_reference.py). Then
+
+    one group       harvest + Σ step           what `python main.py` does
+    single runs     Σ (harvest + step)         the language model runs once per SAE
+    published way   Σ (bridge + dense step)    the same, with its form of the model and its step
+
+are the seconds that a batch takes the whole sweep, and tokens/s that batch over them: medians over the rounds. No whole
+run is timed; tokens/s are those of the steps after the warm-up. Evaluation, logs and checkpoints are in none of them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dense_reference import DenseReference  # noqa: E402
+from harvest import gpt2_small_shaped  # noqa: E402
+from machine import cpu_name  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from activation_store import ActivationsStore  # noqa: E402
+from config import post_init_cfg  # noqa: E402
+from demo.text import write_demo_text  # noqa: E402
+from language_model import load_model, run_bridge_to_hook  # noqa: E402
+from main import PAPER  # noqa: E402
+from sae import SAE_CLASSES  # noqa: E402
+from training import make_optimizer, training_step  # noqa: E402
+
+WAYS = ("one group", "single runs", "published way")
+
+
+def sweep(base: dict) -> list[dict]:
+    """The paper's runs, with dictionaries as many times as wide as the activations as there."""
+    sizes = [run.get("dict_size", 12288) * base["act_size"] // 768 for run in PAPER]
+    return [post_init_cfg(base | run | {"dict_size": size}) for run, size in zip(PAPER, sizes)]
+
+
+def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
+    """Seconds of each part in each round."""
+    cfg = cfgs[0]
+    model = load_model(cfg)
+    store = ActivationsStore(model, cfg)
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    optimizers = [make_optimizer(sae, sae.cfg) for sae in saes]
+    dense = [DenseReference(sae) for sae in saes]
+    contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len]
+    parts = {"harvest": [], "step": [], "bridge": [], "dense step": []}
+    dead = []
+
+    def steps(x) -> list[float]:
+        """A step of each SAE; the share of features that are dead in it."""
+        outputs = (training_step(sae, optimizer, x, sae.cfg) for sae, optimizer in zip(saes, optimizers))
+        return [output["num_dead_features"].item() / sae.cfg["dict_size"] for output, sae in zip(outputs, saes)]
+
+    for i in tqdm(range(warmup + rounds), desc=cfg["model_name"], leave=False):
+        x, *seconds = timed(store.next_batch)
+        shares, step = timed(steps, x)
+        _, bridge = timed(run_bridge_to_hook, model, contexts, cfg["hook_point"])
+        _, dense_step = timed(lambda x: [reference.step(x) for reference in dense], x)
+        if i >= warmup:
+            dead.append(statistics.mean(shares))
+            for name, value in zip(parts, (*seconds, step, bridge, dense_step)):
+                parts[name].append(value)
+    return {"runs": len(cfgs), "batch_size": cfg["batch_size"], "parts": parts, "dead": statistics.mean(dead)}
+
+
+def timed(function, *args) -> tuple:
+    """The function's value, and the seconds it took."""
+    begun = time.perf_counter()
+    value = function(*args)
+    return value, time.perf_counter() - begun
+
+
+def seconds_of_a_batch(result: dict) -> dict:
+    """For the whole sweep, in each way: a list over the rounds."""
+    n, rounds = result["runs"], list(zip(*result["parts"].values()))
+    return {
+        "one group": [harvest + step for harvest, step, _, _ in rounds],
+        "single runs": [n * harvest + step for harvest, step, _, _ in rounds],
+        "published way": [n * bridge + dense_step for _, _, bridge, dense_step in rounds],
+    }
+
+
+def table(results: dict) -> str:
+    lines = ["| model | way | seconds a batch (lowest – highest) | tokens/s of the sweep | published way ÷ this |"]
+    lines += ["|---|---|---|---|---|"]
+    for model, result in results.items():
+        ways = seconds_of_a_batch(result)
+        for way in WAYS:
+            seconds = statistics.median(ways[way])
+            ratio = statistics.median(p / s for p, s in zip(ways["published way"], ways[way]))
+            spread = f"{seconds:.3g} ({min(ways[way]):.3g} – {max(ways[way]):.3g})"
+            lines.append(f"| {model} | {way} | {spread} | {result['batch_size'] / seconds:,.0f} | {ratio:.1f} |")
+    lines += ["", "| model | batch | harvest, s | steps of all SAEs, s | bridge, s | dense steps, s | dead features |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for model, result in results.items():
+        medians = " | ".join(f"{statistics.median(values):.3g}" for values in result["parts"].values())
+        lines.append(f"| {model} | {result['batch_size']} | {medians} | {result['dead']:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("demo", "gpt2"), help="one of the two models")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
+    args = parser.parse_args()
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        text = str(write_demo_text(Path(folder) / "text.jsonl"))
+        shared = dict(dataset_path=text, device="cpu", eval_tokens=4096, num_tokens=700_000)
+        if args.only != "gpt2":
+            demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, act_size=128, batch_size=1024, top_k_aux=64)
+            demo |= dict(model_batch_size=8, num_batches_in_buffer=1)  # a buffer is a batch: each round harvests one
+            results["demo"] = measure(sweep(shared | demo), args.warmup, args.rounds)
+        if args.only != "demo":
+            gpt2 = dict(model_name=str(gpt2_small_shaped(Path(folder) / "gpt2")), layer=8, act_size=768)
+            gpt2 |= dict(batch_size=4096, model_batch_size=32, num_batches_in_buffer=1)
+            results["GPT-2 small"] = measure(sweep(shared | gpt2), args.warmup, args.rounds)
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
+    print(f"{args.rounds} rounds after {args.warmup}\n\n{table(results)}")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What is told before training holds: memory, how it is split, time; and telling it changes nothing."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_training import REPO, SAES, data, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
+
+import main
+import plan
+from activation_store import ActivationsStore
+from checkpoint import load_sae
+from config import InputError
+from logs import run_folder
+
+PEAK = """
+import sys
+import psutil
+sys.path[:0] = [{repo!r}, {repo!r} + "/tests"]
+import plan, training
+from test_training import *
+cfgs = [post_init_cfg(cfg) for cfg in {cfgs!r}]
+model = load_model(cfgs[0])
+__import__("evaluation").cross_entropy(model, torch.zeros(1, 16, dtype=torch.int64), cfgs[0])
+before = psutil.Process().memory_info().rss
+train(model, cfgs)
+status = dict(line.split(":") for line in open("/proc/self/status"))
+print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("largest", ["weights", "activations"])
+def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F811
+    """A process that trains needs at its peak no more than was told, and not much less."""
+    sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
+    few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
+    cfgs = [make_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.format(repo=str(REPO), cfgs=cfgs)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    told, taken = map(int, done.stdout.split())
+    assert 0.6 * told < taken < 1.1 * told
+
+
+@pytest.fixture
+def cfgs(make_cfg):  # noqa: F811
+    return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
+
+
+def test_what_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
+    """Every SAE is in one group, none needs more than there is, and the sizes are told; what fits is left alone."""
+    present = plan.memory_needed([cfgs[1], cfgs[0]], model)
+    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+    parts = plan.plan_group(cfgs, model, force=False)
+    assert sorted(cfg["name"] for part in parts for cfg in part) == sorted(cfg["name"] for cfg in cfgs)
+    assert all(plan.memory_needed(part, model) <= present for part in parts) and len(parts) < len(cfgs)
+    assert f"{' + '.join(str(len(part)) for part in parts)} SAEs are trained one group after" in capsys.readouterr().err
+    assert plan.plan_group(cfgs[:2], model, force=False) == [cfgs[:2]]
+    assert plan.plan_group(cfgs, model, force=True) == [cfgs]
+
+
+def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
+    """One line with the SAE's name, what it needs and what there is."""
+    present = plan.memory_needed([cfgs[1]], model) - 1
+    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+    with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d GiB.*0\.\d GiB are free"):
+        plan.plan_group(cfgs, model, force=False)
+    assert plan.plan_group(cfgs, model, force=True) == [cfgs]
+
+
+def test_split_or_not_the_bits_are_the_same(make_cfg, model, monkeypatch, capsys):  # noqa: F811
+    """main.py trains the parts one after the other, and each SAE comes to what it is in one group."""
+    cfgs = [make_cfg("parts", **changes) for changes in SAES[:4]]
+    monkeypatch.setattr(main, "load_model", lambda cfg: model)
+    present = plan.memory_needed(cfgs[:3], model)
+    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+    main.train(cfgs, False, False)
+    assert "4 SAEs in 2 groups" in capsys.readouterr().err
+    whole, _ = train(model, [make_cfg("whole", **changes) for changes in SAES[:4]])
+    for sae, cfg in zip(whole, cfgs):
+        assert same_bits(sae, load_sae(run_folder(cfg)))
+
+
+def test_time_is_told_and_nothing_is_changed_by_it(make_cfg, model, capsys):  # noqa: F811
+    """Steps that are left, seconds of one, and the same batches and random numbers afterwards."""
+    cfgs = [make_cfg(**changes) for changes in SAES]
+    torch.manual_seed(5)
+    (store, asked) = (ActivationsStore(model, cfgs[0]) for _ in range(2))
+    for s in (store, asked):
+        s.next_batch()
+    before, random = asked.state_dict(), torch.get_rng_state()
+    plan.tell_time(cfgs, model, asked, steps_done=4, force=False)
+    assert re.search(r"It takes about \d+ seconds .* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
+    assert asked.state_dict() == before and torch.equal(torch.get_rng_state(), random)
+    for _ in range(8):
+        assert torch.equal(store.next_batch(), asked.next_batch())
+
+
+def test_what_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: F811
+    """By the arithmetic alone before anything is read, and by the steps that were measured."""
+    cfgs = [make_cfg(**changes) for changes in SAES]
+    monkeypatch.setattr(plan, "LONGEST_DAYS", 1e-9)
+    store = ActivationsStore(model, cfgs[0])
+    for refuses in (
+        lambda force: plan.plan_group(cfgs, model, force),
+        lambda force: plan.tell_time(cfgs, model, store, 0, force),
+    ):
+        with pytest.raises(InputError, match=r"it would take .* days.*--force"):
+            refuses(False)
+        refuses(True)
+    monkeypatch.setattr(plan, "LONGEST_DAYS", 1.0)
+    refuses(False)
+
+
+def test_nan_in_the_measured_steps_is_left_to_training(make_cfg, model):  # noqa: F811
+    """A step that fails is no reason to fail where only time is told: training says which SAE, and why."""
+    cfg = make_cfg(sae_type="topk", top_k=4)
+    assert plan.times_of(cfg, torch.full((64, 128), torch.nan)) == (0, 0)
