@@ -27,18 +27,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from activation_store import ActivationsStore
-from checkpoint import load_sae
-from config import SITES, InputError, best_device, one_line, tell
-from evaluation import heldout_activations
-from language_model import load_model
-from text_stream import StreamError, stay_offline_without_network
+from config import SITES, InputError
+from evaluation import DENSE, heldout_activations, open_run, read_record
+from text_stream import StreamError
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown of each, and how many of them come before its peak
 BINS = 32  # of a feature's histogram, from 0 to the power of 2 above its maximum
 TOKENS, NEAREST = 10, 6  # promoted and suppressed tokens, and similar features, of each feature
-RARE, DENSE = 10, 0.1
+RARE = 10
 CHUNK = 2**24  # activations in memory at a time, [tokens, F]
 TEMPLATE = Path(__file__).with_suffix(".html")
 # Characters that byte-level tokenizers write for the 256 bytes: the printable ones as they are, the others from 256 on.
@@ -201,14 +198,6 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
     }
 
 
-def read_record(file: Path) -> dict:
-    """The JSON of a run's record; {} where there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: {one_line(error)}") from error
-
-
 def write_page(path: Path, title: str, data: dict) -> None:
     """The template with this title and data, in ASCII: whatever the text holds, no character of it is read as HTML."""
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -230,38 +219,28 @@ def main(argv: list[str]) -> None:
     num = args.num if args.num is not None else 0 if args.features else 2048
     if num < 0:
         raise InputError(f"--num {num} is not allowed: it must be at least 0")
-    if not args.run.is_dir():
-        raise InputError(f"{args.run} is no folder; RUN must be a run's folder, runs/<sweep>/<name>")
-    sae = load_sae(args.run, best_device())
+    result = read_record(args.run / "result.json")
+    sae, model, activation_store = open_run(args.run)
     for feature in args.features:
         if not 0 <= feature < sae.cfg["dict_size"]:
             raise InputError(f"there is no feature {feature}: those of {args.run} are 0 to {sae.cfg['dict_size'] - 1}")
     if num == 0 and not args.features:
         raise InputError("--num 0 without --features leaves nothing to show")
-    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
-        raise InputError(f"{args.run}: this BatchTopK has no inference threshold yet")
-    record, result = read_record(args.run / "config.json"), read_record(args.run / "result.json")
-
-    # The held-out tokens alone: nothing is trained on.
-    cfg = sae.cfg | {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
-    stay_offline_without_network(cfg["model_name"], cfg["dataset_path"])
-    model = load_model(cfg)
-    activation_store = ActivationsStore(model, cfg)
-    trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
-    if trained_on not in (None, activation_store.fingerprint()):
-        tell(f"warning: {cfg['dataset_path']} has changed since the training: the SAE may have seen its held-out text")
 
     statistics = feature_statistics(sae, activation_store)
     contexts = activation_store.eval_contexts
-    num_tokens = len(contexts) * (contexts.shape[1] - cfg["eval_skip_positions"])
+    num_tokens = len(contexts) * (contexts.shape[1] - sae.cfg["eval_skip_positions"])
     ranked = most_interesting(statistics, sae.W_dec, num_tokens)
     chosen = list(dict.fromkeys(args.features))
     features = chosen + [i for i in ranked if i not in chosen][:num]
     data = page_data(sae, model, activation_store, statistics, features)
     keys = ("sae_type", "model_name", "hook_point", "dataset_path")
-    data |= {"cfg": {key: cfg[key] for key in keys}, "result": {k: v for k, v in result.items() if math.isfinite(v)}}
-    write_page(args.run / "features.html", cfg["name"], data)
-    print(f"{len(features)} of {cfg['dict_size']} features: {args.run / 'features.html'}")
+    data |= {
+        "cfg": {key: sae.cfg[key] for key in keys},
+        "result": {k: v for k, v in result.items() if math.isfinite(v)},
+    }
+    write_page(args.run / "features.html", sae.cfg["name"], data)
+    print(f"{len(features)} of {sae.cfg['dict_size']} features: {args.run / 'features.html'}")
 
 
 if __name__ == "__main__":

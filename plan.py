@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from config import InputError, num_steps, tell
-from evaluation import cross_entropy, eval_batches, heldout_activations
+from evaluation import eval_batches, heldout_activations, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
 from training import make_optimizer, training_step
@@ -71,11 +71,8 @@ def memory_needed(group: list[dict], model) -> int:
     # Held all the time: W_enc and W_dec with Adam's two moments; the buffer; what the screen of a step is written to.
     held = sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
-    held += (
-        getattr(torch, cfg["activation_dtype"]).itemsize
-        * d
-        * min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
-    )
+    buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
+    held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # And the largest of what comes and goes.
     step = size * (2 * d * F + 4 * B * F)  # an SAE's gradients; dense activations, or those of the dead features
@@ -118,7 +115,7 @@ def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> 
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = seconds(lambda: store.get_activations(tokens), device) / tokens.numel()
     harvest = per_token * cfg["batch_size"]
-    forward = seconds(lambda: cross_entropy(model, tokens, cfg), device)
+    forward = seconds(lambda: prediction_losses(predict(model, tokens, cfg), tokens), device)
     step = evaluation = 0.0
     for run_cfg in group:
         its_step, its_reconstruction = times_of(run_cfg, x)

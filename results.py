@@ -143,6 +143,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row."""
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
+    metrics = [key for key in metrics if not key.endswith("_se")]  # errors over contexts: of the seeds there are others
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     return means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))

@@ -1,4 +1,4 @@
-"""The four sparse autoencoders of arXiv 2412.06410: equations, and nothing else.
+"""The four sparse autoencoders of arXiv 2412.06410: equations, and how a language model is made to compute with them.
 
 Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
@@ -10,6 +10,8 @@ sparsity penalty counts (`sparsity`); everything else they share.
 Pre-activations z and activations f exist in two forms with the same values: dense [B, F], or only at the few places
 where f may be positive (`entries` and a vector [n], see sparse_ops.py), which `forward` uses where it costs less.
 """
+
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -67,8 +69,11 @@ class BaseAutoencoder(nn.Module):
     # What they share
 
     def preprocess_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d."""
-        x = x.to(self.W_enc.dtype)
+        """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d.
+
+        x may be on any device and of any float dtype; what comes of it is on the SAE's.
+        """
+        x = x.to(self.W_enc)
         if not self.cfg["input_unit_norm"]:
             return x, None, None
         std, mean = torch.std_mean(x, dim=-1, keepdim=True)
@@ -79,23 +84,49 @@ class BaseAutoencoder(nn.Module):
         return reconstruction if mean is None else torch.addcmul(mean, reconstruction, std)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature activations [B, F], dense, of residual-stream vectors [B, d].
+        """Feature activations [B, F], dense, of residual-stream vectors [B, d]; in eval() of any [..., d] -> [..., F].
 
         Raises RuntimeError in eval() for a BatchTopK whose threshold has never been estimated.
         """
         return self.activation(self.pre_activation(self.preprocess_input(x)[0]))
 
-    def decode(self, acts: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
-        """Reconstruction [B, d], still normalised, of feature activations [B, F], or [n] at the entries."""
-        if entries is None:
-            return acts @ self.W_dec + self.b_dec
-        return Decode.apply(acts, self.W_dec, entries) + self.b_dec
+    def decode(
+        self, acts: torch.Tensor, entries: Entries | None = None, like: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Reconstruction [B, d] of feature activations [B, F], or [n] at the entries.
+
+        Still normalised, if the SAE normalises its input (input_unit_norm); with `like`, the vectors [B, d] that the
+        features were encoded from, it is in the residual stream's units, with their mean and standard deviation.
+        """
+        reconstruction = acts @ self.W_dec if entries is None else Decode.apply(acts, self.W_dec, entries)
+        reconstruction = reconstruction + self.b_dec
+        return (
+            reconstruction
+            if like is None
+            else self.postprocess_output(reconstruction, *self.preprocess_input(like)[1:])
+        )
 
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual-stream vectors [B, d] -> (their reconstruction in the same units, feature activations [B, F])."""
         x, mean, std = self.preprocess_input(x)
         acts = self.activation(self.pre_activation(x))
         return self.postprocess_output(self.decode(acts), mean, std), acts
+
+    @contextmanager
+    def splice(self, model):
+        """While active, `model` (a TransformerBridge, as of language_model.load_model) computes with this SAE's
+        reconstructions in place of its activations at cfg["hook_point"], but for the first eval_skip_positions of each
+        context, which it keeps. Whole contexts only: generate with use_past_kv_cache=False.
+        """
+        skip = self.cfg["eval_skip_positions"]
+
+        def replace(acts, hook):
+            x = acts[:, skip:]
+            reconstruction = self.reconstruct(x.flatten(0, 1))[0].view_as(x).to(acts)
+            return torch.cat([acts[:, :skip], reconstruction], 1)
+
+        with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]):
+            yield model
 
     def forward(self, x: torch.Tensor) -> dict:
         """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.

@@ -116,7 +116,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
             for run in runs[:]:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
                 try:
-                    outputs.append(training_step(run.sae, run.optimizer, x, run.cfg))
+                    outputs.append(scalars(training_step(run.sae, run.optimizer, x, run.cfg)))
                 except FloatingPointError as error:  # raised before the weights are touched
                     runs.remove(run)
                     failed.append(f"{run.cfg['name']}: step {step}: {error}")
@@ -131,7 +131,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
             # Records. Only here does a number leave the device.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
-                metrics = [scalars(output) for output in outputs]
+                metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
                 bar.set_postfix_str(summary(metrics))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
                 evaluated = evaluate([run.sae for run in runs], model, activation_store, baseline, eval_contexts)
@@ -230,8 +230,8 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
 
 
 def scalars(output: dict) -> dict:
-    """The single numbers of a forward's output, fetched from the device."""
-    return {key: value.item() for key, value in output.items() if value.ndim == 0}
+    """The single numbers of a forward's output, still on the device: the rest would hold [B, F] of each SAE."""
+    return {key: value.detach() for key, value in output.items() if value.ndim == 0}
 
 
 def progress_table(runs: list[Run], outputs: list[dict], evaluated: list[dict], tokens: int) -> str:

@@ -13,9 +13,12 @@ import pytest
 import torch
 import transformers
 
+import evaluation
 from activation_store import ActivationsStore
-from config import get_default_cfg, post_init_cfg
-from evaluation import evaluate, heldout_baseline, histograms
+from checkpoint import save_sae, write_json
+from config import InputError, get_default_cfg, post_init_cfg
+from demo.text import documents
+from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
@@ -80,8 +83,10 @@ def with_skip(store, skip: int):
 
 
 @torch.no_grad()
-def forward_by_hand(hf_model, tokens: list[int], replace=None) -> tuple[torch.Tensor, list[float]]:
-    """Activations [T, d] before block LAYER, and −log p of tokens[1], tokens[2], …; `replace` maps the activations."""
+def forward_by_hand(hf_model, tokens: list[int], replace=None) -> tuple[torch.Tensor, list[float], torch.Tensor]:
+    """Activations [T, d] before block LAYER, −log p of tokens[1], tokens[2], …, and log p [T, d_vocab]; `replace` maps
+    the activations.
+    """
     seen = []
 
     def splice(module, args, kwargs):
@@ -96,19 +101,23 @@ def forward_by_hand(hf_model, tokens: list[int], replace=None) -> tuple[torch.Te
     logits = hf_model(torch.tensor([tokens])).logits[0].double()
     handle.remove()
     log_p = logits - logits.logsumexp(-1, keepdim=True)
-    return seen[0], [-log_p[t, tokens[t + 1]].item() for t in range(len(tokens) - 1)]
+    return seen[0], [-log_p[t, tokens[t + 1]].item() for t in range(len(tokens) - 1)], log_p
 
 
-def ce_by_hand(hf_model, tokens: list[int], skip: int, rows: list | None = None) -> float:
-    """Mean −log p over the predictions made from positions `skip` on, whose activations are replaced by `rows`."""
+def ce_by_hand(hf_model, tokens: list[int], skip: int, rows: list | None = None) -> tuple[float, float]:
+    """Over the predictions made from positions `skip` on, whose activations are replaced by `rows`: mean −log p, and
+    mean Σ p (log p − log q), q with and p without the replacement.
+    """
 
     def replace(hidden):
         for t in range(skip, len(tokens)):
             hidden[t] = rows[t - skip]
         return hidden
 
-    losses = forward_by_hand(hf_model, tokens, replace if rows is not None else None)[1]
-    return sum(losses[skip:]) / len(losses[skip:])
+    _, losses, log_q = forward_by_hand(hf_model, tokens, replace if rows is not None else None)
+    _, _, log_p = forward_by_hand(hf_model, tokens)
+    divergences = [(log_p[t].exp() * (log_p[t] - log_q[t])).sum().item() for t in range(len(losses))]
+    return sum(losses[skip:]) / len(losses[skip:]), sum(divergences[skip:]) / len(divergences[skip:])
 
 
 @torch.no_grad()
@@ -148,47 +157,79 @@ def reconstruct_by_hand(sae, batch: list[torch.Tensor], batch_top_k: bool) -> tu
     return [row.float() for row in reconstructions], features
 
 
+def ratio_by_hand(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Σa / Σb over contexts, and its standard error by the delta method."""
+    n, ratio = len(a), sum(a) / sum(b)
+    squares = sum((x - ratio * y) ** 2 for x, y in zip(a, b))
+    return ratio, math.sqrt(squares / (n - 1) / n) / (sum(b) / n)
+
+
+def share_by_hand(of, parts: list[list]) -> tuple[float, float]:
+    """of(all contexts), and its standard error by the jackknife over the parts."""
+    n = len(parts)
+    without = [of([context for j in range(n) if j != i for context in parts[j]]) for i in range(n)]
+    squares = sum((value - sum(without) / n) ** 2 for value in without)
+    return of([context for part in parts for context in part]), math.sqrt((n - 1) / n * squares)
+
+
 def metrics_by_hand(hf_model, sae, contexts: list[list[int]], skip: int, batch_top_k: bool, measured: int) -> dict:
-    """All metrics on the first `measured` contexts; the held-out mean is over all contexts."""
+    """All metrics, (value, standard error), on the first `measured` contexts; the held-out mean is over all."""
     acts = [list(forward_by_hand(hf_model, tokens)[0][skip:]) for tokens in contexts]
     held_out = [x.double() for rows in acts for x in rows]
-    x_mean = sum(held_out) / len(held_out)
-    nmse, errors, variance, l0, tokens_seen = 0.0, 0.0, 0.0, 0, 0
-    ever_active = [False] * sae.cfg["dict_size"]
-    ce = {"original": [], "reconstructed": [], "zero": [], "mean": []}
+    x_mean, length = sum(held_out) / len(held_out), SEQ_LEN - skip
+    sums = {key: [0.0] * measured for key in ("nmse", "error", "variance", "cosine", "l0")}  # of each context
+    times_active = [[0] * sae.cfg["dict_size"] for _ in range(measured)]
+    ce = {key: [] for key in ("original", "reconstructed", "zero", "mean", "kl")}
     for start in range(0, measured, CONTEXTS_PER_BATCH):
         part = acts[start : min(start + CONTEXTS_PER_BATCH, measured)]
         reconstructions, features = reconstruct_by_hand(sae, [x for rows in part for x in rows], batch_top_k)
         for i, x in enumerate(x for rows in part for x in rows):
-            x, r = x.double(), reconstructions[i].double()
+            x, r, context = x.double(), reconstructions[i].double(), start + i // length
             error = ((x - r) ** 2).sum().item()
-            nmse += error / ((x - x.mean()) ** 2).sum().item()
-            errors += error
-            variance += ((x - x_mean) ** 2).sum().item()
+            sums["nmse"][context] += error / ((x - x.mean()) ** 2).sum().item()
+            sums["error"][context] += error
+            sums["variance"][context] += ((x - x_mean) ** 2).sum().item()
+            sums["cosine"][context] += (x @ r / (x.norm() * r.norm())).item()
             for j in features[i].nonzero().flatten().tolist():
-                l0 += 1
-                ever_active[j] = True
-            tokens_seen += 1
+                sums["l0"][context] += 1
+                times_active[context][j] += 1
         for i in range(len(part)):
-            tokens, length = contexts[start + i], SEQ_LEN - skip
-            rows = reconstructions[i * length : (i + 1) * length]
-            ce["original"].append(ce_by_hand(hf_model, tokens, skip))
-            ce["reconstructed"].append(ce_by_hand(hf_model, tokens, skip, rows))
-            ce["zero"].append(ce_by_hand(hf_model, tokens, skip, [torch.zeros(128)] * length))
-            ce["mean"].append(ce_by_hand(hf_model, tokens, skip, [x_mean.float()] * length))
-    ce = {key: sum(values) / len(values) for key, values in ce.items()}
+            tokens = contexts[start + i]
+            reconstructed, kl = ce_by_hand(hf_model, tokens, skip, reconstructions[i * length : (i + 1) * length])
+            ce["reconstructed"].append(reconstructed)
+            ce["kl"].append(kl)
+            ce["original"].append(ce_by_hand(hf_model, tokens, skip)[0])
+            ce["zero"].append(ce_by_hand(hf_model, tokens, skip, [torch.zeros(128)] * length)[0])
+            ce["mean"].append(ce_by_hand(hf_model, tokens, skip, [x_mean.float()] * length)[0])
+
+    def dead(counts):
+        return sum(sum(column) == 0 for column in zip(*counts)) / sae.cfg["dict_size"]
+
+    def dense(counts):
+        return sum(sum(column) > 0.1 * len(counts) * length for column in zip(*counts)) / sae.cfg["dict_size"]
+
+    def lost(key, other="original"):
+        return [x - y for x, y in zip(ce[key], ce[other])]
+
+    one, each = [1.0] * measured, [length] * measured
+    parts = [[] for _ in range(min(measured, evaluation.MOST_PARTS))]
+    for i in range(measured):
+        parts[i * len(parts) // measured].append(times_active[i])
     return {
-        "nmse": nmse / tokens_seen,
-        "fvu": errors / variance,
-        "l0": l0 / tokens_seen,
-        "dead_fraction": ever_active.count(False) / len(ever_active),
-        "ce_original": ce["original"],
-        "ce_zero_ablated": ce["zero"],
-        "ce_mean_ablated": ce["mean"],
-        "ce_reconstructed": ce["reconstructed"],
-        "ce_degradation": ce["reconstructed"] - ce["original"],
-        "recovery_from_zero": (ce["zero"] - ce["reconstructed"]) / (ce["zero"] - ce["original"]),
-        "recovery_from_mean": (ce["mean"] - ce["reconstructed"]) / (ce["mean"] - ce["original"]),
+        "nmse": ratio_by_hand(sums["nmse"], each),
+        "fvu": ratio_by_hand(sums["error"], sums["variance"]),
+        "cosine_similarity": ratio_by_hand(sums["cosine"], each),
+        "l0": ratio_by_hand(sums["l0"], each),
+        "dead_fraction": share_by_hand(dead, parts),
+        "dense_fraction": share_by_hand(dense, parts),
+        "ce_original": ratio_by_hand(ce["original"], one),
+        "ce_zero_ablated": ratio_by_hand(ce["zero"], one),
+        "ce_mean_ablated": ratio_by_hand(ce["mean"], one),
+        "ce_reconstructed": ratio_by_hand(ce["reconstructed"], one),
+        "ce_degradation": ratio_by_hand(lost("reconstructed"), one),
+        "kl_divergence": ratio_by_hand(ce["kl"], one),
+        "recovery_from_zero": ratio_by_hand(lost("zero", "reconstructed"), lost("zero")),
+        "recovery_from_mean": ratio_by_hand(lost("mean", "reconstructed"), lost("mean")),
     }
 
 
@@ -196,11 +237,12 @@ SHARED = ("ce_original", "ce_zero_ablated", "ce_mean_ablated")  # the same in ev
 
 
 def assert_equal_metrics(measured: dict, reference: dict, suffix: str = "") -> None:
-    for key, value in reference.items():
+    for key, (value, error) in reference.items():
         key = key if key in SHARED else key + suffix
         # Counts are exact; the rest is float32 against float64 and other attention kernels.
-        tolerance = dict(abs=1e-9) if key.startswith(("l0", "dead")) else dict(rel=2e-4, abs=2e-4)
+        tolerance = dict(abs=1e-9) if key.startswith(("l0", "de")) else dict(rel=2e-4, abs=2e-4)
         assert measured[key] == pytest.approx(value, **tolerance), key
+        assert measured[f"{key}_se"] == pytest.approx(error, **tolerance | dict(rel=2e-3)), key
 
 
 # The tests
@@ -218,11 +260,11 @@ def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
         if name.startswith("batchtopk"):
             by_hand = metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS)
             assert_equal_metrics(result, by_hand, "_batch")
-            assert by_hand["l0"] == sae.cfg["top_k"], "the batch top-k keeps k features a token"
+            assert by_hand["l0"][0] == sae.cfg["top_k"], "the batch top-k keeps k features a token"
             assert result["l0"] != result["l0_batch"], "the threshold is not the batch top-k"
             assert result["threshold"] == sae.threshold.item() > 0
         else:
-            assert not any(key.endswith("_batch") for key in result)
+            assert not any("_batch" in key for key in result)
 
 
 def test_histograms_equal_a_plain_reference(model, hf_model, group):
@@ -260,13 +302,13 @@ def test_histogram_bins_hold_every_density():
 
 
 def test_metrics_on_the_first_contexts(model, hf_model, group):
-    """Evaluations during training are the same metrics on the first contexts, without the share of dead features."""
+    """Evaluations during training are the same metrics on the first contexts, without the shares of features."""
     store, saes = group
     results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
-        assert "dead_fraction" not in result and "histograms" not in result
+        assert not {"dead_fraction", "dense_fraction", "histograms"} & result.keys()
         reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, 3)
-        del reference["dead_fraction"]
+        del reference["dead_fraction"], reference["dense_fraction"]
         assert_equal_metrics(result, reference)
 
 
@@ -278,7 +320,7 @@ def test_baseline_is_of_the_held_out_set(model, hf_model, group):
     rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in contexts])
     torch.testing.assert_close(baseline["mean"], rows.mean(0), rtol=1e-4, atol=1e-4)
     for key, row in [("ce_original", None), ("ce_zero_ablated", torch.zeros(128)), ("ce_mean_ablated", rows.mean(0))]:
-        by_hand = [ce_by_hand(hf_model, tokens, 1, row if row is None else [row] * SEQ_LEN) for tokens in contexts]
+        by_hand = [ce_by_hand(hf_model, tokens, 1, row if row is None else [row] * SEQ_LEN)[0] for tokens in contexts]
         assert baseline[key].tolist() == pytest.approx(by_hand, rel=2e-4)
 
 
@@ -362,3 +404,214 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
         )
         if "nmse_batch" in usual:
             assert usual["nmse_batch"] != pytest.approx(other["nmse_batch"], rel=1e-5)
+
+
+def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
+    """With more contexts than MOST_PARTS the jackknife leaves out consecutive contexts together."""
+    monkeypatch.setattr(evaluation, "MOST_PARTS", 4)
+    store, sae = group[0], group[1]["topk"]
+    (result,) = evaluate([sae], model, store, heldout_baseline(model, store))
+    reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
+    assert_equal_metrics(result, reference)
+    assert result["dead_fraction_se"] > 0 and result["dense_fraction_se"] > 0
+
+
+def test_one_context_has_no_error(model, group):
+    """A standard error over contexts takes two of them; the figures are there all the same, and finite."""
+    store, sae = group[0], group[1]["batchtopk"]
+    (result,) = evaluate([sae], model, store, heldout_baseline(model, store), num_contexts=1)
+    assert {"nmse", "kl_divergence", "recovery_from_mean_batch"} <= result.keys()
+    assert not any(key.endswith("_se") for key in result) and all(map(math.isfinite, result.values()))
+
+
+def test_the_model_is_not_run_more_often_than_needed(model, group):
+    """In evaluate: once as it is, for all SAEs, and once for each SAE and each batch top-k, per batch of contexts."""
+    store, saes = group
+    baseline, forwards = heldout_baseline(model, store), []
+    model.hook_dict["unembed.hook_out"].add_perma_hook(lambda acts, hook: forwards.append(len(acts)))
+    try:
+        evaluate(list(saes.values()), model, store, baseline)
+    finally:
+        model.reset_hooks(including_permanent=True)
+    assert forwards == [4] * (1 + len(saes) + 2) + [2] * (1 + len(saes) + 2)
+
+
+# The threshold
+
+
+@pytest.fixture(scope="module")
+def demo_halves(model, tmp_path_factory):
+    """Activations of the demo's own text that nothing was trained on, two halves by documents taken in turn, and one
+    batch that SAEs may be trained on.
+    """
+    path = tmp_path_factory.mktemp("data") / "demo.jsonl"
+    texts = [document["text"][:6000] for document in documents("sae")[:80]]
+    halves = []
+    for part in (texts[0:60:2], texts[1:60:2], texts[60:]):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        cfg = make_cfg(dataset_path=str(path), seq_len=128, batch_size=128, num_tokens=128, eval_tokens=96 * 128)
+        store = ActivationsStore(model, cfg)
+        halves.append(torch.cat([heldout_activations(store, x).flatten(0, 1) for x in store.eval_contexts.split(32)]))
+    return halves
+
+
+@pytest.mark.parametrize("top_k", [8, 16, 32, 64])
+def test_calibrated_threshold_gives_the_l0_on_other_text(demo_halves, top_k):
+    """Calibrated on one half of the text, the mean L0 on the other half is within 2 % of the target; on its own half it
+    is the target, by a count over all pre-activations at once.
+    """
+    calibration, other, training = demo_halves
+    cfg = make_cfg(top_k=top_k, dict_size=512, batch_size=1024)
+    sae = SAE_CLASSES["batchtopk"](cfg)
+    optimizer = make_optimizer(sae, cfg)
+    for x in training.split(1024):
+        training_step(sae, optimizer, x, cfg)
+    sae.eval()
+    for target in (None, 0.75 * top_k):
+        told = calibrate_threshold(sae, (x for x in calibration.split(1000)), target)
+        with torch.no_grad():
+            l0, l0_other = ((sae.encode(x) > 0).sum().item() / len(x) for x in (calibration, other))
+        assert told == pytest.approx(l0, rel=1e-4)
+        assert l0 == pytest.approx(target or top_k, rel=1e-3)
+        assert l0_other == pytest.approx(target or top_k, rel=0.02)
+        with torch.no_grad():
+            z = sae.pre_activation(sae.preprocess_input(calibration)[0]).flatten()
+        exact = z.sort(descending=True).values[round((target or top_k) * len(calibration)) - 1].item()
+        assert sae.threshold.item() == pytest.approx(exact, rel=1 / 4096)
+
+
+def test_calibration_of_an_sae_without_threshold(demo_halves, monkeypatch):
+    """It can encode afterwards; a tensor at once and batches of it, split again where they are large, are the same."""
+    cfg = make_cfg(top_k=8)
+    thresholds = []
+    for activations in (demo_halves[0], list(demo_halves[0].split(777)), demo_halves[0].double()):
+        sae = SAE_CLASSES["batchtopk"](cfg).eval()
+        with pytest.raises(RuntimeError, match="no inference threshold"):
+            sae.encode(demo_halves[1])
+        calibrate_threshold(sae, activations)
+        assert (sae.encode(demo_halves[1]) > 0).any() and sae.threshold_num_batches > 0
+        thresholds.append(sae.threshold.item())
+        monkeypatch.setattr(evaluation, "CHUNK", 100 * cfg["dict_size"])
+    assert thresholds[0] == thresholds[1] == thresholds[2] > 0
+
+
+def test_calibration_on_bad_input(demo_halves):
+    """One line for a target that cannot be, no activations, NaN, another type of SAE; the threshold stays as it was."""
+    sae = SAE_CLASSES["batchtopk"](make_cfg(top_k=8)).eval()
+    x = demo_halves[0][:50]
+    for given, target, message in [
+        (x, 96, "target_l0 = 96 cannot be reached: [0-9.]+ features per token"),
+        (x, 0, "target_l0 = 0 is not allowed"),
+        (x, math.nan, "target_l0 = nan is not allowed"),
+        (x[:0], None, "no activations"),
+        ([], None, "no activations"),
+        (torch.full_like(x, math.nan), None, "NaN"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            calibrate_threshold(sae, given, target)
+    assert sae.threshold == 0 and sae.threshold_num_batches == 0
+    with pytest.raises(InputError, match="this one is topk"):
+        calibrate_threshold(SAE_CLASSES["topk"](make_cfg(sae_type="topk", top_k=8)), x)
+
+
+# In the model
+
+
+@pytest.mark.parametrize("name", SAES)
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, skip):
+    """While it is active the model computes with reconstructions from position `skip` on, as by hand, and only then."""
+    store, sae = group[0], copy.deepcopy(group[1][name]).eval()
+    sae.cfg = post_init_cfg(sae.cfg | {"eval_skip_positions": skip})
+    tokens = store.eval_contexts[:3]
+    with torch.no_grad():
+        before = model(tokens)
+        with sae.splice(model):
+            spliced = model(tokens)
+        assert torch.equal(model(tokens), before)
+        for context, logits in zip(tokens.tolist(), spliced):
+
+            def replace(hidden):
+                hidden[skip:] = torch.stack(reconstruct_by_hand(sae, list(hidden[skip:]), False)[0])
+                return hidden
+
+            log_p = forward_by_hand(hf_model, context, replace)[2]
+            torch.testing.assert_close(logits.log_softmax(-1), log_p.float(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(KeyError), sae.splice(model):
+        raise KeyError
+    assert torch.equal(model(tokens), before), "an error inside leaves no hook behind"
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_encode_and_decode_of_contexts(group, name):
+    """[contexts, positions, d] as well as [B, d]; decode gives the residual stream's units with `like`."""
+    store, sae = group[0], copy.deepcopy(group[1][name]).eval()
+    acts = heldout_activations(store, store.eval_contexts[:3])
+    with torch.no_grad():
+        reconstruction, features = sae.reconstruct(acts.flatten(0, 1))
+        torch.testing.assert_close(sae.encode(acts).flatten(0, 1), features)
+        torch.testing.assert_close(sae.decode(features, like=acts.flatten(0, 1)), reconstruction)
+        torch.testing.assert_close(sae.decode(sae.encode(acts), like=acts).flatten(0, 1), reconstruction)
+        assert torch.equal(sae.encode(acts).to_sparse().to_dense(), sae.encode(acts))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run_folder(group, tmp_path_factory):
+    """A run's folder as training leaves it."""
+    store, sae = group[0], group[1]["batchtopk"]
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    save_sae(sae, folder / "sae")
+    write_json(folder / "config.json", sae.cfg | {"_provenance": {"heldout_tokens_sha256": store.fingerprint()}})
+    write_json(folder / "result.json", {"nmse": 0.25})
+    return folder
+
+
+def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):
+    """A table of all metrics, aligned, and evaluation.json with the same; result.json stays as it is."""
+    store, sae = group[0], group[1]["batchtopk"]
+    result = (run_folder / "result.json").read_bytes()
+    for arguments, contexts in [([], 6), (["--eval-tokens", "40"], 3)]:
+        evaluation.main([str(run_folder), *arguments])
+        store = copy.copy(group[0])
+        store.eval_contexts = store.eval_contexts[:contexts]
+        (expected,) = evaluate([sae], model, store, heldout_baseline(model, store))
+        written = json.loads((run_folder / "evaluation.json").read_text())
+        assert written.pop("eval_tokens") == contexts * SEQ_LEN
+        assert written.pop("histograms") == expected.pop("histograms")
+        assert written == pytest.approx(expected, rel=1e-6)
+        printed, told = capsys.readouterr()
+        first, header, *lines = printed.splitlines()
+        assert (
+            first == f"{sae.cfg['name']} on {contexts} held-out contexts of {SEQ_LEN} tokens" and "changed" not in told
+        )
+        assert header.split("   ")[-1] == "batch top-k"
+        rows = {line.split()[0]: line for line in lines}
+        assert {f"{key}{end}" for key in rows for end in ("", "_se", "_batch", "_batch_se")} >= expected.keys()
+        assert rows["nmse"].split()[1:] == [
+            f"{expected['nmse']:.4f}", "±", f"{expected['nmse_se']:.4f}",
+            f"{expected['nmse_batch']:.4f}", "±", f"{expected['nmse_batch_se']:.4f}",
+        ]  # fmt: skip
+        assert len({line.index(line.split()[1]) for line in lines}) == 1, "columns are aligned"
+    assert (run_folder / "result.json").read_bytes() == result
+
+
+def test_command_on_bad_input(run_folder, group, tmp_path):
+    """One line that names what is wrong."""
+
+    def refused(*args) -> str:
+        with pytest.raises(InputError) as error:
+            evaluation.main([str(arg) for arg in args])
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no folder" in refused(tmp_path / "nosuch")
+    assert "holds no SAE" in refused(tmp_path)
+    for tokens in (0, -5, 97):
+        assert f"--eval-tokens {tokens} is not allowed: it must be 1 to 96" in refused(
+            run_folder, "--eval-tokens", tokens
+        )
+    save_sae(SAE_CLASSES["batchtopk"](group[1]["batchtopk"].cfg), tmp_path / "untrained")
+    assert "calibrate_threshold" in refused(tmp_path / "untrained")

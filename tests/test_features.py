@@ -254,6 +254,7 @@ def test_bad_input_is_one_line(run_folder, group, tmp_path):
     assert "./nosuch" in refused(other)
     (other / "result.json").write_text("{")
     assert "result.json is damaged" in refused(other)
+    (other / "result.json").unlink()
     sae = copy.deepcopy(group[2]["batchtopk"])
     sae.threshold_num_batches.zero_()
     save_sae(sae, other / "sae")

@@ -35,11 +35,24 @@ def test_demo_command_then_example(clone):
     figure = re.search(r"Figure: (\S+)", done.stdout).group(1)
     assert (clone / figure).stat().st_size > 10_000
 
-    example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    done = run(["-c", example.replace("100_000", "20_000")], clone)
+    training, inference = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run(["-c", training.replace("100_000", "20_000")], clone)
     assert done.returncode == 0, done.stderr
     nmse, l0, _ = map(float, done.stdout.split())
     assert 0 < nmse < 1 and 0 < l0 < 512
+
+    (trained,) = (clone / "runs" / "mine").glob("batchtopk_*")
+    checks = "\nassert reconstruction.shape == x.shape and len(features.shape) == 3 and (features >= 0).all()"
+    checks += "\nassert ((x - reconstruction).norm(dim=-1) < x.norm(dim=-1))[:, 1:].all()"
+    checks += "\nassert torch.equal(spliced_logits[:, 0], logits[:, 0]) and not torch.equal(spliced_logits, logits)"
+    done = run(["-c", inference.replace("RUN", trained.name) + checks], clone)
+    assert done.returncode == 0, done.stderr
+
+    done = run(["evaluation.py", str(trained)], clone)
+    assert done.returncode == 0 and "kl_divergence" in done.stdout and (trained / "evaluation.json").is_file()
+    done = run(["evaluation.py", str(trained), "--eval-tokens", "0"], clone)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --eval-tokens 0 is not allowed")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", re.findall(r"^python (main\.py[^#\n]*)", README, re.MULTILINE))
