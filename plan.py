@@ -68,14 +68,15 @@ def memory_needed(group: list[dict], model) -> int:
     """Bytes at the peak of training the group, beyond the language model's weights."""
     cfg, size = group[0], max(getattr(torch, cfg["dtype"]).itemsize for cfg in group)
     d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group)
-    # Held all the time: W_enc and W_dec with Adam's two moments; the buffer; what the screen of a step is written to.
-    held = sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] for cfg in group)
+    # Held all the time: libraries' and allocator's part; W_enc and W_dec with Adam's two moments; the buffer; what the
+    # screen of a step is written to.
+    held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
     held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # And the largest of what comes and goes.
-    step = size * (2 * d * F + 4 * B * F)  # an SAE's gradients; dense activations, or those of the dead features
+    step = size * (2 * d * F + 6 * B * F)  # an SAE's gradients; its activations, dense as at the start of JumpReLU's
     harvest = 4 * forward * (5 * model.cfg.d_mlp + 4 * d)
     evaluation = 4 * 3 * max(B, cfg["seq_len"]) * model.cfg.d_vocab + size * B * F
     checkpoint = size * 2 * 6 * d * F  # one SAE and its moments, as bytes, twice

@@ -197,12 +197,8 @@ def learning_rate(cfg: dict, step: int) -> float:
     lr · min(1, step / lr_warmup_steps, (last step + 1 − step) / lr_decay_steps): the lines begin and end at 0 one step
     outside of training, so that no step is for nothing.
     """
-    rate, left = cfg["lr"], num_steps(cfg) + 1 - step
-    if step < cfg["lr_warmup_steps"]:
-        rate *= step / cfg["lr_warmup_steps"]
-    elif left < cfg["lr_decay_steps"]:
-        rate *= left / cfg["lr_decay_steps"]
-    return rate
+    warmup, decay, left = cfg["lr_warmup_steps"], cfg["lr_decay_steps"], num_steps(cfg) + 1 - step
+    return cfg["lr"] * min(1, step / warmup if warmup else 1, max(left, 0) / decay if decay else 1)
 
 
 def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
