@@ -1,11 +1,12 @@
 """Kill `python main.py demo` again and again, and compare what it comes to with a run that nobody killed.
 
-    python tests/kill_and_resume.py [--kills N] [--seed N] [--cut SHARE]
+    python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE]
 
-Every process is started with the same command and gets SIGKILL (now and then SIGTERM or SIGINT) at a random instant
-after its training has begun; checkpoints and evaluations are so frequent that many hit one. After some of them (--cut,
-the share) the newest checkpoint is damaged, too. The last process is let finish. Then weights, metrics and results have
-to be the same to the bit. Exit code 1 if they are not.
+Every process is started with the same command and gets SIGKILL (a few others SIGTERM or SIGINT) at a random instant
+after its training has begun, or at the first instant from there on in which it is saving or evaluating. What it was at
+is read off its stack, which it dumps on SIGUSR1 a moment before it dies. After some of the kills (--cut, the share) the
+newest checkpoint is damaged, too. The last process is let finish. Then weights, metrics and results have to be the same
+to the bit. Exit code 1 if they are not.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,9 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 OVERRIDES = ["num_tokens=40_000", "batch_size=512", "eval_tokens=1024", "dict_size=64", "top_k_aux=16"]
+# The functions that a process may be found in, and what a kill has hit then.
+PHASES = dict(save_checkpoint="a save", save_sae="a save", finish="a save", evaluate="an evaluation")
+PHASES |= dict(heldout_baseline="an evaluation", training_step="a step", next_batch="a harvest")
 OVERRIDES += ["n_batches_to_dead=3", "num_batches_in_buffer=2", "checkpoint_freq=3", "log_freq=2", "perf_log_freq=5"]
 
 
@@ -48,28 +53,50 @@ def digests(output_dir: Path) -> dict:
     return found
 
 
-def kill_once(args: list[str], output_dir: Path, how: int, delay: float) -> str:
-    """Start, wait until training is under way, wait `delay` seconds, kill. Says what the kill hit."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(args, env=environment(), stdout=log, stderr=log, cwd=REPO)
+def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted: str = "") -> str:
+    """Start, wait until training is under way, wait `delay` seconds, and until it is at what is wanted; kill. Says what
+    the kill hit.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump, output = Path(folder) / "stack", Path(folder) / "output"
+        # Python runs a sitecustomize.py before all else. The dump is made in C, at once, and changes nothing.
+        (Path(folder) / "sitecustomize.py").write_text(
+            f"import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1, open({str(dump)!r}, 'a'), False)\n"
+        )
+        with open(output, "w") as log:
+            env = environment() | {"PYTHONPATH": folder}
+            process = subprocess.Popen(args, env=env, stdout=log, stderr=log, cwd=REPO)
         before = marks(output_dir)
         while process.poll() is None and marks(output_dir) == before:
             time.sleep(0.02)
         time.sleep(delay)
+        at = ""
+        while process.poll() is None and (not at or wanted not in at):
+            time.sleep(0.005)
+            at = what_it_is_at(process, dump)
         process.send_signal(how)
         code = process.wait(timeout=120)
-        log.seek(0)
-        output = log.read()
-    expected = -signal.SIGKILL if how == signal.SIGKILL else 4
-    if code == 0:
-        return "nothing: it had finished"
-    if code != expected:
-        raise SystemExit(f"exit code {code} instead of {expected}:\n{output}")
-    if how != signal.SIGKILL:
-        return f"{signal.Signals(how).name}, exit code {code}"
-    saving = any(output_dir.glob("*/groups/*/*.tmp"))
-    finishing = any(output_dir.glob("*/*/sae*"))
-    return "a save" if saving else "the final evaluation or after" if finishing else "a step or an evaluation"
+        expected = -signal.SIGKILL if how == signal.SIGKILL else 4
+        if code in (0, -signal.SIGUSR1):  # Python takes its handlers down as it ends
+            return "nothing: it had finished"
+        if code != expected:
+            raise SystemExit(f"exit code {code} instead of {expected}:\n{output.read_text()}")
+    return f"{at} ({signal.Signals(how).name})"
+
+
+def what_it_is_at(process, dump: Path) -> str:
+    """The innermost of the functions that matter on the stack of the process's main thread."""
+    with open(dump) as file:
+        file.seek(0, os.SEEK_END)
+        stack, asked = "", 0.0
+        while process.poll() is None and not stack.endswith(("in <module>\n", "  ...\n")):  # of 100 frames no more
+            if time.monotonic() - asked > 0.2:  # again, too: another thread may get it, and says nothing
+                process.send_signal(signal.SIGUSR1)
+                asked = time.monotonic()
+            time.sleep(0.0002)
+            stack += file.read()
+    names = re.findall(r" in (\w+)$", stack, re.MULTILINE)
+    return next((PHASES[name] for name in names if name in PHASES), "something else")
 
 
 def marks(output_dir: Path) -> tuple:
@@ -96,40 +123,52 @@ def damage_newest(output_dir: Path, rng: random.Random) -> str | None:
     return f"{what} {file.name}"
 
 
-def kill_and_resume(folder: Path, signals: list[int], rng: random.Random, cut: float, *overrides, say=print) -> list:
-    """The names of what differs from the run that nobody killed, after a process for each of the signals."""
+def kill_and_resume(folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=1.5) -> Counter:
+    """Kill a process for each (signal, what it shall be at); how often they hit what. Ends the program where the last
+    one, which is let finish, comes to something else than one that nobody killed.
+    """
     subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
     hits, args = Counter(), command(folder / "killed", *overrides)
-    for how in signals:
-        hit = kill_once(args, folder / "killed", how, rng.uniform(0, 2))
-        say(f"{hits.total() + 1}: hit {hit}")
+    for how, wanted in kills:
+        hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted)
+        print(f"   {hit}", flush=True)
         if hit.startswith("nothing"):
             break
         hits[hit] += 1
         if rng.random() < cut and (what := damage_newest(folder / "killed", rng)):
-            say(f"   and {what}")
+            print(f"      and {what}", flush=True)
+            hits["a damaged checkpoint"] += 1
     done = subprocess.run(args, env=environment(), cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     whole, killed = digests(folder / "whole"), digests(folder / "killed")
-    say(f"{hits.total()} kills hit: {', '.join(f'{what} {count}' for what, count in hits.items())}")
-    return [name for name in sorted({*whole, *killed}, key=str) if whole.get(name) != killed.get(name)]
+    if different := [name for name in sorted({*whole, *killed}, key=str) if whole.get(name) != killed.get(name)]:
+        raise SystemExit(f"not the same as without kills: {different}")
+    return hits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--kills", type=int, default=25, help="by SIGKILL (default: 25)")
+    parser.add_argument("--others", type=int, default=4, help="by SIGTERM or SIGINT (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cut", type=float, default=0.2)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    signals = rng.choices((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), weights=(8, 1, 1), k=args.kills)
-    with tempfile.TemporaryDirectory() as folder:
-        for sweep, first in enumerate(range(0, args.kills, 9)):  # each sweep gets a few, then finishes
-            some = signals[first : first + 9]
-            if different := kill_and_resume(Path(folder) / str(sweep), some, rng, args.cut, f"seed={sweep}"):
-                sys.exit(f"sweep {sweep}: not the same: {different}")
-            print(f"sweep {sweep}: the same to the bit", flush=True)
+    # A third each at whatever it is at, in a save, in an evaluation.
+    kills = [(signal.SIGKILL, ("", "save", "evaluation")[i % 3]) for i in range(args.kills)]
+    kills += [(rng.choice((signal.SIGTERM, signal.SIGINT)), "") for _ in range(args.others)]
+    rng.shuffle(kills)
+    hits, sweep = Counter(), 0
+    while kills:  # each sweep gets a few, then finishes
+        some = kills[:8]
+        print(f"sweep {sweep}:", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}")
+        del kills[: max(1, sum(hit.values()) - hit["a damaged checkpoint"])]
+        hits, sweep = hits + hit, sweep + 1
+        print("   the same to the bit as without", flush=True)
+    print(f"{sweep} sweeps, hit: {', '.join(f'{what} {count}' for what, count in sorted(hits.items()))}")
 
 
 if __name__ == "__main__":

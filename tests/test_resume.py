@@ -121,8 +121,9 @@ def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeyp
 
 def test_real_kills(tmp_path):
     """`python main.py demo` with real signals and a damaged checkpoint: tests/kill_and_resume.py, cut short."""
-    signals, few = [signal.SIGKILL, signal.SIGTERM], ["sae_type=topk", "num_tokens=20_000"]
-    assert kill_and_resume(tmp_path, signals, random.Random(7), 1, *few) == []
+    kills = [(signal.SIGKILL, "save"), (signal.SIGKILL, "evaluation"), (signal.SIGTERM, "")]
+    hits = kill_and_resume(tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", delay=0.2)
+    assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
