@@ -147,7 +147,7 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     """
     path = folder / f"step_{state['step']:09}"
     temporary = path.with_name(path.name + ".tmp")
-    for left_over in folder.glob("*.tmp"):
+    for left_over in folder.glob("step_*.tmp"):
         shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     if not (folder / "runs.json").exists():  # whose checkpoints these are, should their own files be damaged
@@ -341,8 +341,7 @@ def write(path: Path, content: bytes) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Write JSON under a temporary name, flush it, rename it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    sync(temporary)
+    write(temporary, json.dumps(content, indent=2).encode() + b"\n")
     temporary.replace(path)
 
 
