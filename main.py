@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import features
 from activation_store import ActivationsStore
 from checkpoint import SaveError, newest_checkpoint, remove_checkpoints
 from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
@@ -82,8 +83,18 @@ def main(argv: list[str]) -> None:
     failed = train(todo, args.force, args.resume_anyway) if todo else []
     remove_checkpoints(cfgs[0], lambda name: is_over(cfgs[0] | {"name": name}))
     draw_results(run_folder(cfgs[0]).parent)
+    if args.sweep == "demo":
+        write_demo_page(cfgs)
     if failed:
         raise InputError("; ".join(failed))
+
+
+def write_demo_page(cfgs: list[dict]) -> None:
+    """The features of one of the demo's SAEs, as an example of features.py; left alone where it is there already."""
+    batchtopks = (cfg for cfg in cfgs if cfg["sae_type"] == "batchtopk" and is_finished(cfg))
+    shown = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
+    if shown and not (shown / "features.html").exists():
+        features.main([str(shown)])
 
 
 def parse_override(text: str) -> tuple[str, object]:
