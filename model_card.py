@@ -35,36 +35,37 @@ UNUSED = {  # config keys that say nothing about an SAE of that type
     "jumprelu": {"top_k", "top_k_aux", "aux_penalty"},
 }  # fmt: skip
 LIBRARIES = {"saelens": "saelens", "dictionary_learning": "dictionary_learning"}  # to the hub; else our own
-NEEDS = {
-    "saelens": "SAELens 6 (`pip install sae-lens`)",
-    "dictionary_learning": "dictionary_learning 0.1 (`pip install dictionary-learning`)",
-    "published": "the scripts published with the paper, in their folder",
-    "safetensors": "the code that it was trained with, in its folder",
-}
-LOADING = {
-    "saelens": """from sae_lens import SAE
-
-sae = SAE.load_from_disk(folder)
+LOADING = {  # with what, its imports, and what follows
+    "saelens": (
+        "SAELens 6 (`pip install sae-lens`)",
+        "from sae_lens import SAE",
+        """sae = SAE.load_from_disk(folder)
 features = sae.encode(x)  # [n, {dict_size}]
 reconstruction = sae.decode(features)  # [n, {act_size}]""",
-    "dictionary_learning": """from dictionary_learning.utils import load_dictionary
-
-sae, config = load_dictionary(folder, device="cpu")
+    ),
+    "dictionary_learning": (
+        "dictionary_learning 0.1 (`pip install dictionary-learning`)",
+        "from dictionary_learning.utils import load_dictionary",
+        """sae, config = load_dictionary(folder, device="cpu")
 features = sae.encode(x)  # [n, {dict_size}]
 reconstruction = sae.decode(features)  # [n, {act_size}]""",
-    "published": """import json
-from sae import {class_name}
-
-cfg = json.load(open(f"{{folder}}/config.json"))
+    ),
+    "published": (
+        "the scripts published with the paper, in their folder",
+        "import json\nfrom sae import {class_name}",
+        """cfg = json.load(open(f"{{folder}}/config.json"))
 sae = {class_name}(cfg | {{"dtype": torch.{dtype}}})
 sae.load_state_dict(torch.load(f"{{folder}}/sae.pt", weights_only=True))
 output = sae(x)
 features, reconstruction = output["feature_acts"], output["sae_out"]  # [n, {dict_size}], [n, {act_size}]""",
-    "safetensors": """from checkpoint import load_sae
-
-sae = load_sae(folder)
+    ),
+    "safetensors": (
+        "the code that wrote this, in its folder",
+        "from checkpoint import load_sae",
+        """sae = load_sae(folder)
 features = sae.encode(x)  # [n, {dict_size}]
 reconstruction = sae.decode(features, like=x)  # [n, {act_size}]""",
+    ),
 }
 CARD = """---
 {metadata}
@@ -74,8 +75,8 @@ CARD = """---
 # {kind} SAE of {dict_size} features, {hook_point} of {model_name}
 
 A sparse autoencoder ([arXiv 2412.06410](https://arxiv.org/abs/2412.06410)) of the activations x of width {act_size} at
-the hook point `{hook_point}` (as transformer_lens names it) of `{model_name}`. Its features f, {dict_size} of which few
-are not 0, and its reconstruction r of x:
+the hook point `{hook_point}` (as transformer_lens names it) of `{model_name}`. Its features f, {dict_size} of them and
+few of them not 0 at a time, and its reconstruction r of x:
 
 {equations}
 
@@ -86,7 +87,8 @@ are not 0, and its reconstruction r of x:
 With {needs}:
 
 ```python
-import torch
+{imports}
+
 {where}
 x = torch.randn(4, {act_size}{x_dtype})  # put activations [n, {act_size}] of the language model here
 
@@ -127,20 +129,22 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
         training += ", each beginning with BOS." if cfg["bos_per_context"] else " (documents joined, BOS before each)."
     if cfg["sae_type"] == "batchtopk" and not in_batch:
         training += f" In training, f kept the {cfg['top_k']}·B largest z > 0 of each batch of B tokens."
+    needs, imports, loading = (text.format(**cfg, class_name=type(sae).__name__) for text in LOADING[to])
     where = 'folder = "."  # where this file is; huggingface_hub.snapshot_download gets a repository of the hub'
     if repo:
-        where = f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{repo}")'
-    names = cfg | {"class_name": type(sae).__name__}
+        imports += "\nfrom huggingface_hub import snapshot_download"
+        where = f'folder = snapshot_download("{repo}")'
     return CARD.format(
         **{key: cfg[key] for key in ("dict_size", "act_size", "hook_point", "model_name")},
         metadata=metadata.to_yaml(),
         kind=KINDS[cfg["sae_type"]],
         equations="\n".join(f"    {line}" for line in equations(sae, in_batch)),
         training=training,
-        needs=NEEDS[to],
+        needs=needs,
+        imports=f"import torch\n{imports}",
         where=where,
         x_dtype="" if cfg["dtype"] == "float32" else f", dtype=torch.{cfg['dtype']}",
-        loading=LOADING[to].format(**names),
+        loading=loading,
         metrics=metrics_section(cfg, evaluation or result, "_batch" if in_batch else ""),
         config=markdown_table(("key", "value"), [(f"`{key}`", f"`{cfg[key]}`") for key in cfg if key in keys]),
     )
@@ -174,9 +178,11 @@ def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
     if not rows:
         return "It has not been evaluated: there are no numbers."
     num_tokens = metrics.get("eval_tokens", -(-cfg["eval_tokens"] // cfg["seq_len"]) * cfg["seq_len"])
-    skip = f", the first {cfg['eval_skip_positions']} of each context left out" if cfg["eval_skip_positions"] else ""
+    skip = cfg["eval_skip_positions"]
+    skipped = f", at their positions from {skip} on" if skip else ""
     return (
-        f"On {num_tokens:,} tokens at the beginning of `{cfg['dataset_path']}`, which it was not trained on{skip}; "
+        f"On the contexts of the first {num_tokens:,} tokens of `{cfg['dataset_path']}`, on which it was not trained"
+        f"{skipped}; "
         f"± one standard error over contexts.\n\n{markdown_table(('metric', 'value', 'meaning'), rows)}"
     )
 
