@@ -4,6 +4,7 @@ The hub is one on this machine (hub_server.py); the client is the real huggingfa
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 import torch
 from hub_server import UploadHub
 from test_export import FOREIGN, ours, published_forward
-from test_hub import run_python
 
 import evaluation
 import model_card
@@ -102,7 +102,7 @@ def test_local_names_are_no_hub_names(tmp_path, monkeypatch):
 
 
 def test_its_own_numbers(tmp_path):
-    """Those of result.json; of evaluation.json, once that is there; what the published scripts do is the batch top-k."""
+    """Those of result.json; of evaluation.json, once that is there; for the published scripts the batch top-k."""
     sae, metrics = make_sae("batchtopk"), some_metrics()
     batch = {re.sub("(_se)?$", r"_batch\1", key, count=1): value + 0.5 for key, value in metrics.items()}
     run = make_run(tmp_path / "run", sae, metrics | batch | {"tokens": 1_234_944, "steps": 3, "seconds": 4.5})
@@ -208,29 +208,96 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-def test_export_upload_and_load_from_the_hub(tmp_path, hub, monkeypatch):
-    """As a user does it, and then as a reader of the page does."""
+def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
+    """In a process of its own: the client reads its environment when it is imported."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_export_upload_and_load_from_the_hub(tmp_path, hub):
+    """As a user does it, and then as a reader of the card does."""
     sae = make_sae("batchtopk")
-    run = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9})
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    done = run_on(
-        hub, tmp_path, "export.py", run, "--to", "safetensors", "--out", tmp_path / "out", "--upload", "me/an-sae"
-    )
+    run, out = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9}), tmp_path / "out"
+    done = run_as_user(hub, tmp_path, "export.py", run, "--to", "safetensors", "--out", out, "--upload", "me/an-sae")
     assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/me/an-sae has {tmp_path / 'out'}; it is private" in done.stdout
+    assert f"{hub.url}/me/an-sae has {out}; it is private" in done.stdout
     assert hub.commits == [{"README.md": "regular", "cfg.json": "regular", "sae_weights.safetensors": "lfs"}]
-    for path in (tmp_path / "out").iterdir():
-        assert (tmp_path / "hub" / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
-    code = code_of(card_of(tmp_path / "out"))
+    for path in out.iterdir():
+        assert (hub.folder / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
+    code = code_of(card_of(out)) + "print(features.shape[1], reconstruction.shape[1], sae.threshold.item())"
     assert 'snapshot_download("me/an-sae")' in code
-    code += "print(features.shape, reconstruction.shape, sae.threshold.item())"
-    done = run_on(hub, tmp_path, "-c", code)
-    assert done.stdout.split("\n")[0] == f"{torch.Size([4, 64])} {torch.Size([4, 16])} {sae.threshold.item()}", (
-        done.stderr
-    )
+    done = run_as_user(hub, tmp_path, "-c", code)
+    assert done.stdout.split() == ["64", "16", str(sae.threshold.item())], done.stderr
 
 
-def run_on(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.environ", dict(__import__("os").environ))
-        return run_python(folder, hub, *arguments)
+def test_upload_of_an_edited_card_to_a_public_repository(tmp_path, hub, capsys):
+    """A repository that is there stays public, and that is told."""
+    export_sae(make_sae("topk"), "saelens", tmp_path / "out")
+    hub.visibility["me/seen"] = "public"
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card_of(tmp_path / "out").replace("# license: yours to choose", "license: mit #"), encoding="utf-8")
+    main([str(tmp_path / "out"), "--upload", "me/seen"])
+    assert capsys.readouterr().out.endswith("it is public\n") and hub.visibility["me/seen"] == "public"
+    data = huggingface_hub.ModelCard.load(hub.folder / "me" / "seen" / "README.md").data
+    assert data.license == "mit" and data.library_name == "saelens"
+
+
+def test_nothing_is_sent_without_the_flag(tmp_path, hub):
+    for to in (*FOREIGN, "safetensors"):
+        export_sae(make_sae("topk", input_unit_norm=False), to, tmp_path / to)
+    main([str(make_run(tmp_path / "run", make_sae("topk"))), "--to", "saelens", "--out", str(tmp_path / "out")])
+    main([str(tmp_path / "out"), "--from", "saelens", "--out", str(tmp_path / "back")])
+    assert hub.requests == []
+
+
+def test_refusals_before_anything_is_written(tmp_path, hub, monkeypatch):
+    run = make_run(tmp_path / "run", make_sae("topk"))
+    export = [str(run), "--to", "saelens", "--out", str(tmp_path / "out"), "--upload"]
+    for repo in ("an-sae", "me/", "me/an sae", "me/a/b", "", "https://huggingface.co/me/an-sae"):
+        with pytest.raises(InputError, match=re.escape(f"--upload {repo!r} must be NAMESPACE/NAME")):
+            main([*export, repo])
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="needs a login.*hf auth login"):
+        main([*export, "me/an-sae"])
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+def test_refusals_of_the_hub(tmp_path, hub, monkeypatch):
+    """One line each: a token that is not valid, a foreign namespace, a bad card, no hub, no export; then it works."""
+    out, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    export_sae(make_sae("topk"), "safetensors", out)
+
+    def refused(match, folder=out, repo="me/an-sae"):
+        with pytest.raises(InputError, match=match) as error:
+            upload(folder, repo)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+    refused("may not write there", repo="you/an-sae")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_old")
+        refused("not valid; log in again")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        refused("http://127.0.0.1:9 cannot be reached")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        refused("cannot be reached.*offline mode")
+    written = card_of(out)
+    card.write_text(written.replace("# license:", "license: nonsense #"), encoding="utf-8")
+    refused('Invalid metadata.*"license" must be one of')
+    refused("no export", folder=make_run(tmp_path / "run", make_sae("topk")))
+    refused("no export", folder=tmp_path / "nothing")
+    assert not hub.commits
+    card.write_text(written, encoding="utf-8")
+    assert "private" in upload(out, "me/an-sae") and len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    ["DIR"], ["DIR", "--to", "saelens"], ["DIR", "--upload", "me/x", "--out", "OUT"],
+    ["DIR", "--from", "saelens", "--out", "OUT", "--upload", "me/x"], ["DIR", "--to", "saelens", "--from", "saelens"],
+])  # fmt: skip
+def test_wrong_combinations(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert re.search(r"error: .*--(to|out)", capsys.readouterr().err)
