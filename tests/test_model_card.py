@@ -21,9 +21,10 @@ import evaluation
 import model_card
 from checkpoint import save_sae
 from config import InputError, get_default_cfg, post_init_cfg
-from export import export_sae, main
+from export import export_sae, main, upload
 from sae import SAE_CLASSES
 
+ROOT = Path(__file__).resolve().parent.parent
 TYPES = tuple(SAE_CLASSES)
 TOKEN = "hf_of_this_test"
 
