@@ -9,7 +9,6 @@ imported here. Ends with exit code 1 if any feature or reconstruction differs by
 """
 
 import argparse
-import contextlib
 import json
 import re
 import subprocess
@@ -102,8 +101,7 @@ def peers(work: Path) -> bool:
     for folder in sorted([*work.glob("saelens/*"), *work.glob("dictionary_learning/*")]):
         expected = load_file(work / f"{folder.name}.safetensors")
         code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-        with contextlib.chdir(folder):
-            exec(code, on_card := {})
+        exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), on_card := {})
         sae = on_card["sae"]
         assert on_card["features"].shape == (4, F) and on_card["reconstruction"].shape == (4, D)
         if folder.parent.name == "saelens":
