@@ -317,10 +317,15 @@ def table(metrics: dict) -> str:
             continue
         lines.append([key])
         for name in (key + suffix for suffix in suffixes if key + suffix in metrics):
-            error = f" ± {metrics[f'{name}_se']:.4f}" if f"{name}_se" in metrics else ""
-            lines[-1].append(f"{metrics[name]:.4f}{error}")
+            lines[-1].append(with_error(metrics, name))
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def with_error(metrics: dict, key: str) -> str:
+    """A metric, with its standard error where it has one."""
+    error = f" ± {metrics[f'{key}_se']:.4f}" if f"{key}_se" in metrics else ""
+    return f"{metrics[key]:.4f}{error}"
 
 
 def main(argv: list[str]) -> None:

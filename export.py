@@ -2,6 +2,7 @@
 
     python export.py RUN --to saelens|dictionary_learning|published|safetensors --out DIR
     python export.py DIR --from saelens|dictionary_learning|published --out RUN
+    python export.py DIR --upload NAMESPACE/NAME        (or together with --to)
 
     saelens              cfg.json, sae_weights.safetensors   SAELens 6: SAE.load_from_disk(DIR)
     dictionary_learning  config.json, ae.pt                  dictionary_learning.utils.load_dictionary(DIR, device)
@@ -10,6 +11,9 @@
 
 Features and reconstructions stay the same; what a format cannot express is refused. BatchTopK goes with its inference
 threshold, to SAELens as the JumpReLU that it then is. Counters of dead features stay behind. Reading runs no code.
+
+Each export has a model card, README.md, with the metrics of the run (model_card.py). --upload puts such a folder on the
+Hugging Face hub, in a private repository unless there is one of that name already; nothing else uses the network.
 """
 
 import argparse
@@ -21,11 +25,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, sync, write_json
 from config import SITES, InputError, one_line, post_init_cfg
 from language_model import hub_name
+from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
 
 OURS = "batchtopk_config"  # the key of another library's config that holds this program's own
@@ -35,15 +43,20 @@ DICTIONARIES = {  # of dictionary_learning: the class, the trainer that makes it
     "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
 }
+WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # one of them is in every export
 LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # the weights transposed
 
 
-def export_sae(sae: BaseAutoencoder, to: str, folder: str | Path) -> None:
-    """Write an SAE to a new folder in the format `to`, a key of EXPORTS.
+def export_sae(
+    sae: BaseAutoencoder, to: str, folder: str | Path, run: Path | None = None, repo: str | None = None
+) -> None:
+    """Write an SAE to a new folder in the format `to`, a key of EXPORTS, with a model card: with the metrics of `run`,
+    its run's folder, and code that loads it from `repo`, the hub repository that it will be uploaded to.
 
-    Raises InputError if the format cannot express the SAE, or if the folder is there already or cannot be written.
+    Raises InputError if the format cannot express the SAE, if the folder is there already or cannot be written, or if
+    a record of the run is damaged.
     """
-    write_folder(Path(folder), EXPORTS[to](sae))
+    write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo)})
 
 
 def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
@@ -73,11 +86,11 @@ def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
 
 
 def own_files(sae: BaseAutoencoder) -> dict:
-    return {"sae_weights.safetensors": sae.state_dict(), "cfg.json": sae.cfg}
+    return {"sae_weights.safetensors": sae.state_dict(), "cfg.json": portable_cfg(sae)}
 
 
 def published_files(sae: BaseAutoencoder) -> dict:
-    cfg = sae.cfg | {"dtype": f"torch.{sae.cfg['dtype']}"}
+    cfg = portable_cfg(sae) | {"dtype": f"torch.{sae.cfg['dtype']}"}
     if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches > 0:
         cfg["threshold"] = sae.threshold.item()  # the scripts have none, and ignore the key
     return {"sae.pt": {name: parameter.detach() for name, parameter in sae.named_parameters()}, "config.json": cfg}
@@ -96,7 +109,7 @@ def saelens_files(sae: BaseAutoencoder) -> dict:
         "hook_name": cfg["hook_point"], "hook_layer": cfg["layer"], "hook_head_index": None,
         "context_size": cfg["seq_len"], "prepend_bos": cfg["bos_per_context"], "sequence_separator_token": "bos",
         "disable_concat_sequences": False, "exclude_special_tokens": False, "dataset_path": cfg["dataset_path"],
-        OURS: cfg,
+        OURS: portable_cfg(sae),
     }  # fmt: skip
     config |= {
         "d_in": cfg["act_size"], "d_sae": cfg["dict_size"], "dtype": cfg["dtype"], "device": "cpu",
@@ -129,7 +142,12 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
         "submodule_name": submodule, "wandb_name": cfg["name"],
     }  # fmt: skip
     buffer = {"d_submodule": cfg["act_size"], "ctx_len": cfg["seq_len"]}
-    return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OURS: cfg}}
+    return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OURS: portable_cfg(sae)}}
+
+
+def portable_cfg(sae: BaseAutoencoder) -> dict:
+    """The config without the folders of this machine that no reader has a use for."""
+    return {key: value for key, value in sae.cfg.items() if key not in ("output_dir", "activation_cache")}
 
 
 def weights_of(sae: BaseAutoencoder) -> dict:
@@ -280,7 +298,7 @@ def read_tensors(path: Path) -> dict:
 
 
 def write_folder(folder: Path, files: dict) -> None:
-    """Write {name: content}, JSON or the tensors of a .safetensors or .pt, to a new folder: all of it or nothing."""
+    """Write {name: content}, JSON, Markdown or tensors (.safetensors, .pt), to a new folder: all of it or nothing."""
     if folder.exists():
         raise InputError(f"{folder} is there already, and nothing is overwritten: choose another --out")
     try:
@@ -292,31 +310,86 @@ def write_folder(folder: Path, files: dict) -> None:
                 if path.suffix == ".json":
                     write_json(path, content)
                     continue
-                tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
-                (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+                if path.suffix == ".md":
+                    path.write_text(content, encoding="utf-8")
+                else:
+                    tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
+                    (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
                 sync(path)
             (Path(temporary) / "new").rename(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
 
 
+# Upload
+
+
+def check_can_upload(repo: str) -> None:
+    """Raises InputError if it is no hub repository's name, or nobody is logged in to the hub here."""
+    try:
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("the namespace is missing")
+    except HFValidationError as error:
+        raise InputError(f"--upload {repo!r} must be NAMESPACE/NAME: {one_line(error)}") from error
+    if not get_token():
+        raise InputError("--upload needs a login to the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Put a folder that export_sae wrote on the Hugging Face hub; a new repository is private, one that is there stays
+    as it is. Returns a line that says where it is, and who sees it.
+
+    Raises InputError if it is no such folder, or if the hub cannot be reached or refuses it.
+    """
+    if not (folder / "README.md").is_file() or not any((folder / name).is_file() for name in WEIGHTS):
+        raise InputError(f"{folder} is no export with its model card, README.md, so it is not uploaded")
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Sparse autoencoder with its model card")
+        return f"{url} has {folder}; it is {'private' if api.model_info(repo).private else 'public'}"
+    except HfHubHTTPError as error:
+        refusals = {
+            401: "this login is not valid; log in again with `hf auth login`",
+            403: "this login may not write there: another's namespace, or a token without write permission",
+        }
+        why = refusals.get(error.response.status_code, error.server_message or one_line(error))
+        raise InputError(f"{folder} is not uploaded, the hub refuses {repo}: {why}") from error
+    except (httpx.TransportError, ConnectionError) as error:
+        raise InputError(f"{folder} is not uploaded, {api.endpoint} cannot be reached: {one_line(error)}") from error
+    except Exception as error:  # what stops the transfer of a file, or a card with metadata that the hub refuses
+        raise InputError(f"{folder} is not uploaded to {repo}: {' '.join(str(error).split())[:300]}") from error
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="RUN|DIR", help="what to export, or with --from to import")
-    direction = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("folder", type=Path, metavar="RUN|DIR", help="what to export, import or upload")
+    direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--to", choices=EXPORTS, help="export the SAE of a run in this format")
     direction.add_argument("--from", dest="source", choices=IMPORTS, help="import a folder of this format")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--out", type=Path, help="a new folder, of --to and --from")
+    parser.add_argument(
+        "--upload", metavar="NAMESPACE/NAME", help="put the export on the Hugging Face hub, in this repository"
+    )
     args = parser.parse_args(argv)
+    if (args.to or args.source) is None and args.upload is None or (args.source and args.upload):
+        parser.error("give --to or --from, or --upload alone or with --to")
+    if (args.out is None) != ((args.to or args.source) is None):
+        parser.error("--out goes with --to or --from, which need it")
+    if args.upload is not None:
+        check_can_upload(args.upload)  # before anything is written
     if args.to:
-        export_sae(load_sae(args.folder), args.to, args.out)
-        return
-    sae = import_sae(args.folder, args.source)
-    files = {f"sae/{name}": content for name, content in own_files(sae).items()}
-    write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
-    print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
-    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
-        print("It has no inference threshold: calibrate it before it encodes in eval()")
+        export_sae(load_sae(args.folder), args.to, args.out, args.folder, args.upload)
+    if args.upload is not None:
+        print(upload(args.out or args.folder, args.upload))
+    if args.source:
+        sae = import_sae(args.folder, args.source)
+        files = {f"sae/{name}": content for name, content in own_files(sae).items()}
+        write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
+        print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
+        if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
+            print("It has no inference threshold: calibrate it before it encodes in eval()")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ imported here. Ends with exit code 1 if any feature or reconstruction differs by
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -99,12 +100,14 @@ def peers(work: Path) -> bool:
 
     for folder in sorted([*work.glob("saelens/*"), *work.glob("dictionary_learning/*")]):
         expected = load_file(work / f"{folder.name}.safetensors")
+        code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+        exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), on_card := {})
+        sae = on_card["sae"]
+        assert on_card["features"].shape == (4, F) and on_card["reconstruction"].shape == (4, D)
         if folder.parent.name == "saelens":
-            sae = SAE.load_from_disk(folder)
             assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_pre" and sae.cfg.metadata.prepend_bos is True
         else:
-            sae, config = load_dictionary(str(folder), "cpu")
-            assert config["trainer"]["submodule_name"] == "resid_post_layer_1"
+            assert on_card["config"]["trainer"]["submodule_name"] == "resid_post_layer_1"
         name = f"{type(sae).__module__.split('.')[0]} {type(sae).__name__}, {folder.name}"
         good &= check(name, run(sae), (expected["features"], expected["reconstruction"]))
 

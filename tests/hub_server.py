@@ -4,10 +4,11 @@
         subprocess.run(..., env=os.environ | {"HF_ENDPOINT": hub.url})
 
 It speaks as much of the hub's protocol as reading a model and streaming a dataset take: what is known of a
-repository, its folders, and its files, by branch or by commit. Whatever it sends goes through `Hub.send`: a test
-that needs a hub which errs, stalls or cuts the connection overrides that.
+repository, its folders, and its files, by branch or by commit; UploadHub takes uploads too. Whatever it sends goes
+through `Hub.send`: a test that needs a hub which errs, stalls or cuts the connection overrides that.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -85,8 +86,72 @@ class Hub(ThreadingHTTPServer):
             request.wfile.write(body)
 
 
+class UploadHub(Hub):
+    """Takes uploads too: into `folder`/OWNER/NAME, of who shows `token`, which may write as `owner` only.
+
+    Creating a repository, asking how each file is to come (weights as large files, by LFS), these, and the commit.
+    `commits` lists what each commit was told to hold, {path: "regular" or "lfs"}; `visibility` is of the repositories.
+    """
+
+    def __init__(self, folder: Path, token: str, owner: str):
+        super().__init__({})
+        self.folder, self.token, self.owner, self.visibility = folder, token, owner, {}
+        self.large_files, self.commits = {}, []
+
+    def answer(self, url: str, byte_range: str | None) -> Answer:
+        answer = super().answer(url, byte_range)
+        if answer[0] == 200 and (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", url)):
+            return json_answer(json.loads(answer[2]) | {"private": self.visibility[match[1]] == "private"})
+        return answer
+
+    def receive(self, path: str, headers, body: bytes) -> Answer:
+        if match := re.fullmatch(r"/large/(\w+)", path):  # the address is the permission
+            assert hashlib.sha256(body).hexdigest() == match[1]
+            self.large_files[match[1]] = body
+            return json_answer({})
+        if headers["Authorization"] != f"Bearer {self.token}":
+            return error(401, "", "Invalid credentials in Authorization header")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] != self.owner:
+                return error(403, "", "You don't have the rights to create a model under this namespace")
+            found = repo in self.visibility
+            self.visibility.setdefault(repo, asked.get("visibility", "public"))
+            (self.folder / repo).mkdir(parents=True, exist_ok=True)
+            self.repos[f"models/{repo}"] = {"main": self.folder / repo}
+            return json_answer({"url": f"{self.url}/{repo}"}, 409 if found else 200)
+        if path == "/api/validate-yaml":
+            bad = "license: nonsense" in json.loads(body)["content"]
+            return json_answer({"errors": [{"message": '"license" must be one of'}] * bad}, 400 if bad else 200)
+        if match := re.fullmatch(r"/api/models/.+/preupload/main", path):
+            return json_answer({"files": [
+                {"path": file["path"], "uploadMode": upload_mode(file["path"]), "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]})  # fmt: skip
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return json_answer({"objects": [
+                file | {"actions": {"upload": {"href": f"{self.url}/large/{file['oid']}"}}}
+                for file in json.loads(body)["objects"]
+            ]})  # fmt: skip
+        match = re.fullmatch(r"/api/models/(.+)/commit/main", path)
+        _, *files = map(json.loads, body.splitlines())
+        for file in (file["value"] for file in files):
+            content = self.large_files[file["oid"]] if "oid" in file else base64.b64decode(file["content"])
+            (self.folder / match[1] / file["path"]).write_bytes(content)
+        self.commits.append({f["value"]["path"]: "lfs" if f["key"] == "lfsFile" else "regular" for f in files})
+        return json_answer({"commitUrl": f"{self.url}/{match[1]}/commit/{'0' * 40}", "commitOid": "0" * 40})
+
+
 class Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections stay open, as the hub's do
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append(f"{self.command} {self.path}")
+        self.server.send(self, self.server.receive(self.path, self.headers, body))
+
+    do_PUT = do_POST
 
     def do_GET(self):
         self.server.requests.append(f"{self.command} {self.path}")
@@ -113,9 +178,13 @@ def file_answer(file: Path, commit: str, byte_range: str | None) -> Answer:
     return status, headers | {"Content-Length": str(len(body))}, body
 
 
-def json_answer(value) -> Answer:
+def upload_mode(path: str) -> str:
+    return "lfs" if path.endswith((".safetensors", ".pt")) else "regular"
+
+
+def json_answer(value, status: int = 200) -> Answer:
     body = json.dumps(value).encode()
-    return 200, {"Content-Type": "application/json", "Content-Length": str(len(body))}, body
+    return status, {"Content-Type": "application/json", "Content-Length": str(len(body))}, body
 
 
 def tree_entry(file: Path, folder: Path) -> dict:
@@ -124,5 +193,5 @@ def tree_entry(file: Path, folder: Path) -> dict:
     return {"type": kind, "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": file.stat().st_size}
 
 
-def error(status: int, code: str) -> Answer:
-    return status, {"X-Error-Code": code, "Content-Length": "0"}, b""
+def error(status: int, code: str, message: str = "") -> Answer:
+    return status, {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"}, b""

@@ -1,0 +1,304 @@
+"""A model card has the SAE's own numbers and code that works; --upload, and only that, puts an export on the hub.
+
+The hub is one on this machine (hub_server.py); the client is the real huggingface_hub.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hub_server import UploadHub
+from test_export import FOREIGN, ours, published_forward
+
+import evaluation
+import model_card
+from checkpoint import save_sae
+from config import InputError, get_default_cfg, post_init_cfg
+from export import export_sae, main, upload
+from sae import SAE_CLASSES
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = tuple(SAE_CLASSES)
+TOKEN = "hf_of_this_test"
+
+
+def make_sae(sae_type: str, **changes):
+    """Nothing in it is what it began as, so that a card that loads something else is found out."""
+    cfg = get_default_cfg() | {"act_size": 16, "dict_size": 64, "top_k": 4, "l1_coeff": 0.01, "device": "cpu"}
+    sae = SAE_CLASSES[sae_type](post_init_cfg(cfg | {"sae_type": sae_type} | changes)).eval()
+    with torch.no_grad():
+        sae.b_dec.normal_(0, 0.1)
+        if sae_type in ("vanilla", "jumprelu"):
+            sae.b_enc.normal_(0, 0.1)
+        if sae_type == "jumprelu":
+            sae.jumprelu.log_threshold.normal_(-1, 0.1)
+        if sae_type == "batchtopk":
+            sae.threshold.fill_(0.54321)
+            sae.threshold_num_batches.fill_(100)
+    return sae
+
+
+def make_run(folder: Path, sae, metrics: dict | None = None) -> Path:
+    """A run's folder as training leaves it."""
+    save_sae(sae, folder / "sae")
+    (folder / "config.json").write_text(json.dumps(sae.cfg))
+    if metrics is not None:
+        (folder / "result.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def some_metrics(shift: float = 0) -> dict:
+    metrics = {key: shift + i / 7 for i, key in enumerate(model_card.METRICS)}
+    return metrics | {f"{key}_se": value / 100 for key, value in metrics.items()}
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def code_of(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code
+
+
+def rows(card: str) -> dict:
+    return dict(re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", card, re.MULTILINE))
+
+
+# The card
+
+
+@pytest.mark.parametrize("to", [*FOREIGN, "safetensors"])
+def test_metadata(tmp_path, to):
+    """huggingface_hub reads it: names of the hub are given as such, the license is left open."""
+    export_sae(
+        make_sae("topk", input_unit_norm=False),
+        to,
+        tmp_path / "out",
+        make_run(tmp_path, make_sae("topk"), {"tokens": 9}),
+    )
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == (to if to in ("saelens", "dictionary_learning") else "batchtopk")
+    assert (card.data.base_model, card.data.datasets) == ("gpt2", ["Skylion007/openwebtext"])
+    assert {"sparse-autoencoder", "topk"} <= set(card.data.tags) and card.data.license is None
+    assert "# TopK SAE of 64 features, blocks.8.hook_resid_pre of gpt2-small" in card.text
+
+
+def test_local_names_are_no_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "lm").mkdir(parents=True)
+    for name, dataset in [("some/lm", "some/text.jsonl"), (str(tmp_path / "lm"), str(tmp_path / "text"))]:
+        sae = make_sae("topk", model_name=name, dataset_path=dataset)
+        run = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9})
+        (tmp_path / "card.md").write_text(model_card.model_card(sae, "saelens", run), encoding="utf-8")
+        data = huggingface_hub.ModelCard.load(tmp_path / "card.md").data
+        assert data.base_model is None and data.datasets is None
+
+
+def test_its_own_numbers(tmp_path):
+    """Those of result.json; of evaluation.json, once that is there; for the published scripts the batch top-k."""
+    sae, metrics = make_sae("batchtopk"), some_metrics()
+    batch = {re.sub("(_se)?$", r"_batch\1", key, count=1): value + 0.5 for key, value in metrics.items()}
+    run = make_run(tmp_path / "run", sae, metrics | batch | {"tokens": 1_234_944, "steps": 3, "seconds": 4.5})
+    card = model_card.model_card(sae, "saelens", run)
+    assert "trained on 1,234,944 tokens of `Skylion007/openwebtext`" in card and "first 65,536 tokens" in card
+    for key in model_card.METRICS:
+        assert rows(card)[key] == f"{metrics[key]:.4f} ± {metrics[f'{key}_se']:.4f}"
+    assert "f = z where z > 0.54321, else 0" in card and "4·B largest" in card
+    published = model_card.model_card(sae, "published", run)
+    assert rows(published)["nmse"].startswith(f"{batch['nmse_batch']:.4f}") and "0.54321" not in published
+
+    newer = {"eval_tokens": 2560} | some_metrics(3)
+    (run / "evaluation.json").write_text(json.dumps(newer))
+    card = model_card.model_card(sae, "saelens", run)
+    assert rows(card)["fvu"] == f"{newer['fvu']:.4f} ± {newer['fvu_se']:.4f}"
+    assert "first 2,560 tokens" in card and "trained on 1,234,944" in card
+    (run / "result.json").write_text("{")
+    with pytest.raises(InputError, match="result.json is damaged"):
+        main([str(run), "--to", "saelens", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_are_those_that_evaluation_gives():
+    """No metric on the card has another name than in a result."""
+    text = evaluation.__doc__
+    assert all(re.search(rf"\b{key}\b", text) for key in model_card.METRICS)
+
+
+def test_config(tmp_path):
+    """What changes the result is there; what says nothing of this SAE type is not, nor folders of this machine."""
+    sae = make_sae("jumprelu", bandwidth=0.25, lr=0.125, output_dir="/home/me/runs", activation_cache="/home/me/cache")
+    run = make_run(tmp_path / "run", sae, {"tokens": 9})
+    for to in ("saelens", "published", "safetensors"):
+        export_sae(sae, to, tmp_path / to, run)
+        config = rows(card_of(tmp_path / to))
+        assert (config["bandwidth"], config["lr"], config["hook_point"]) == ("0.25", "0.125", sae.cfg["hook_point"])
+        assert "top_k" not in config and "log_freq" not in config
+        assert not any("/home/me" in path.read_text(errors="ignore") for path in (tmp_path / to).iterdir())
+
+
+def test_what_is_not_known_is_said(tmp_path):
+    """An SAE that was trained elsewhere gets no claims from the defaults of the config."""
+    export_sae(make_sae("topk"), "published", tmp_path / "theirs")
+    main([str(tmp_path / "theirs"), "--from", "published", "--out", str(tmp_path / "run")])
+    main([str(tmp_path / "run"), "--to", "saelens", "--out", str(tmp_path / "out")])
+    card = card_of(tmp_path / "out")
+    assert "It has not been evaluated: there are no numbers." in card and "is not recorded here" in card
+    assert "openwebtext" not in card and "lr" not in rows(card) and rows(card)["dict_size"] == "64"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sae_type", TYPES)
+def test_loading_code_of_our_own_format(tmp_path, monkeypatch, sae_type, dtype):
+    """It runs as it stands, in the folder, and computes what the SAE computes."""
+    sae = make_sae(sae_type, dtype=dtype)
+    export_sae(sae, "safetensors", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code_of(card_of(tmp_path / "out")), names := {})
+    features, reconstruction = ours(sae, names["x"])
+    assert torch.equal(names["features"], features) and (features > 0).any()
+    torch.testing.assert_close(names["reconstruction"], reconstruction)
+
+
+@pytest.mark.parametrize("sae_type", TYPES)
+def test_loading_code_for_the_published_scripts(tmp_path, monkeypatch, sae_type):
+    """Their sae.py has a class for each type that is made of the config, with a torch dtype in it, and called."""
+    sae = make_sae(sae_type)
+
+    class Theirs(torch.nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            assert cfg["dtype"] is torch.float32
+            for name, parameter in sae.named_parameters():
+                self.register_buffer(name.replace(".", "/"), torch.empty_like(parameter))
+
+        def load_state_dict(self, tensors):
+            super().load_state_dict({name.replace(".", "/"): tensor for name, tensor in tensors.items()})
+
+        def forward(self, x):
+            features, reconstruction = published_forward(tmp_path / "out", x)
+            return {"feature_acts": features, "sae_out": reconstruction}
+
+    export_sae(sae, "published", tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "sae", types.SimpleNamespace(**{type(sae).__name__: Theirs}))
+    exec(code_of(card_of(tmp_path / "out")), names := {})
+    assert names["features"].shape == (4, 64) and names["reconstruction"].shape == (4, 16)
+
+
+# Upload
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that somebody is logged in to."""
+    with UploadHub(tmp_path / "hub", TOKEN, "me") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield hub
+
+
+def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
+    """In a process of its own: the client reads its environment when it is imported."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_export_upload_and_load_from_the_hub(tmp_path, hub):
+    """As a user does it, and then as a reader of the card does."""
+    sae = make_sae("batchtopk")
+    run, out = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9}), tmp_path / "out"
+    done = run_as_user(hub, tmp_path, "export.py", run, "--to", "safetensors", "--out", out, "--upload", "me/an-sae")
+    assert done.returncode == 0, done.stderr
+    assert f"{hub.url}/me/an-sae has {out}; it is private" in done.stdout
+    assert hub.commits == [{"README.md": "regular", "cfg.json": "regular", "sae_weights.safetensors": "lfs"}]
+    for path in out.iterdir():
+        assert (hub.folder / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
+    code = code_of(card_of(out)) + "print(features.shape[1], reconstruction.shape[1], sae.threshold.item())"
+    assert 'snapshot_download("me/an-sae")' in code
+    done = run_as_user(hub, tmp_path, "-c", code)
+    assert done.stdout.split() == ["64", "16", str(sae.threshold.item())], done.stderr
+
+
+def test_upload_of_an_edited_card_to_a_public_repository(tmp_path, hub, capsys):
+    """A repository that is there stays public, and that is told."""
+    export_sae(make_sae("topk"), "saelens", tmp_path / "out")
+    hub.visibility["me/seen"] = "public"
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card_of(tmp_path / "out").replace("# license: yours to choose", "license: mit #"), encoding="utf-8")
+    main([str(tmp_path / "out"), "--upload", "me/seen"])
+    assert capsys.readouterr().out.endswith("it is public\n") and hub.visibility["me/seen"] == "public"
+    data = huggingface_hub.ModelCard.load(hub.folder / "me" / "seen" / "README.md").data
+    assert data.license == "mit" and data.library_name == "saelens"
+
+
+def test_nothing_is_sent_without_the_flag(tmp_path, hub):
+    for to in (*FOREIGN, "safetensors"):
+        export_sae(make_sae("topk", input_unit_norm=False), to, tmp_path / to)
+    main([str(make_run(tmp_path / "run", make_sae("topk"))), "--to", "saelens", "--out", str(tmp_path / "out")])
+    main([str(tmp_path / "out"), "--from", "saelens", "--out", str(tmp_path / "back")])
+    assert hub.requests == []
+
+
+def test_refusals_before_anything_is_written(tmp_path, hub, monkeypatch):
+    run = make_run(tmp_path / "run", make_sae("topk"))
+    export = [str(run), "--to", "saelens", "--out", str(tmp_path / "out"), "--upload"]
+    for repo in ("an-sae", "me/", "me/an sae", "me/a/b", "", "https://huggingface.co/me/an-sae"):
+        with pytest.raises(InputError, match=re.escape(f"--upload {repo!r} must be NAMESPACE/NAME")):
+            main([*export, repo])
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="needs a login.*hf auth login"):
+        main([*export, "me/an-sae"])
+    assert not (tmp_path / "out").exists() and hub.requests == []
+
+
+def test_refusals_of_the_hub(tmp_path, hub, monkeypatch):
+    """One line each: a token that is not valid, a foreign namespace, a bad card, no hub, no export; then it works."""
+    out, card = tmp_path / "out", tmp_path / "out" / "README.md"
+    export_sae(make_sae("topk"), "safetensors", out)
+
+    def refused(match, folder=out, repo="me/an-sae"):
+        with pytest.raises(InputError, match=match) as error:
+            upload(folder, repo)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+    refused("may not write there", repo="you/an-sae")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_TOKEN", "hf_old")
+        refused("not valid; log in again")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        refused("http://127.0.0.1:9 cannot be reached")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        refused("cannot be reached.*offline mode")
+    written = card_of(out)
+    card.write_text(written.replace("# license:", "license: nonsense #"), encoding="utf-8")
+    refused('Invalid metadata.*"license" must be one of')
+    refused("no export", folder=make_run(tmp_path / "run", make_sae("topk")))
+    refused("no export", folder=tmp_path / "nothing")
+    assert not hub.commits
+    card.write_text(written, encoding="utf-8")
+    assert "private" in upload(out, "me/an-sae") and len(hub.commits) == 1
+
+
+@pytest.mark.parametrize("arguments", [
+    ["DIR"], ["DIR", "--to", "saelens"], ["DIR", "--upload", "me/x", "--out", "OUT"],
+    ["DIR", "--from", "saelens", "--out", "OUT", "--upload", "me/x"], ["DIR", "--to", "saelens", "--from", "saelens"],
+])  # fmt: skip
+def test_wrong_combinations(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert re.search(r"error: .*--(to|out)", capsys.readouterr().err)
