@@ -61,13 +61,13 @@ def train(stop_after, **how):
 
 train(2)
 train(2)
-print("the next commit", input())
+input()
 train(2)
 train(2, resume_anyway=True)
 made_with = json.loads((run_folder(cfg) / "config.json").read_text())["_provenance"]
 print([(part["dataset_commit"], part["after_step"]) for part in [*made_with["earlier"], made_with]])
 datasets.load_dataset(cfg["dataset_path"])
-print("no hub", input())
+input()
 stay_offline_without_network(cfg["dataset_path"])
 train(2)
 """
@@ -183,28 +183,27 @@ def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):
 
 
 def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
-    """The commit is what `datasets` resolved and costs no request. A run does not go on with another one, nor with the
-    local cache when the hub is down; told to, it does, and its record has both commits.
+    """The commit is what `datasets` resolved. A run does not go on with another one, nor with what the local cache has
+    when the hub is down; told to, it does, and its record has both commits.
     """
     name = "datasets/someone/text"
     keys = ONE_SMALL_RUN | {"dataset_path": "someone/text", "output_dir": str(tmp_path / "runs")}
     old, new = commit_of(name, "main"), "5" * 40
-    env = hub_environment(tmp_path, None) | {"HF_ENDPOINT": "", "PYTHONUNBUFFERED": "1"}
-    del env["HF_HUB_OFFLINE"]
     with Hub({name: {"main": folder / "text"}}) as hub:
-        env["HF_ENDPOINT"] = hub.url
-        command = [sys.executable, "-c", GO_ON, json.dumps(keys)]
+        command, env = [sys.executable, "-u", "-c", GO_ON, json.dumps(keys)], hub_environment(tmp_path, hub)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-        first = [process.stdout.readline().strip() for _ in range(4)]
+        lines = [process.stdout.readline().strip() for _ in range(4)]
         monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
-        process.stdin.write("\n")
+        process.stdin.write("go on\n")
         process.stdin.flush()
-        then = [process.stdout.readline().strip() for _ in range(5)]
-    out, err = process.communicate("\n", timeout=100)
-    assert first == [old, "Stopped()"] * 2, err
-    (told,) = [line for line in then if f"dataset_commit was {old} and is {new} (--resume-anyway" in line]
-    print(then, out)
+        lines += [process.stdout.readline().strip() for _ in range(5)]
+    rest, err = process.communicate("go on\n", timeout=100)
+    lines += rest.splitlines()
+    assert lines[:5] == [old, "Stopped()", old, "Stopped()", new], err
+    assert f"dataset_commit was {old} and is {new} (--resume-anyway" in lines[5]
+    assert lines[6:10] == [new, "Stopped()", str([(old, 0), (new, 4)]), "None"], err
+    assert f"dataset_commit was {new} and is None (--resume-anyway" in lines[10]
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
