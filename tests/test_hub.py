@@ -58,6 +58,8 @@ def train(stop_after, **how):
         training.train_sae_group([SAE_CLASSES[cfg["sae_type"]](cfg)], store, model, [cfg], **how)
     except (InputError, training.Stopped) as error:
         print(repr(error))
+    else:
+        print("finished")
 
 train(2)
 train(2)

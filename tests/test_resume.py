@@ -465,10 +465,12 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     ):
         train(model, [cfg])
     record.write_bytes(content)
-    (run_folder(cfg) / "sae").mkdir()
     os.rename(groups_folder(cfg), run_folder(cfg).parent.parent / "moved")
-    with pytest.raises(InputError, match="no checkpoint to go on from"):
-        train(model, [cfg])
+    for place in ("sae", "sae.old"):  # the second: where a kill came between save_sae's renames
+        (run_folder(cfg) / place).mkdir()
+        with pytest.raises(InputError, match="no checkpoint to go on from"):
+            train(model, [cfg])
+        (run_folder(cfg) / place).rmdir()
     assert record.read_bytes() == content
 
 
