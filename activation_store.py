@@ -97,6 +97,7 @@ class ActivationsStore:
         identity = {key: self.cfg[key] for key in determined_by}
         identity |= {"act_size": self.act_size, "seq_len": self.seq_len, "buffer_rows": len(self.memory)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
+        identity |= self.stream.reader.fingerprint()
         return ActivationCache(self.cfg["activation_cache"], identity, len(self.memory), self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:

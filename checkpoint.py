@@ -26,6 +26,8 @@ from sae import SAE_CLASSES, BaseAutoencoder
 
 # What state.json holds: steps taken, seconds it took, the store's state, the last step in each run's metrics.jsonl.
 STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": list, "provenance": dict}
+# What SAEs were once saved without. It is no part of what they compute: it stays as an untrained one has it.
+ADDED_LATER = ("batches_until_sparse",)
 LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
 
 
@@ -38,29 +40,37 @@ class SaveError(RuntimeError):
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
     """Write sae_weights.safetensors and cfg.json to `folder`; a kill leaves the old folder or the new one."""
-    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    temporary, old = Path(f"{folder}.tmp"), old_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, temporary / "sae_weights.safetensors"
-    )
+    weights = temporary / "sae_weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, weights)
+    sync(weights)
     write_json(temporary / "cfg.json", sae.cfg)
-    for file in temporary.iterdir():
-        sync(file)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+        folder.rename(old)  # from here to the next line saved_sae finds the SAE there
     temporary.rename(folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def old_of(folder: Path) -> Path:
+    return Path(f"{folder}.old")
+
+
+def saved_sae(folder: Path) -> Path | None:
+    """Where the SAE is that was saved to `folder`: there, or beside it where save_sae was cut off; None if nowhere."""
+    return next((place for place in (folder, old_of(folder)) if place.is_dir()), None)
 
 
 def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     """The SAE of a run's folder or of its sae/ folder, in eval mode, on `device` (the config's by default).
 
-    Raises InputError if the folder holds no SAE, or weights that do not fit its config.
+    Raises InputError if the folder holds no SAE, or weights that do not fit its config. No more memory is taken than
+    the weights' file is worth, whatever the config says.
     """
-    folder = Path(folder)
-    folder = folder / "sae" if (folder / "sae").is_dir() else folder
+    folder = saved_sae(Path(folder) / "sae") or saved_sae(Path(folder)) or Path(folder)
     weights = folder / "sae_weights.safetensors"
     for file in (weights, folder / "cfg.json"):
         if not file.is_file():
@@ -68,13 +78,34 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
         cfg = post_init_cfg(cfg | {"device": device or "cpu"})
+        tensors = load_file(weights)
+        # Before an SAE of any size is built.
+        check_tensor("W_dec", described(tensors.get("W_dec")), f"{cfg['dtype']} {[cfg['dict_size'], cfg['act_size']]}")
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
-        sae.load_state_dict(load_file(weights))
+        load_weights(sae, tensors)
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return sae.eval()
+
+
+def load_weights(sae: BaseAutoencoder, tensors: dict) -> None:
+    """Put a saved state into an SAE. Raises ValueError unless it is one of this SAE, to the shapes and dtypes."""
+    state = sae.state_dict()
+    tensors = {name: state[name] for name in ADDED_LATER if name in state} | tensors
+    for name in [*state, *tensors]:
+        check_tensor(name, described(tensors.get(name)), described(state.get(name)))
+    sae.load_state_dict(tensors)
+
+
+def check_tensor(name: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{name} is {found}; by its config it must be {wanted}")
+
+
+def described(tensor) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 # Checkpoints
@@ -191,7 +222,7 @@ def load_checkpoint(path: Path, runs: list) -> dict:
     for run in runs:
         try:
             tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
-            run.sae.load_state_dict(part(tensors, "sae"))
+            load_weights(run.sae, part(tensors, "sae"))
             run.optimizer.load_state_dict({
                 "state": adam_state(tensors, run.optimizer.param_groups[0]["params"]),
                 "param_groups": run.optimizer.state_dict()["param_groups"],
@@ -339,10 +370,11 @@ def write(path: Path, content: bytes) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name, flush it, rename it."""
+    """Write JSON under a temporary name, flush it, rename it, and flush the folder: all the names that it has."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary, json.dumps(content, indent=2).encode() + b"\n")
     temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ import filelock
 import torch
 import wandb
 
-from checkpoint import SaveError, run_folder, write, write_json
+from checkpoint import SaveError, run_folder, saved_sae, write, write_json
 from config import InputError, one_line, tell
 from language_model import model_fingerprint
 
@@ -61,7 +61,7 @@ class RunLog:
         lines = complete_lines(path.read_bytes()) if path.exists() else []
         lines = [line for line in lines if line["step"] <= step]
         self.last_step = lines[-1]["step"] if lines else 0
-        if step == 0 and (self.folder / "sae").exists():
+        if step == 0 and saved_sae(self.folder / "sae"):
             raise InputError(
                 f"{self.folder} holds an SAE, and no checkpoint to go on from: move the folder away to train it again"
             )
@@ -72,11 +72,10 @@ class RunLog:
             )
         recorded = read_json(self.folder / "config.json").get("_provenance", {})
         # Two runs of one config are two runs there, a run that goes on is one.
-        wandb_id = recorded.get("wandb_id") or secrets.token_hex(4)
+        wandb_id = recorded.pop("wandb_id", None) or secrets.token_hex(4)
+        made_with = history(recorded, self.provenance, step) | {"wandb_id": wandb_id}
         try:
-            write_json(
-                self.folder / "config.json", self.cfg | {"_provenance": self.provenance | {"wandb_id": wandb_id}}
-            )
+            write_json(self.folder / "config.json", self.cfg | {"_provenance": made_with})
             write(path.with_suffix(".tmp"), b"".join(map(as_line, lines)))
             path.with_suffix(".tmp").replace(path)
             self.metrics = open(path, "ab", buffering=0)
@@ -229,8 +228,19 @@ def logged_in() -> bool:
 tell_once = functools.cache(tell)  # one line for all the runs of a sweep
 
 
+def history(recorded: dict, now: dict, step: int) -> dict:
+    """The provenance of a run that goes on after `step`: `now`, with "after_step", the step after which it holds, and
+    "earlier", the list of those that held before, each with its own. Those of whose steps nothing is left are left out.
+    """
+    earlier = [*recorded.get("earlier", []), {key: recorded[key] for key in recorded if key != "earlier"}]
+    earlier = [made_with for made_with in earlier if made_with and made_with.get("after_step", 0) < step]
+    if earlier and now.items() <= earlier[-1].items():
+        step = earlier.pop().get("after_step", 0)
+    return now | {"after_step": step, "earlier": earlier}
+
+
 def provenance(model, activation_store) -> dict:
-    """What a run was made with: versions, commit, and fingerprints of the language model and of the text."""
+    """What a run is made with: versions, commit, and fingerprints of the language model and of the text."""
     packages = ("torch", "numpy", "transformer_lens", "transformers", "datasets", "tokenizers")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -245,5 +255,4 @@ def provenance(model, activation_store) -> dict:
         "device": activation_store.cfg["device"],
         "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
-        "data_files_sha256": activation_store.stream.reader.files_fingerprint(),
-    }
+    } | activation_store.stream.reader.fingerprint()

@@ -14,6 +14,7 @@ or are passed over (bad_documents); either way a line names the place.
 import copy
 import functools
 import hashlib
+import math
 import os
 import queue
 import socket
@@ -22,6 +23,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -38,6 +40,7 @@ COLUMNS = ("tokens", "input_ids", "text")  # what a dataset may hold, in order o
 BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 DOCUMENTS_PER_LOT = 32  # documents that the tokenizer takes at once, in parallel threads of its own
 LOTS_AHEAD = 8  # lots of tokens that wait for the language model
+FINGERPRINTED, PIECE = 2**26, 2**16  # bytes of local data that its fingerprint reads (about), and reads at once
 LONGEST_PAUSE = 60  # seconds before a broken stream is opened again: 1, 2, 4, ... up to this
 
 
@@ -195,13 +198,13 @@ class DocumentReader:
         tries = max(1, cfg["stream_retries"])  # `datasets` counts the first one
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
-        self.dataset, self.column, self.shard_names = self.retried(self.open)
+        self.dataset, self.column, self.shard_names, self.commit = self.retried(self.open)
         self.held_out = 0  # tokens at the beginning of the stream that later epochs leave out
 
-    def open(self) -> tuple[datasets.IterableDataset, str, list[str]]:
-        """The dataset, which of COLUMNS it has, and its shards' names. Its first row is looked at by an iterator of its
-        own, so that no document is lost."""
-        dataset, files = load_text(self.cfg)
+    def open(self) -> tuple[datasets.IterableDataset, str, list[str], str | None]:
+        """The dataset, which of COLUMNS it has, its shards' names, and its commit on the hub. Its first row is
+        looked at by an iterator of its own, so that no document is lost."""
+        dataset, files, commit = load_text(self.cfg)
         try:
             first = next(iter(dataset), None)
         except Exception as error:
@@ -212,17 +215,34 @@ class DocumentReader:
         names = [f"{name}" if names is files else f"shard {name} of {dataset.num_shards}" for name in names]
         for column in COLUMNS:
             if column in first:
-                return dataset, column, names
+                return dataset, column, names, commit
         raise InputError(f"{self.where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(first)}")
 
+    def fingerprint(self) -> dict:
+        """What tells this data from other data: the SHA-256 of local files, and the commit of a dataset of the hub.
+
+        Of local data up to 64 MiB every byte counts. Of more, all names and sizes, and of each file the first and the
+        last 64 KiB and further pieces of that size at even distances, 64 MiB over all the files: what is edited between
+        them without a change of size is not noticed. When files were written does not count, as copies are as good.
+        """
+        return {"data_files_sha256": self.files_fingerprint(), "dataset_commit": self.commit}
+
     def files_fingerprint(self) -> str | None:
-        """SHA-256 of the names and sizes of local files; None for a dataset of the hub."""
         path = Path(self.cfg["dataset_path"])
         if not self.local:
             return None
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        sizes = [f"{file.relative_to(path)} {file.stat().st_size}" for file in files]
-        return hashlib.sha256("\n".join(sizes).encode()).hexdigest()
+        total = sum(file.stat().st_size for file in files)
+        digest = hashlib.sha256()
+        for file in files:
+            size = file.stat().st_size
+            digest.update(os.fsencode(f"{file.relative_to(path)} {size}\n"))
+            pieces = max(2, math.ceil(min(total, FINGERPRINTED) / PIECE * size / max(total, 1)))
+            with suppress(OSError), open(file, "rb") as content:  # reading on will tell what cannot be read
+                for i in range(pieces):
+                    content.seek(max(0, size - PIECE) * i // (pieces - 1))
+                    digest.update(content.read(PIECE))
+        return digest.hexdigest()
 
     def retried(self, function):
         """The value of a function that goes to the hub, called again where the network fails."""
@@ -342,8 +362,8 @@ class DocumentReader:
 # The dataset
 
 
-def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str]]:
-    """The dataset of a config as a stream of rows, and the local files it comes from, in order.
+def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str], str | None]:
+    """The dataset of a config as a stream of rows, the local files it comes from, in order, and its commit on the hub.
 
     dataset_path is a local .txt (one document), .jsonl, .parquet or .arrow file, a folder of one of those kinds, a
     saved dataset, or a hub name, which is streamed. Raises InputError if it cannot be opened.
@@ -361,18 +381,22 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str]]:
                 if split not in saved:
                     raise InputError(f"{where} has no split {split!r}: it has {', '.join(saved)}")
                 saved = saved[split]
-            return saved.to_iterable_dataset(), [str(path)]
+            return saved.to_iterable_dataset(), [str(path)], None
         if path.exists():
             builder, files = local_files(path, where)
             options = {"sample_by": "document"} if builder == "text" else {}
-            return datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options), files
+            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
+            return dataset, files, None
         if (
             path.suffix in BUILDERS
             or cfg["dataset_path"].count("/") > 1
             or cfg["dataset_path"].startswith((".", "/", "~"))
         ):
             raise InputError(f"{where}: there is no such file or folder, and it is no hub name")
-        return load_hub_dataset(cfg), []
+        builder = hub_dataset(cfg)
+        # The local cache, which is looked into without a network, has shards of its own: that is other data.
+        commit = builder.hash if builder.config.data_files else None
+        return builder.as_streaming_dataset(split=cfg["dataset_split"]), [], commit
     except InputError:
         raise
     except StopIteration as error:  # what datasets raises for a file of no rows
@@ -382,18 +406,18 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str]]:
         raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error
 
 
-def load_hub_dataset(cfg: dict) -> datasets.IterableDataset:
+def hub_dataset(cfg: dict) -> datasets.DatasetBuilder:
+    """Its `hash` is the commit to which `datasets` resolved the name, and of which it reads all files."""
     name, revision = cfg["dataset_path"], cfg["dataset_revision"]
-    options = dict(split=cfg["dataset_split"], streaming=True)
     try:
-        return datasets.load_dataset(name, cfg["dataset_config"], revision=revision, **options)
+        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision=revision)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error) or revision is not None:
             raise
         tell(
             f"{name} is only a loading script, which datasets no longer runs: reading its revision refs/convert/parquet"
         )
-        return datasets.load_dataset(name, cfg["dataset_config"], revision="refs/convert/parquet", **options)
+        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
 
 
 def local_files(path: Path, where: str) -> tuple[str, list[str]]:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_server
 import pandas
 import pytest
-from hub_server import Hub
+from hub_server import Hub, commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LM = ROOT / "demo" / "lm"
@@ -24,6 +25,53 @@ from text_stream import load_text
 from config import get_default_cfg
 for keys in json.loads(sys.argv[1]):
     print(next(iter(load_text(get_default_cfg() | keys)[0]))["text"].split()[0])
+"""
+GO_ON = """
+import json, os, sys
+import datasets, torch
+import training
+from activation_store import ActivationsStore
+from checkpoint import run_folder
+from config import InputError, get_default_cfg, post_init_cfg
+from language_model import load_model
+from main import DEMO_BASE
+from sae import SAE_CLASSES
+from text_stream import stay_offline_without_network
+torch.set_num_threads(1)
+cfg = post_init_cfg(get_default_cfg() | DEMO_BASE | json.loads(sys.argv[1]))
+model = load_model(cfg)
+batches = 0
+
+def train(stop_after, **how):
+    class Store(ActivationsStore):
+        def next_batch(self):
+            global batches
+            batches += 1
+            if batches > stop_after:
+                raise training.Stopped
+            return super().next_batch()
+    global batches
+    batches = 0
+    store = Store(model, cfg)
+    print(store.stream.reader.commit)
+    try:
+        training.train_sae_group([SAE_CLASSES[cfg["sae_type"]](cfg)], store, model, [cfg], **how)
+    except (InputError, training.Stopped) as error:
+        print(repr(error))
+    else:
+        print("finished")
+
+train(2)
+train(2)
+input()
+train(2)
+train(2, resume_anyway=True)
+made_with = json.loads((run_folder(cfg) / "config.json").read_text())["_provenance"]
+print([(part["dataset_commit"], part["after_step"]) for part in [*made_with["earlier"], made_with]])
+datasets.load_dataset(cfg["dataset_path"])
+input()
+stay_offline_without_network(cfg["dataset_path"])
+train(2)
 """
 CARD = """---
 configs:
@@ -82,12 +130,16 @@ def local_record(folder, tmp_path_factory) -> dict:
     return record(output_dir)
 
 
-def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
-    """Python in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+def hub_environment(folder: Path, hub: Hub | None) -> dict:
+    """With `hub` for the hub and an empty cache in `folder`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    env |= {"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *map(str, arguments)]
+    return env | ({"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"})
+
+
+def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
+    """Python in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+    command, env = [sys.executable, *map(str, arguments)], hub_environment(folder, hub)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -100,8 +152,9 @@ def record(folder: Path) -> dict:
     """Result of the one run in `folder`, and the fingerprints of its model and text; not the time it took."""
     (result,) = folder.glob("runs/*/*/result.json")
     made_with = json.loads((result.parent / "config.json").read_text())["_provenance"]
-    # Of each run its own, and of local files only.
-    made_with = {key: made_with[key] for key in made_with if key not in ("wandb_id", "data_files_sha256")}
+    # Of each run its own, of local files only, of the hub only.
+    for key in ("wandb_id", "data_files_sha256", "dataset_commit"):
+        made_with.pop(key)
     return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
 
 
@@ -129,6 +182,30 @@ def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):
     (line,) = (line for line in process.stderr.splitlines() if "refs/convert/parquet" in line)
     assert "someone/script is only a loading script" in line
     assert record(tmp_path) == local_record
+
+
+def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
+    """The commit is what `datasets` resolved. A run does not go on with another one, nor with what the local cache has
+    when the hub is down; told to, it does, and its record has both commits.
+    """
+    name = "datasets/someone/text"
+    keys = ONE_SMALL_RUN | {"dataset_path": "someone/text", "output_dir": str(tmp_path / "runs")}
+    old, new = commit_of(name, "main"), "5" * 40
+    with Hub({name: {"main": folder / "text"}}) as hub:
+        command, env = [sys.executable, "-u", "-c", GO_ON, json.dumps(keys)], hub_environment(tmp_path, hub)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+        lines = [process.stdout.readline().strip() for _ in range(4)]
+        monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        lines += [process.stdout.readline().strip() for _ in range(5)]
+    rest, err = process.communicate("go on\n", timeout=100)
+    lines += rest.splitlines()
+    assert lines[:5] == [old, "Stopped()", old, "Stopped()", new], err
+    assert f"dataset_commit was {old} and is {new} (--resume-anyway" in lines[5]
+    assert lines[6:10] == [new, "Stopped()", str([(old, 0), (new, 4)]), "None"], err
+    assert f"dataset_commit was {new} and is None (--resume-anyway" in lines[10]
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])

@@ -308,6 +308,7 @@ def test_hostile_manifests_are_damage(model, make_cfg, kind):  # noqa: F811
 
 
 CHANGES = {
+    "weights of another dtype": lambda tensors: tensors | {"sae.W_enc": tensors["sae.W_enc"].double()},
     "weights of another shape": lambda tensors: tensors | {"sae.W_enc": torch.zeros(3, 5)},
     "moments of another shape": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3, 5)},
     "a moment that is a number": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(())},
@@ -337,7 +338,8 @@ def test_tensors_that_do_not_fit_are_refused(model, make_cfg, kind):  # noqa: F8
 
 
 @pytest.mark.parametrize(
-    "key", ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "device"]
+    "key",
+    ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "dataset_commit", "device"],
 )
 def test_what_changed_since_the_checkpoint_is_refused(model, make_cfg, monkeypatch, capsys, key):  # noqa: F811
     """One line names what changed, both values and the flag; with it, training goes on."""
@@ -360,14 +362,59 @@ def test_what_changed_since_the_checkpoint_is_refused(model, make_cfg, monkeypat
     assert is_finished(cfg) and "and is another" in capsys.readouterr().err
 
 
-def test_data_that_grew_is_seen(model, make_cfg, data, tmp_path):  # noqa: F811
-    """Documents after the held-out ones count in the fingerprint of local data."""
+def test_data_edited_since_the_checkpoint_is_refused(model, make_cfg, data, tmp_path):  # noqa: F811
+    """One letter, of the same size, long after the held-out tokens. A copy, newly written, is no change."""
     copy = tmp_path / "copy.jsonl"
     copy.write_text(Path(data).read_text())
-    before = ActivationsStore(model, make_cfg(**SAES[1], dataset_path=str(copy))).stream.reader.files_fingerprint()
-    copy.write_text(Path(data).read_text() + '{"text": "more"}\n')
-    after = ActivationsStore(model, make_cfg(**SAES[1], dataset_path=str(copy))).stream.reader.files_fingerprint()
-    assert before != after
+    cfg = make_cfg(**SAES[1], dataset_path=str(copy))
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(3, training.Stopped()))
+    copy.write_text(Path(data).read_text()[::-1].replace("e", "a", 1)[::-1])
+    with pytest.raises(InputError, match=r"from: data_files_sha256 was \w+ and is \w+ \(--resume-anyway") as caught:
+        train(model, [cfg])
+    assert "\n" not in str(caught.value)
+    copy.unlink()
+    copy.write_text(Path(data).read_text())
+    train(model, [cfg])
+
+
+def test_what_a_run_was_made_with_stays_in_its_record(model, make_cfg, monkeypatch):  # noqa: F811
+    """Every provenance that a step of the run was trained with, and from which step on; the last one on top."""
+    cfg = make_cfg(**SAES[1])
+    original = training.provenance
+
+    def go_on(thing, batches, error=KeyboardInterrupt):
+        monkeypatch.setattr(training, "provenance", lambda *args: original(*args) | {"thing": thing})
+        store = stopping_store(batches, error())(model, cfg)
+        with pytest.raises(error):
+            training.train_sae_group([SAE_CLASSES["topk"](cfg)], store, model, [cfg], resume_anyway=True)
+        top = json.loads((run_folder(cfg) / "config.json").read_text())["_provenance"]
+        assert top["versions"]["torch"] == torch.__version__
+        return [(made_with["thing"], made_with["after_step"]) for made_with in [*top["earlier"], top]], top["wandb_id"]
+
+    before, wandb_id = go_on("none of its steps is kept", 3)
+    assert before == [("none of its steps is kept", 0)]
+    assert go_on("A", 3, training.Stopped) == ([("A", 0)], wandb_id)
+    assert go_on("A", 3, training.Stopped) == ([("A", 0)], wandb_id)
+    assert go_on("none of its steps is kept", 3) == ([("A", 0), ("none of its steps is kept", 4)], wandb_id)
+    assert go_on("A", 2, training.Stopped) == ([("A", 0)], wandb_id)
+    assert go_on("B", 3, training.Stopped) == ([("A", 0), ("B", 5)], wandb_id)
+    assert go_on("B", 1) == ([("A", 0), ("B", 5)], wandb_id)
+    assert go_on("A", 1) == ([("A", 0), ("B", 5), ("A", 7)], wandb_id)
+    damaged(newest_checkpoint(cfg), "flipped")  # back to step 5: of B's steps nothing is left
+    assert go_on("C", 1) == ([("A", 0), ("C", 5)], wandb_id)
+
+
+def test_a_checkpoint_from_before_a_buffer_was_added(model, make_cfg):  # noqa: F811
+    """It goes on: batches_until_sparse is then as in an untrained SAE."""
+    cfg = make_cfg(**SAES[0])
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(4, training.Stopped()))
+    path = newest_checkpoint(cfg)
+    tensors = safetensors.torch.load_file(path / "00.safetensors")
+    del tensors["sae.batches_until_sparse"]
+    resigned(path, "00.safetensors", safetensors.torch.save(tensors))
+    assert len(train(model, [cfg])[1]) == 1
 
 
 def test_two_processes_on_one_run(make_cfg):  # noqa: F811
@@ -421,10 +468,12 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     ):
         train(model, [cfg])
     record.write_bytes(content)
-    (run_folder(cfg) / "sae").mkdir()
     os.rename(groups_folder(cfg), run_folder(cfg).parent.parent / "moved")
-    with pytest.raises(InputError, match="no checkpoint to go on from"):
-        train(model, [cfg])
+    for place in ("sae", "sae.old"):  # the second: where a kill came between save_sae's renames
+        (run_folder(cfg) / place).mkdir()
+        with pytest.raises(InputError, match="no checkpoint to go on from"):
+            train(model, [cfg])
+        (run_folder(cfg) / place).rmdir()
     assert record.read_bytes() == content
 
 

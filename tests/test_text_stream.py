@@ -3,6 +3,7 @@
 import gc
 import inspect
 import json
+import os
 import random
 import shutil
 import textwrap
@@ -111,6 +112,44 @@ def drain(stream: TextStream) -> list[torch.Tensor]:
     while len(part := stream.contexts(5)):
         parts.append(part)
     return parts
+
+
+@pytest.mark.parametrize("read", [10**6, 64])
+def test_which_bytes_of_the_data_its_fingerprint_is_of(tmp_path, monkeypatch, read):
+    """Each byte in turn: all of them count where there are few, else pieces from the first to the last, evenly, in all
+    files by their size. Names and sizes count, times do not.
+    """
+    piece = 8
+    monkeypatch.setattr(text_stream, "PIECE", piece)
+    monkeypatch.setattr(text_stream, "FINGERPRINTED", read)
+    sizes = {"a.txt": 400, "b.txt": 7, "c/d.txt": 100}
+    (tmp_path / "c").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(random.Random(size).choices(range(97, 123), k=size)))
+    reader = make_stream(str(tmp_path), eval_tokens=SEQ_LEN).reader
+    before = reader.fingerprint()
+    assert before["dataset_commit"] is None
+    total = 0
+    for name, size in sizes.items():
+        file, noticed = tmp_path / name, []
+        content = file.read_bytes()
+        for i in range(size):
+            file.write_bytes(content[:i] + b"." + content[i + 1 :])
+            noticed.append(reader.fingerprint() != before)
+        file.write_bytes(content)
+        total += sum(noticed)
+        assert all(noticed[:piece]) and all(noticed[-piece:])
+        gaps = [len(gap) for gap in "".join(" x"[not seen] for seen in noticed).split()]
+        assert not gaps if read > sum(sizes.values()) else not gaps or max(gaps) - min(gaps) <= 1
+    assert total == 507 if read > 507 else 64 <= total < 64 + 2 * piece * len(sizes)
+    os.utime(tmp_path / "a.txt", (1, 1))
+    assert reader.fingerprint() == before
+    (tmp_path / "b.txt").rename(tmp_path / "bb.txt")
+    assert reader.fingerprint() != before
+    (tmp_path / "bb.txt").rename(tmp_path / "b.txt")
+    with open(tmp_path / "c/d.txt", "a") as file:
+        file.write("e")
+    assert reader.fingerprint() != before
 
 
 def test_data_that_ends_says_how_much_was_seen_and_asked(model, jsonl):  # noqa: F811
@@ -387,6 +426,17 @@ def test_other_streams_have_caches_of_their_own(cached):
     other, forwards = make_store(shuffle_seed=1)  # the order of the batches is not in the cache
     batches_of(other, 3)
     assert not forwards
+
+
+def test_edited_text_has_a_cache_of_its_own(cached):
+    """One token after the held-out ones, of the same size: its activations are not those of the text before."""
+    cfg, _, make_store = cached
+    batches_of(make_store()[0], 40)
+    file = sorted(file for file in Path(cfg["dataset_path"]).iterdir())[-1]
+    file.write_text(file.read_text()[::-1].replace("e", "a", 1)[::-1])
+    store, forwards = make_store()
+    edited = batches_of(store, 40)
+    assert forwards and torch.equal(edited, batches_of(make_store(activation_cache=None)[0], 40))
 
 
 def test_a_cache_larger_than_the_disk_is_refused(cached, monkeypatch):

@@ -1,11 +1,15 @@
 """One training step is what it says, and a saved SAE comes back as it was."""
 
 import json
+import os
 import shutil
+import struct
+import sys
 
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file, save_file
 from test_sae import KINDS, assert_same_state, dense, make_cfg, make_sae, make_x, params, state
 
 import checkpoint
@@ -201,6 +205,48 @@ def test_a_save_that_fails_leaves_the_old_one(breaks, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
 
 
+def save_and_die(sae, folder, cut_at: int) -> bool:
+    """save_sae in a process that dies at its `cut_at`-th step on files, before it is taken; False if it took all."""
+    steps = []
+
+    def audit(event, _):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            steps.append(event)
+            if len(steps) == cut_at:
+                os._exit(9)
+
+    if (pid := os.fork()) == 0:
+        try:
+            sys.addaudithook(audit)
+            save_sae(sae, folder)
+        finally:
+            os._exit(len(steps) < cut_at or 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("cut_before", [False, True])
+def test_a_save_that_is_killed_anywhere_leaves_the_old_one_or_the_new(tmp_path, cut_before):
+    """At each step on files: what is loaded is one of the two, and the next save leaves that one alone."""
+    first, second, third = (trained("topk", seed=seed) for seed in range(3))
+    found = []
+    while True:
+        folder = tmp_path / f"run{len(found)}" / "sae"
+        save_sae(first, folder)
+        if cut_before:  # between the renames: another kill is not to take what only that place has
+            folder.rename(folder.with_name("sae.old"))
+        killed = save_and_die(second, folder, len(found) + 1)
+        for place in (folder, folder.parent):
+            loaded = state(load_sae(place))["b_dec"].tolist()
+            assert loaded in (state(first)["b_dec"].tolist(), state(second)["b_dec"].tolist())
+        found.append(loaded == state(second)["b_dec"].tolist())
+        save_sae(third, folder)
+        assert_same_state(state(load_sae(folder)), state(third))
+        assert [path.name for path in folder.parent.iterdir()] == ["sae"]
+        if not killed:
+            break
+    assert found == sorted(found) and len(found) > 10 and not found[0] and found[-1]
+
+
 def truncate(path, keep):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
 
@@ -208,6 +254,21 @@ def truncate(path, keep):
 def change_cfg(folder, **changes):
     cfg = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(cfg | changes))
+
+
+def change_weights(folder, change):
+    """Other tensors in the file of the weights."""
+    tensors = load_file(folder / "sae_weights.safetensors")
+    save_file(change({name: tensor.clone() for name, tensor in tensors.items()}), folder / "sae_weights.safetensors")
+
+
+def change_header(folder, change):
+    """Another header before the same data."""
+    path = folder / "sae_weights.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
 
 
 DAMAGE = {
@@ -223,7 +284,30 @@ DAMAGE = {
     "config of another size": lambda folder: change_cfg(folder, dict_size=25),
     "config of another type": lambda folder: change_cfg(folder, sae_type="jumprelu"),
     "config of no type": lambda folder: change_cfg(folder, sae_type="batchtopkk"),
+    "config of an absurd size": lambda folder: change_cfg(folder, dict_size=10**12),
+    "config of an absurd width": lambda folder: change_cfg(folder, act_size=10**12),
+    "config of no width": lambda folder: change_cfg(folder, act_size=None),
+    "half the header": lambda folder: truncate(folder / "sae_weights.safetensors", 0.05),
+    "a header that ends nowhere": lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"\xff" * 64),
+    "a header with absurd shapes": lambda folder: change_header(
+        folder, lambda header: header | {"W_dec": header["W_dec"] | {"shape": [10**12, 5]}}
+    ),
+    "one tensor less": lambda folder: change_weights(
+        folder, lambda t: {name: t[name] for name in t if name != "b_enc"}
+    ),
+    "no decoder": lambda folder: change_weights(folder, lambda t: {name: t[name] for name in t if name != "W_dec"}),
+    "one tensor more": lambda folder: change_weights(folder, lambda t: t | {"W_more": torch.zeros(3)}),
+    "another dtype": lambda folder: change_weights(folder, lambda t: t | {"b_dec": t["b_dec"].half()}),
+    "decoder of another dtype": lambda folder: change_weights(folder, lambda t: t | {"W_dec": t["W_dec"].half()}),
+    "another shape": lambda folder: change_weights(folder, lambda t: t | {"b_dec": t["b_dec"][:-1]}),
 }
+SAID = {
+    "no folder": "sae", "no weights": "sae_weights.safetensors", "no config": "cfg.json",
+    "config of no type": "sae_type", "one tensor less": "b_enc is absent", "no decoder": "W_dec is absent",
+    "config of an absurd size": "float64 [1000000000000, 5]", "one tensor more": "W_more is float32 [3]",
+    "another dtype": "b_dec is float16 [5]; by its config it must be float64 [5]",
+    "decoder of another dtype": "W_dec is float16", "another shape": "b_dec is float64 [4]",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -236,8 +320,20 @@ def test_loading_what_is_no_sae_is_a_clear_error(damage, tmp_path):
         load_sae(folder)
     message = str(error.value)
     assert "\n" not in message
-    expected = {"no folder": "sae", "no weights": "sae_weights.safetensors", "no config": "cfg.json"}
-    assert ("sae_type" if damage == "config of no type" else expected.get(damage, str(folder))) in message
+    assert SAID.get(damage, str(folder)) in message
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "jumprelu"])
+def test_an_sae_saved_before_a_buffer_was_added(kind, tmp_path):
+    """batches_until_sparse is then as in an untrained SAE; all else is what was saved, and it trains on."""
+    folder, sae = tmp_path / "sae", trained(kind)
+    sae.batches_until_sparse.fill_(3)
+    save_sae(sae, folder)
+    change_weights(folder, lambda t: {name: t[name] for name in t if name != "batches_until_sparse"})
+    loaded = load_sae(folder)
+    untrained = make_sae(kind).batches_until_sparse
+    assert_same_state(state(loaded), state(sae) | {"batches_until_sparse": untrained})
+    training_step(loaded.train(), make_optimizer(loaded, loaded.cfg), make_x(7, 5, 60), loaded.cfg)
 
 
 def test_loading_needs_no_pickle(tmp_path):
