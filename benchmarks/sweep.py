@@ -3,10 +3,11 @@
     python benchmarks/sweep.py [--only demo|gpt2] [--warmup N] [--rounds N] [--json FILE]
 
 On the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and on one of GPT-2 small's shape with
-random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. In every
-round, one after the other: a batch from the store; a training step of each SAE on it; contexts of as many tokens in
-transformer_lens' form of the language model, up to the hook point, which is what the published scripts run; the dense
-step of each SAE (dense_reference.py). Then
+random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. First some
+steps of training alone: JumpReLU's first ten batches are dense in any case. Then in every round, one after the other: a
+batch from the store; a training step of each SAE on it; contexts of as many tokens in transformer_lens' form of the
+language model, up to the hook point, which is what the published scripts run; the dense step of each SAE
+(dense_reference.py). Then
 
     one group       harvest + Σ step           what `python main.py` does
     single runs     Σ (harvest + step)         the language model runs once per SAE
@@ -71,12 +72,13 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
     for i in tqdm(range(warmup + rounds), desc=cfg["model_name"], leave=False):
         x, *seconds = timed(store.next_batch)
         shares, step = timed(steps, x)
+        if i < warmup:
+            continue
         _, bridge = timed(run_bridge_to_hook, model, contexts, cfg["hook_point"])
         _, dense_step = timed(lambda x: [reference.step(x) for reference in dense], x)
-        if i >= warmup:
-            dead.append(statistics.mean(shares))
-            for name, value in zip(parts, (*seconds, step, bridge, dense_step)):
-                parts[name].append(value)
+        dead.append(statistics.mean(shares))
+        for name, value in zip(parts, (*seconds, step, bridge, dense_step)):
+            parts[name].append(value)
     return {"runs": len(cfgs), "batch_size": cfg["batch_size"], "parts": parts, "dead": statistics.mean(dead)}
 
 
@@ -118,7 +120,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("demo", "gpt2"), help="one of the two models")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that count (default: 2)")
+    parser.add_argument("--warmup", type=int, default=12, help="steps before them (default: 12)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
     args = parser.parse_args()
@@ -135,7 +137,7 @@ def main() -> None:
             gpt2 |= dict(batch_size=4096, model_batch_size=32, num_batches_in_buffer=1)
             results["GPT-2 small"] = measure(sweep(shared | gpt2), args.warmup, args.rounds)
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"{args.rounds} rounds after {args.warmup}\n\n{table(results)}")
+    print(f"{args.rounds} rounds after {args.warmup} steps\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 
