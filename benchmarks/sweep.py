@@ -59,7 +59,6 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
     store = ActivationsStore(model, cfg)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
     optimizers = [make_optimizer(sae, sae.cfg) for sae in saes]
-    dense = [DenseReference(sae) for sae in saes]
     contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len]
     parts = {"harvest": [], "step": [], "bridge": [], "dense step": []}
     dead = []
@@ -69,11 +68,12 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
         outputs = (training_step(sae, optimizer, x, sae.cfg) for sae, optimizer in zip(saes, optimizers))
         return [output["num_dead_features"].item() / sae.cfg["dict_size"] for output, sae in zip(outputs, saes)]
 
-    for i in tqdm(range(warmup + rounds), desc=cfg["model_name"], leave=False):
+    for _ in tqdm(range(warmup), desc=f"{cfg['model_name']}, warm-up", leave=False):
+        steps(store.next_batch())
+    dense = [DenseReference(sae) for sae in saes]
+    for _ in tqdm(range(rounds), desc=cfg["model_name"], leave=False):
         x, *seconds = timed(store.next_batch)
         shares, step = timed(steps, x)
-        if i < warmup:
-            continue
         _, bridge = timed(run_bridge_to_hook, model, contexts, cfg["hook_point"])
         _, dense_step = timed(lambda x: [reference.step(x) for reference in dense], x)
         dead.append(statistics.mean(shares))
