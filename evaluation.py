@@ -240,6 +240,7 @@ def in_mode(sae, training: bool, function, *args):
 def calibrate_threshold(sae, activations, target_l0: float | None = None) -> float:
     """Set a BatchTopK's inference threshold so that on these activations its mean L0 is `target_l0` (its top_k by
     default): for other text, another L0, or an SAE imported without a threshold. Returns the mean L0 that it then has.
+    Where it is then saved (checkpoint.save_sae), the run's result.json and evaluation.json are still of the old one.
 
     `activations`: residual-stream vectors [n, d] on any device, or an iterable of such batches, gone through once.
     They should be like those that the SAE is to be used on. One pass fills a histogram with 4096 bins for each power of
@@ -277,14 +278,17 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
 
 
 def open_run(run: Path) -> tuple:
-    """A run's SAE, its language model, and a store that has its held-out tokens and no room to train.
+    """A run's SAE, on the device of its training if there is such a one here, its language model, and a store that has
+    its held-out tokens and no room to train.
 
     Raises InputError if that is no run, or it cannot be opened, or its BatchTopK has no threshold; tells if the text
     has changed since the training.
     """
     if not run.is_dir():
         raise InputError(f"{run} is no folder; RUN must be a run's folder, runs/<sweep>/<name>")
-    sae = load_sae(run, best_device())
+    record = read_record(run / "config.json")
+    device = str(record.get("device"))
+    sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
     if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
         raise InputError(
             f"{run}: this BatchTopK has no inference threshold yet (evaluation.calibrate_threshold sets it)"
@@ -294,7 +298,7 @@ def open_run(run: Path) -> tuple:
     little = {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
     activation_store = ActivationsStore(model, sae.cfg | little)
     activation_store.cfg = sae.cfg  # the evaluation's batches are as large as those of the training
-    trained_on = read_record(run / "config.json").get("_provenance", {}).get("heldout_tokens_sha256")
+    trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
     if trained_on not in (None, activation_store.fingerprint()):
         tell(f"warning: {sae.cfg['dataset_path']} has changed since the training: the SAE may have seen held-out text")
     return sae, model, activation_store
@@ -303,9 +307,12 @@ def open_run(run: Path) -> tuple:
 def read_record(file: Path) -> dict:
     """The JSON of a run's record; {} where there is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged: {one_line(error)}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{file} is damaged: it is a {type(record).__name__}, not a dict")
+    return record
 
 
 def table(metrics: dict) -> str:

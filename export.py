@@ -380,7 +380,8 @@ def main(argv: list[str]) -> None:
     if args.upload is not None:
         check_can_upload(args.upload)  # before anything is written
     if args.to:
-        export_sae(load_sae(args.folder), args.to, args.out, args.folder, args.upload)
+        run = args.folder.parent if args.folder.name == "sae" else args.folder
+        export_sae(load_sae(args.folder), args.to, args.out, run, args.upload)
     if args.upload is not None:
         print(upload(args.out or args.folder, args.upload))
     if args.source:

@@ -136,6 +136,7 @@ class RunLog:
         self.in_wandb(lambda run: run.summary.update(result))
         self.in_wandb(lambda run: run.finish())
         self.wandb_run = None
+        (self.folder / "evaluation.json").unlink(missing_ok=True)  # of the SAE before it was finished
         write_json(self.folder / "result.json", {key: result[key] for key in result if key != "histograms"})
         self.close()
 

@@ -83,10 +83,10 @@ def main(argv: list[str]) -> None:
     failed = train(todo, args.force, args.resume_anyway) if todo else []
     remove_checkpoints(cfgs[0], lambda name: is_over(cfgs[0] | {"name": name}))
     draw_results(run_folder(cfgs[0]).parent)
-    if args.sweep == "demo":
-        write_demo_page(cfgs)
     if failed:
         raise InputError("; ".join(failed))
+    if args.sweep == "demo":
+        write_demo_page(cfgs)
 
 
 def write_demo_page(cfgs: list[dict]) -> None:
@@ -153,28 +153,34 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
         except OSError as error:  # a Python without the source of its library, or a folder that is read-only
             raise InputError(f"the demo's text cannot be written: {error}") from error
     models, planned = {}, []
-    for group in groups.values():  # all of them, before the first is trained
+    for group in groups.values():  # all models, before it is seen how much memory is left
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
-        loaded_as = tuple(group[0][key] for key in ("model_name", "model_dtype", "device"))
-        model = models[loaded_as] = models.get(loaded_as) or load_model(group[0])
+        if loaded_as(group[0]) not in models:
+            models[loaded_as(group[0])] = load_model(group[0])
+    for (checkpoint, *_), group in groups.items():  # all plans, before the first is carried out
+        model = models[loaded_as(group[0])]
         width = check_hook_point(model, group[0])
         group = [post_init_cfg(cfg | {"act_size": width}) for cfg in group]
-        planned += [(part, model) for part in plan_group(group, model, force)]
+        steps_done = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+        planned += [(part, model, steps_done) for part in plan_group(group, model, steps_done, force)]
     if len(planned) > 1:
         tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a pass of its own over the text")
-    for group, model in planned:
+    for plan in planned:
         try:
-            train_planned(group, model, force, resume_anyway)
+            train_planned(*plan, force, resume_anyway)
         except NotFinite as error:
             failed.append(str(error))
     return failed
 
 
-def train_planned(group: list[dict], model, force: bool, resume_anyway: bool) -> None:
+def loaded_as(cfg: dict) -> tuple:
+    return cfg["model_name"], cfg["model_dtype"], cfg["device"]
+
+
+def train_planned(group: list[dict], model, steps_done: int, force: bool, resume_anyway: bool) -> None:
     """Train one group: a function, so that its SAEs and its stream are gone before the next is built."""
     store = ActivationsStore(model, group[0])
-    checkpoint = newest_checkpoint(group[0])
-    tell_time(group, model, store, int(checkpoint.name.removeprefix("step_")) if checkpoint else 0, force)
+    tell_time(group, model, store, steps_done, force)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)

@@ -3,7 +3,6 @@
 Memory is reckoned from shapes, time from a few steps that are taken and thrown away.
 """
 
-import re
 import time
 
 import psutil
@@ -20,11 +19,11 @@ TOO_SMALL = "this machine is too small for the sweep"
 WAY_OUT = "`python main.py demo` runs in minutes, and num_tokens=… makes a smaller one (--force starts it anyway)"
 
 
-def plan_group(group: list[dict], model, force: bool) -> list[list[dict]]:
+def plan_group(group: list[dict], model, steps_done: int, force: bool) -> list[list[dict]]:
     """Tell what a group of completed configs takes; returns it, or the groups that fit this machine's memory.
 
     Raises InputError, unless `force`, if one SAE alone needs more memory than there is, or if the least arithmetic that
-    will do takes more than LONGEST_DAYS: that needs a second to find out.
+    will do takes more than LONGEST_DAYS after `steps_done`: that needs a second to find out.
     """
     cfg, features = group[0], sum(cfg["dict_size"] for cfg in group)
     needed, present = memory_needed(group, model), free_memory(cfg["device"])
@@ -33,22 +32,23 @@ def plan_group(group: list[dict], model, force: bool) -> list[list[dict]]:
         f"{cfg['dataset_path']}\non {cfg['device']}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
         f"about {gib(needed)} of memory ({gib(present)} are free)"
     )
-    # Per token: the encoder's product for each SAE, all else being sparse, and one forward of the blocks below.
-    flop = cfg["num_tokens"] * (2 * cfg["act_size"] * features + 2 * parameters_below(model, cfg["layer"]))
+    # The encoder's product for each SAE, all else being sparse.
+    flop = (num_steps(cfg) - steps_done) * cfg["batch_size"] * 2 * cfg["act_size"] * features
     days = flop / matmul_flops(cfg["device"]) / 86400
     if days > LONGEST_DAYS and not force:
         raise InputError(f"{TOO_SMALL}: it would take more than {days:,.0f} days. {WAY_OUT}")
-    if needed <= present or force:
+    if needed <= present:
         return [group]
     parts = split(group, model, present)
     for part in parts:
-        if (needed := memory_needed(part, model)) > present:
+        if (needed := memory_needed(part, model)) > present and not force:
             raise InputError(
                 f"{TOO_SMALL}: {part[0]['name']} alone needs about {gib(needed)} of memory, and {gib(present)} are "
                 f"free. {WAY_OUT}"
             )
-    sizes = " + ".join(str(len(part)) for part in parts)
-    tell(f"That is too much memory at once: {sizes} SAEs are trained one group after the other, on the same tokens")
+    if len(parts) > 1:
+        sizes = " + ".join(str(len(part)) for part in parts)
+        tell(f"That is too much memory at once: {sizes} SAEs are trained one group after the other, on the same tokens")
     return parts
 
 
@@ -91,12 +91,6 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def parameters_below(model, layer: int) -> int:
-    """Of the blocks that run before the one that is read."""
-    blocks = [(re.search(r"blocks\.(\d+)\.", name), parameter.numel()) for name, parameter in model.named_parameters()]
-    return sum(size for block, size in blocks if block and int(block[1]) < layer)
-
-
 def matmul_flops(device: str) -> float:
     """Operations per second of a matrix product in the fastest precision that is used, measured within a second."""
     a = torch.rand(2048, 2048, device=device, dtype=screen_dtype(torch.device(device)))
@@ -116,6 +110,7 @@ def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> 
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = seconds(lambda: store.get_activations(tokens), device) / tokens.numel()
     harvest = per_token * cfg["batch_size"]
+    predict(model, tokens, cfg)
     forward = seconds(lambda: prediction_losses(predict(model, tokens, cfg), tokens), device)
     step = evaluation = 0.0
     for run_cfg in group:

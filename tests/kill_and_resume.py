@@ -168,6 +168,8 @@ def main() -> None:
         del kills[: max(1, sum(hit.values()) - hit["a damaged checkpoint"])]
         hits, sweep = hits + hit, sweep + 1
         print("   the same to the bit as without", flush=True)
+    if sum(count for hit, count in hits.items() if "SIGKILL" in hit) < args.kills / 2:
+        sys.exit("too many processes finished before they could be killed")
     print(f"{sweep} sweeps, hit: {', '.join(f'{what} {count}' for what, count in sorted(hits.items()))}")
 
 

@@ -55,12 +55,12 @@ def test_what_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: 
     """Every SAE is in one group, none needs more than there is, and the sizes are told; what fits is left alone."""
     present = plan.memory_needed([cfgs[1], cfgs[0]], model)
     monkeypatch.setattr(plan, "free_memory", lambda device: present)
-    parts = plan.plan_group(cfgs, model, force=False)
+    parts = plan.plan_group(cfgs, model, 0, force=False)
     assert sorted(cfg["name"] for part in parts for cfg in part) == sorted(cfg["name"] for cfg in cfgs)
     assert all(plan.memory_needed(part, model) <= present for part in parts) and len(parts) < len(cfgs)
     assert f"{' + '.join(str(len(part)) for part in parts)} SAEs are trained one group after" in capsys.readouterr().err
-    assert plan.plan_group(cfgs[:2], model, force=False) == [cfgs[:2]]
-    assert plan.plan_group(cfgs, model, force=True) == [cfgs]
+    assert plan.plan_group(cfgs[:2], model, 0, force=False) == [cfgs[:2]]
+    assert plan.plan_group(cfgs, model, 0, force=True) == parts, "--force is no reason to run out of memory"
 
 
 def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
@@ -68,8 +68,8 @@ def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: 
     present = plan.memory_needed([cfgs[1]], model) - 1
     monkeypatch.setattr(plan, "free_memory", lambda device: present)
     with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d GiB.*0\.\d GiB are free"):
-        plan.plan_group(cfgs, model, force=False)
-    assert plan.plan_group(cfgs, model, force=True) == [cfgs]
+        plan.plan_group(cfgs, model, 0, force=False)
+    assert plan.plan_group(cfgs[1:2], model, 0, force=True) == [cfgs[1:2]]
 
 
 def test_split_or_not_the_bits_are_the_same(make_cfg, model, monkeypatch, capsys):  # noqa: F811
@@ -106,7 +106,7 @@ def test_what_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: 
     monkeypatch.setattr(plan, "LONGEST_DAYS", 1e-9)
     store = ActivationsStore(model, cfgs[0])
     for refuses in (
-        lambda force: plan.plan_group(cfgs, model, force),
+        lambda force: plan.plan_group(cfgs, model, 0, force),
         lambda force: plan.tell_time(cfgs, model, store, 0, force),
     ):
         with pytest.raises(InputError, match=r"it would take .* days.*--force"):
