@@ -17,7 +17,7 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
 from config import InputError, one_line, tell
-from text_stream import offline_hint
+from text_stream import StreamError, may_pass, never_wait_for_ever, offline_hint
 
 
 def load_model(cfg: dict) -> TransformerBridge:
@@ -39,6 +39,8 @@ def load_model(cfg: dict) -> TransformerBridge:
             raise InputError(f"{where}: this folder has no tokenizer (tokenizer.json)")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"{where}: there is no such folder, and it is no hub name")
+    else:
+        never_wait_for_ever()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loader = Loader()
@@ -47,7 +49,9 @@ def load_model(cfg: dict) -> TransformerBridge:
             name, device=cfg["device"], dtype=getattr(torch, cfg["model_dtype"]), model_class=loader
         )
     except Exception as error:  # the libraries below raise what they like; the user gets one line
-        raise InputError(f"{where} cannot be loaded: {one_line(error)}{offline_hint(name)}") from error
+        hint = offline_hint(name)
+        kind = StreamError if may_pass(error) and not hint else InputError
+        raise kind(f"{where} cannot be loaded: {one_line(error)}{hint}") from error
     if model.tokenizer is None:
         raise InputError(f"{where} comes without a tokenizer")
     model.requires_grad_(False).eval()

@@ -14,8 +14,10 @@ or are passed over (bad_documents); either way a line names the place.
 import copy
 import functools
 import hashlib
+import inspect
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -30,7 +32,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx  # the one whose errors it raises
+from huggingface_hub.utils import _http, httpx  # the httpx whose errors it raises
 
 from config import InputError, one_line, tell
 
@@ -192,9 +194,8 @@ class DocumentReader:
         self.where = f"dataset_path = {cfg['dataset_path']!r}"
         self.local = Path(cfg["dataset_path"]).exists()
         self.tell_once = functools.cache(tell)
-        tries = max(1, cfg["stream_retries"])  # `datasets` counts the first one
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
+        if not self.local:
+            give_up_soon()
         self.dataset, self.column, self.shard_names = self.retried(self.open)
         self.held_out = 0  # tokens at the beginning of the stream that later epochs leave out
 
@@ -415,6 +416,51 @@ def local_files(path: Path, where: str) -> tuple[str, list[str]]:
 
 
 # The hub
+
+
+def give_up_soon() -> None:
+    """Bound what the hub's libraries do by themselves: their tries, 20 of 6 requests, would multiply with ours.
+
+    A request that fails is made three times in 3 s, or when the hub says, so that not every fault makes us read a file
+    anew; one that gets no answer in time is made once.
+    """
+    for layer in ("READ", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{layer}_MAX_RETRIES", 1)  # counts the first try; a pause follows each
+    for pause in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{pause}_RETRY_INTERVAL", 0)
+    for function in (_http.http_backoff, _http.http_stream_backoff):
+        defaults = inspect.unwrap(function).__kwdefaults__  # there is no setting
+        defaults.update(max_retries=2, retry_on_exceptions=(httpx.NetworkError, httpx.RemoteProtocolError))
+    never_wait_for_ever()
+
+
+@functools.cache  # it closes the connections that there are
+def never_wait_for_ever() -> None:
+    """No request to the hub waits longer than HF_HUB_DOWNLOAD_TIMEOUT (10 s); by themselves some do for ever."""
+    huggingface_hub.set_client_factory(hub_client)
+
+
+def hub_client() -> httpx.Client:
+    client = _http.default_client_factory()
+    client.event_hooks["request"].append(limit_wait)
+    client.event_hooks["response"].append(check_length)
+    return client
+
+
+def limit_wait(request: httpx.Request) -> None:
+    if request.method in ("GET", "HEAD"):  # an upload may take longer
+        limit = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        asked = request.extensions["timeout"]
+        request.extensions["timeout"] = {of: limit if wait is None else min(wait, limit) for of, wait in asked.items()}
+
+
+def check_length(response: httpx.Response) -> None:
+    """An answer that ends early without a word would be taken for the end of the file."""
+    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("range", ""))
+    if asked and response.status_code in (200, 206):
+        length, found = int(asked[2]) - int(asked[1]) + 1, len(response.read())
+        if found != length:
+            raise httpx.RemoteProtocolError(f"the hub sent {found} bytes where {length} were asked for")
 
 
 def may_pass(error: BaseException | None) -> bool:
