@@ -59,7 +59,7 @@ CONTEXTS = """
 import json, sys
 import text_stream
 from transformers import AutoTokenizer
-text_stream.LONGEST_PAUSE = 0.1
+text_stream.LONGEST_PAUSE, text_stream.LOTS_AHEAD = 0.1, 1
 cfg, seq_len, num_held_out, resume_after = json.loads(sys.argv[1])
 make_stream = lambda: text_stream.TextStream(cfg, AutoTokenizer.from_pretrained("demo/lm"), 4096, seq_len, num_held_out)
 stream = make_stream()
@@ -99,6 +99,7 @@ class FaultyHub(Hub):
         fault = None
         if "/resolve/" in request.path and request.path.endswith((".parquet", ".jsonl")):
             with self.lock:
+                self.ranges.append(request.headers["Range"])
                 fault = self.fault(request.path)
                 self.faults.append(fault)
                 self.ranges.append(request.headers["Range"])
@@ -204,7 +205,14 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
     faults = random_faults(2, 0.4)
     cfg = make_cfg(dataset_path="someone/large", stream_retries=20)
     resume_after = [rng.randint(1, 300) for _ in range(3)]
-    with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, lambda path: next(faults)) as hub:
+
+    def fault(path: str) -> str | None:
+        """Each part after the first is cut until the stream is opened again; other requests fail at random."""
+        part = hub.ranges[-1]
+        later = not part.startswith("bytes=4-") and part != hub.ranges[0]  # what comes first is the index
+        return "cut" if later and hub.ranges.count(part) <= 3 else next(faults)
+
+    with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, fault) as hub:
         process = run_python(tmp_path, hub, CONTEXTS, json.dumps([cfg, SEQ_LEN, 3, resume_after]))
     assert process.returncode == 0, process.stderr
     found = [token for line in process.stdout.splitlines() for token in json.loads(line)]
