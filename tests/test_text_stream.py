@@ -209,7 +209,9 @@ def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
         contexts.append(part)
     assert len(contexts) > 100
     assert len({state["epoch"] for state in states[:-1]}) == changes.get("num_epochs", 1)
-    for at in random.Random(0).sample(range(len(contexts)), 20):
+    edges = [i for i in range(1, len(contexts)) if states[i]["epoch"] > states[i - 1]["epoch"]]
+    assert len(edges) == changes.get("num_epochs", 1) - 1
+    for at in [*random.Random(0).sample(range(len(contexts)), 20), *(i + by for i in edges for by in (-1, 0, 1))]:
         stream.load_state_dict(states[at])
         assert stream.state_dict() == states[at]
         assert torch.equal(torch.cat(drain(stream)), torch.cat(contexts[at:])), at
