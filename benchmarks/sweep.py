@@ -1,6 +1,6 @@
 """The paper's sweep of 15 SAEs on one shared stream, against 15 single runs, and against the published way.
 
-    python benchmarks/sweep.py [--only demo|gpt2] [--warmup N] [--rounds N] [--json FILE]
+    python benchmarks/sweep.py [--only demo|gpt2] [--dead-after N] [--warmup N] [--rounds N] [--json FILE]
 
 On the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and on one of GPT-2 small's shape with
 random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. First some
@@ -120,6 +120,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("demo", "gpt2"), help="one of the two models")
+    parser.add_argument("--dead-after", type=int, default=5, metavar="N", help="n_batches_to_dead (default: 5)")
     parser.add_argument("--warmup", type=int, default=12, help="steps before them (default: 12)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
@@ -128,6 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = str(write_demo_text(Path(folder) / "text.jsonl"))
         shared = dict(dataset_path=text, device="cpu", eval_tokens=4096, num_tokens=700_000)
+        shared |= dict(n_batches_to_dead=args.dead_after)
         if args.only != "gpt2":
             demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, act_size=128, batch_size=1024, top_k_aux=64)
             demo |= dict(model_batch_size=8, num_batches_in_buffer=1)  # a buffer is a batch: each round harvests one
