@@ -34,7 +34,7 @@ print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("largest", ["weights", "activations"])
 def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F811
-    """A process that trains needs at its peak no more than was told, and not much less."""
+    """A process that trains needs at its peak no more than was told, and not less than half."""
     sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
     few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
     cfgs = [make_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
@@ -43,7 +43,7 @@ def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F
     )
     assert done.returncode == 0, done.stderr
     told, taken = map(int, done.stdout.split())
-    assert 0.6 * told < taken < 1.1 * told
+    assert 0.5 * told < taken < told
 
 
 @pytest.fixture
