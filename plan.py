@@ -80,9 +80,8 @@ def memory_needed(group: list[dict], model) -> int:
     harvest = 4 * forward * (5 * model.cfg.d_mlp + 4 * d)
     evaluation = 4 * 3 * max(B, cfg["seq_len"]) * model.cfg.d_vocab + size * B * F
     checkpoint = size * 2 * 6 * d * F  # one SAE and its moments, as bytes, twice
-    return round(
-        1.1 * (held + max(step, harvest, evaluation, checkpoint))
-    )  # the allocator keeps some of what was freed
+    # And a tenth: the allocator keeps some of what was freed.
+    return round(1.1 * (held + max(step, harvest, evaluation, checkpoint)))
 
 
 def free_memory(device: str) -> int:
