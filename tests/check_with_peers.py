@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch<2.14", "sae-lens>=6,<7", "transformer_lens<4", "dictionary_learning==0.1.0")
+PACKAGES = ("sae-lens>=6,<7", "transformer_lens<4", "dictionary_learning==0.1.0")
 K, D, F = 8, 128, 256
 
 
