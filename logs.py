@@ -26,6 +26,8 @@ from checkpoint import SaveError, run_folder, saved_sae, write, write_json
 from config import InputError, one_line, tell
 from language_model import model_fingerprint
 
+WANDB_PATIENCE = 30  # seconds that a run's end waits for Weights & Biases to take what is left of it
+
 
 class RunLog:
     """The record of one run, and the lock that keeps other processes off it (until this one ends, however it ends).
@@ -197,36 +199,40 @@ def start_wandb(cfg: dict, folder: Path, wandb_id: str):
     An online run goes on under its id. Offline a run cannot go on, so it is written anew from its first line, and what
     was there is set aside: a later `wandb sync` makes one run of it.
     """
-    asked = cfg["wandb_mode"] or os.environ.get("WANDB_MODE")
+    mode = cfg["wandb_mode"] or os.environ.get("WANDB_MODE") or "online"
+    if mode == "disabled" or (mode == "online" and not is_online()):
+        return None
     try:
-        mode = asked or ("online" if logged_in() else "disabled")
-        if mode == "disabled":
-            if not asked:
-                tell_once("Not logged in to Weights & Biases: metrics are logged to the run folders only.")
-            return None
         cut_off = list((folder / "wandb").glob("offline-run-*")) if mode == "offline" else []
         run = wandb.init(
             project=cfg["wandb_project"], name=cfg["name"], group=cfg["sweep"], config=cfg, mode=mode, dir=folder,
             id=wandb_id, resume="allow" if mode == "online" else None, reinit="create_new",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, finish_timeout=WANDB_PATIENCE, finish_timeout_raises=True),
         )  # fmt: skip
         for old in cut_off:
             old.rename(old.with_name(f"replaced-{old.name}"))
         run.define_metric("tokens")
         run.define_metric("*", step_metric="tokens")
     except Exception as error:
-        tell_once(f"Weights & Biases cannot be reached ({error}): metrics are logged to the run folders only.")
+        tell_once(f"Weights & Biases cannot be used ({one_line(error)}): metrics are logged to the run folders only.")
         return None
     tell_once(f"Weights & Biases: {run.project_url or f'{mode} files in {folder.parent}/*/wandb'}")
     return run
 
 
-@functools.cache
-def logged_in() -> bool:
-    return bool(wandb.login(prompt=False))
-
-
 tell_once = functools.cache(tell)  # one line for all the runs of a sweep
+
+
+@functools.cache  # without a network it takes a while
+def is_online() -> bool:
+    """Whether Weights & Biases can be reached and knows the user; a line where not."""
+    try:
+        problem = "" if wandb.login(prompt=False) else "Not logged in to Weights & Biases"
+    except Exception as error:
+        problem = f"Weights & Biases cannot be reached ({one_line(error)})"
+    if problem:
+        tell(f"{problem}: metrics are logged to the run folders only.")
+    return not problem
 
 
 def history(recorded: dict, now: dict, step: int) -> dict:

@@ -1,6 +1,6 @@
 """Tokens per second on the way from text to batches of activations, against what the language model alone can do.
 
-    python benchmarks/harvest.py [--rounds N] [--json FILE]
+    python benchmarks/harvest.py [--rounds N] [--model-dtype bfloat16] [--json FILE]
 
 For the demo's language model at layer 2 and for a GPT-2-small-shaped one with random weights at layer 8, on the demo's
 text, contexts of 128 tokens, one after the other in every round:
@@ -51,7 +51,8 @@ def gpt2_small_shaped(folder: Path) -> Path:
 
 def bare_blocks(cfg: dict, layer: int) -> torch.nn.Module:
     """The transformers model with the blocks below the hook point only, and nothing after them."""
-    model = transformers.AutoModel.from_pretrained(cfg["model_name"], attn_implementation="sdpa").eval()
+    dtype = getattr(torch, cfg["model_dtype"])
+    model = transformers.AutoModel.from_pretrained(cfg["model_name"], dtype=dtype, attn_implementation="sdpa").eval()
     model.h, model.ln_f = model.h[:layer], torch.nn.Identity()
     return model
 
@@ -65,7 +66,8 @@ def measure(cfg: dict, rounds: int) -> dict:
     rows, per_buffer = len(live.memory), len(live.memory) // cfg["batch_size"]
     contexts = live.get_batch_tokens()
     expected = live.get_activations(contexts)
-    torch.testing.assert_close(bare(contexts).last_hidden_state, expected, rtol=1e-3, atol=1e-3)
+    tolerance = 1e-3 if cfg["model_dtype"] == "float32" else 0.1
+    torch.testing.assert_close(bare(contexts).last_hidden_state.float(), expected, rtol=tolerance, atol=tolerance)
 
     def forward(function) -> int:
         for _ in range(cfg["num_batches_in_buffer"]):
@@ -138,6 +140,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--model-dtype", default="float32", help="of the language models (default: float32)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every rate to this file too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +148,7 @@ def main() -> None:
         shared = dict(
             dataset_path=text, device="cpu", act_size=None, eval_tokens=1024, num_tokens=700_000, num_epochs=9
         )
-        shared |= {"activation_cache": str(Path(folder) / "cache")}
+        shared |= {"activation_cache": str(Path(folder) / "cache"), "model_dtype": args.model_dtype}
         demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, batch_size=1024, model_batch_size=64)
         gpt2 = dict(model_name=str(gpt2_small_shaped(Path(folder) / "gpt2")), layer=8, batch_size=512)
         cfgs = {
@@ -154,7 +157,7 @@ def main() -> None:
         }
         results = {name: measure(post_init_cfg(cfg), args.rounds) for name, cfg in cfgs.items()}
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}\n\n{table(results)}")
+    print(f"transformers {transformers.__version__}, {args.model_dtype}\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from kill_and_resume import REPO, command, digests, environment, kill_and_resume
 from test_training import BATCH, SAES, STEPS, data, figures, lines_of, make_cfg, model, no_wandb, same_bits, train  # noqa: F401  # noqa: F401 (fixtures)
-from wandb_server import records
 
 import checkpoint
 import main
@@ -617,44 +616,3 @@ def test_a_full_disk(tmp_path):
     assert re.findall(r"code (\d)", done.stdout) == ["3", "0"], done.stdout + done.stderr
     assert "cannot be written: No space left on device" in done.stderr and "Traceback" not in done.stderr
     assert "Trained and evaluated 7 SAEs" in done.stderr and done.stdout.count("result.json") == 7
-
-
-# Weights & Biases
-
-
-def test_wandb_offline_makes_one_run_of_a_run_that_went_on(model, make_cfg, monkeypatch):  # noqa: F811
-    """The newest offline folder has every step once, under the id of the first; what was cut off is set aside."""
-    import wandb
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    cfg = make_cfg(**SAES[1], **OFTEN)
-    with pytest.raises(training.Stopped):
-        train(model, [cfg], stopping_store(6, training.Stopped()))
-    wandb.teardown()
-    train(model, [cfg])
-    wandb.teardown()
-    (newest,) = (run_folder(cfg) / "wandb").glob("offline-run-*/*.wandb")
-    (cut_off,) = (run_folder(cfg) / "wandb").glob("replaced-offline-run-*/*.wandb")
-    found = [(record.run.run_id, record.history) for record in records(newest)]
-    ids, steps = {run_id for run_id, _ in found if run_id}, [history.step.num for _, history in found if history.item]
-    assert steps == [line["step"] for line in lines_of(run_folder(cfg))] == [1, *range(2, STEPS + 1, 2)]
-    assert ids == {cut_off.stem.removeprefix("run-")}
-
-
-def test_wandb_that_fails_midway_changes_nothing(model, make_cfg, monkeypatch, capsys):  # noqa: F811
-    """A line says so; weights and local record are those of a run without it."""
-    cfg = make_cfg("off", **SAES[1])
-    plain = train(model, [cfg])[0][0]
-    failing = make_cfg("failing", **SAES[1])
-
-    class Broken:
-        step = 0
-
-        def log(self, line, step):
-            if step > 1:
-                raise RuntimeError("no connection")
-
-    monkeypatch.setattr("logs.start_wandb", lambda *_: Broken())
-    saes, _ = train(model, [failing])
-    assert same_bits(plain, saes[0]) and lines_of(run_folder(failing)) == lines_of(run_folder(cfg))
-    assert capsys.readouterr().err.count("Weights & Biases failed (no connection)") == 1

@@ -15,7 +15,7 @@ from checkpoint import load_sae
 from config import InputError, get_default_cfg, post_init_cfg
 from evaluation import evaluate, heldout_baseline
 from language_model import load_model
-from logs import RunLog, is_finished, run_folder
+from logs import is_finished, run_folder
 from sae import SAE_CLASSES
 from training import learning_rate, make_optimizer, train_sae, train_sae_group, training_step
 
@@ -273,36 +273,3 @@ def test_data_that_ends_early_finishes_no_run(model, make_cfg, data):
     with pytest.raises(InputError, match="too short"):
         train_sae_group([SAE_CLASSES["topk"](cfg)], store, model, [cfg])
     assert not is_finished(cfg)
-
-
-# Weights & Biases
-
-
-def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):
-    """WANDB_MODE=offline gives one offline run per SAE; the local record is the same with and without it."""
-    import wandb
-
-    for mode in ("disabled", "offline"):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        cfgs = [make_cfg(mode, **changes, log_freq=4, perf_log_freq=6) for changes in SAES[:3]]
-        train(model, cfgs)
-        for cfg in cfgs:
-            runs = list((run_folder(cfg) / "wandb").glob("offline-run-*/*.wandb"))
-            assert len(runs) == (mode == "offline")
-            assert all(path.stat().st_size > 0 for path in runs)
-    wandb.teardown()
-    for changes in SAES[:3]:
-        plain, mirrored = (run_folder(make_cfg(mode, **changes)) for mode in ("disabled", "offline"))
-        assert lines_of(plain) == lines_of(mirrored)
-        records = [json.loads((folder / "result.json").read_text()) for folder in (plain, mirrored)]
-        assert figures(records[0]) == figures(records[1])
-        assert same_bits(load_sae(plain), load_sae(mirrored))
-
-
-def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):
-    """wandb_mode of the config overrides WANDB_MODE."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    log = RunLog(make_cfg(wandb_mode="disabled"), {})
-    log.start(0, 0)
-    assert log.wandb_run is None
-    log.close()

@@ -1,7 +1,7 @@
-"""A Weights & Biases server on this machine, as far as wandb.Api asks it for runs: those that offline runs recorded.
+"""A Weights & Biases server on this machine, as far as wandb.Api asks it for runs, and wandb.init for room for one.
 
-`wandb sync` would send these files' records to the real server; here they are put together as it does: summary and
-config by key, history rows as logged.
+Its runs are those that offline runs recorded (`wandb sync` would send these files' records to the real server; here
+they are put together as it does: summary and config by key, history rows as logged) and those that online runs sent.
 """
 
 import json
@@ -62,24 +62,29 @@ def offline_run(path: Path) -> dict:
 
 
 class WandbServer:
-    """Answers the queries of wandb.Api about the runs at `url`; `queries` are those it was sent."""
+    """Answers the queries of wandb.Api about the runs at `url`, and takes those of wandb.init; `queries` are those it
+    was sent, `refuses` whether it takes nothing more."""
 
     def __init__(self, runs: list[dict], entity: str, project: str):
         self.runs, self.path, self.queries = {run["id"]: run for run in runs}, (entity, project), []
+        self.refuses = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                answer = b"{}"  # to telemetry and files
                 if self.path == "/graphql":
                     answer = json.dumps({"data": outer.answer(**json.loads(body))}).encode()
-                else:
-                    answer = b"{}"  # telemetry
-                self.send_response(200)
+                elif self.path.endswith("/file_stream") and not outer.refuses:
+                    outer.receive(self.path.split("/")[-2], json.loads(body))
+                self.send_response(400 if outer.refuses else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)
+
+            do_PUT = do_POST
 
             def log_message(self, *_):
                 pass
@@ -97,6 +102,15 @@ class WandbServer:
         self.queries.append((query, variables))
         if "viewer" in query:
             return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+        if "mutation UpsertBucket" in query:
+            return {"upsertBucket": self.upsert(**variables)}
+        if "query RunResumeStatus" in query:
+            return {"model": self.names() | {"bucket": self.resume_status(variables["name"])}}
+        if "mutation CreateRunFiles" in query:
+            files = [{"name": name, "uploadUrl": f"{self.url}/files/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+        if "serverInfo" in query:
+            return {"serverInfo": {"features": []}}
         if (variables.get("entity"), variables.get("project")) != self.path:
             return {"project": None}
         if "query Runs(" in query:
@@ -112,6 +126,40 @@ class WandbServer:
         if "historyKeys }" in query:
             return {"project": {"run": {"historyKeys": {"lastStep": run["history"][-1]["_step"]}}}}
         return {"project": {"run": self.node(run, full=True)}}
+
+    def names(self) -> dict:
+        entity, project = self.path
+        return {"id": "1", "name": project, "entity": {"id": "1", "name": entity}}
+
+    def upsert(self, name: str, config: str = "{}", groupName: str = "", displayName: str = "", **_) -> dict:
+        """A run is made, goes on, or gets what it is sent of its config."""
+        inserted = name not in self.runs
+        run = self.runs.setdefault(name, {
+            "id": name, "name": displayName, "group": groupName, "created": "2026-01-01T00:00:00Z", "config": {},
+            "summary": {}, "history": [],
+        })  # fmt: skip
+        run["config"] |= {key: entry["value"] for key, entry in json.loads(config).items()}
+        run["state"] = "running"
+        return {"bucket": self.node(run, full=True) | {"project": self.names()}, "inserted": inserted}
+
+    def resume_status(self, name: str) -> dict | None:
+        if name not in self.runs:
+            return None
+        run = self.runs[name]
+        last = json.dumps([json.dumps(row) for row in run["history"][-1:]])
+        counts = {"historyLineCount": len(run["history"]), "eventsLineCount": 0, "logLineCount": 0}
+        return self.node(run, full=True) | counts | {"historyTail": last, "eventsTail": "[]", "tags": []}
+
+    def receive(self, name: str, sent: dict) -> None:
+        """Rows of the history from `offset` on, a summary, the end of a run."""
+        run, files = self.runs[name], sent.get("files") or {}
+        if rows := files.get("wandb-history.jsonl"):
+            assert rows["offset"] <= len(run["history"]), "rows are missing"
+            run["history"][rows["offset"] :] = map(json.loads, rows["content"])
+        if summary := files.get("wandb-summary.json"):
+            run["summary"] = json.loads(summary["content"][-1])
+        if sent.get("complete"):
+            run["state"] = "failed" if sent["exitcode"] else "finished"
 
     def page(self, order: str, perPage: int, filters: str = "{}", cursor: str | None = None, **_) -> dict:
         """A page of the runs of a group, in the order of their creation."""
