@@ -50,10 +50,16 @@ from config import get_default_cfg, post_init_cfg
 from language_model import load_model
 text_stream.LONGEST_PAUSE = 0.1
 cfg = post_init_cfg(get_default_cfg() | json.loads(sys.argv[1]))
-store = ActivationsStore(load_model(cfg), cfg)
+resume_after = json.loads(sys.argv[2])
+model = load_model(cfg)
+store = ActivationsStore(model, cfg)
 print(store.fingerprint())
-for _ in range(cfg["num_tokens"] // cfg["batch_size"]):
+for i in range(cfg["num_tokens"] // cfg["batch_size"]):
     print(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
+    if i in resume_after:
+        state = json.dumps(store.state_dict())
+        store = ActivationsStore(model, cfg)
+        store.load_state_dict(json.loads(state))
 """
 CONTEXTS = """
 import json, sys
@@ -102,7 +108,6 @@ class FaultyHub(Hub):
                 self.ranges.append(request.headers["Range"])
                 fault = self.fault(request.path)
                 self.faults.append(fault)
-                self.ranges.append(request.headers["Range"])
         if fault is None:
             return super().send(request, answer)
         if fault.isdigit():
@@ -124,21 +129,25 @@ class FaultyHub(Hub):
 
 @pytest.fixture(scope="module")
 def repos(tmp_path_factory) -> dict:
-    """A model, and the same documents as parquet files of several row groups, and as JSON lines.
+    """A model, and the same documents as parquet files of several row groups, as JSON lines, and as tokens.
 
     A jsonl file is made so large, by another column, that it is read by two requests, its documents in three parts. (A
     small parquet file comes whole, by one.)
     """
     folder, rng = tmp_path_factory.mktemp("repos"), random.Random(0)
-    (folder / "parquet").mkdir()
-    (folder / "jsonl").mkdir()
+    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    kinds = ("parquet", "jsonl", "tokens")
+    for kind in kinds:
+        (folder / kind).mkdir()
     for file in range(NUM_FILES):
         texts = [f"def f_{file}_{i}(x):\n" + f"    x += {i}\n" * rng.randint(1, 8) for i in range(ROWS)]
         data = pandas.DataFrame({"text": texts})
         data.to_parquet(folder / "parquet" / f"{file}.parquet", row_group_size=100)
+        tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        pandas.DataFrame({"input_ids": tokens}).to_parquet(folder / "tokens" / f"{file}.parquet", row_group_size=100)
         data["noise"] = "x" * 100_000
         data.to_json(folder / "jsonl" / f"{file}.jsonl", orient="records", lines=True)
-    repos = {f"datasets/someone/{kind}": {"main": folder / kind} for kind in ("parquet", "jsonl")}
+    repos = {f"datasets/someone/{kind}": {"main": folder / kind} for kind in kinds}
     return {"models/demo/lm": {"main": LM}} | repos
 
 
@@ -151,11 +160,12 @@ def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.Co
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-def batches(folder: Path, hub: Hub, dataset: str, **changes) -> tuple[list[str], str]:
-    """Hashes of the held-out contexts and of all batches that a hub's dataset gives, and the lines on stderr."""
+def batches(folder: Path, hub: Hub, dataset: str, resume_after=(), **changes) -> tuple[list[str], str]:
+    """Hashes of the held-out contexts and of all batches that a hub's dataset gives, and the lines on stderr. After
+    some of the batches a new store goes on with the state of the old one."""
     cfg = make_cfg(model_name="demo/lm", dataset_path=dataset, num_tokens=40_000, batch_size=400, **changes)
     keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
-    process = run_python(folder, hub, BATCHES, json.dumps(keys))
+    process = run_python(folder, hub, BATCHES, json.dumps(keys), json.dumps(resume_after))
     assert process.returncode == 0, process.stderr
     return process.stdout.split(), process.stderr
 
@@ -177,13 +187,14 @@ def random_faults(seed: int, share: float):
         yield from [next(kinds)] * rng.randint(2, 3) if rng.random() < share else [None]
 
 
-@pytest.mark.parametrize("kind, seed", [("parquet", 0), ("jsonl", 1)])
-def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches, kind, seed):
+@pytest.mark.parametrize("kind, seed, resumes", [("parquet", 0, 0), ("jsonl", 1, 1), ("tokens", 2, 3)])
+def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches, kind, seed, resumes):
     """Errors 500, 503 and 520, cut, shortened and missing answers and stalls at random: the stream is opened again
-    where it was, lines say so, and every batch is bit-identical to that of a hub without faults."""
-    faults = random_faults(seed, 0.6)
+    where it was, lines say so, and every batch is bit-identical to that of a hub without faults. So it is with tokens
+    for text, and where new stores go on with the state of old ones, on that hub too."""
+    faults, resume_after = random_faults(seed, 0.6), random.Random(seed).sample(range(100), resumes)
     with FaultyHub(repos, lambda path: next(faults)) as hub:
-        hashes, told = batches(tmp_path, hub, f"someone/{kind}", stream_retries=20)
+        hashes, told = batches(tmp_path, hub, f"someone/{kind}", resume_after, stream_retries=20)
     assert len(set(hub.faults)) >= 6 and len(OPENED_AGAIN.findall(told)) >= 3
     assert hashes == sound_batches
 
