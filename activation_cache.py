@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import sync, write_json
-from config import InputError, tell
+from config import InputError, gib, tell
 
 
 class ActivationCache:
@@ -98,7 +98,3 @@ class ActivationCache:
 
 def digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.view(torch.uint8).numpy().reshape(-1)).hexdigest()
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from activation_cache import ActivationCache
-from config import InputError, tell
+from config import InputError, num_steps, tell
 from language_model import Harvester, check_hook_point, hub_name, model_fingerprint
 from text_stream import TextStream
 
@@ -48,9 +48,8 @@ class ActivationsStore:
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
         self.stream = TextStream(cfg, tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out)
         self.eval_contexts = self.stream.held_out
-        # The stream is as long as the training needs, in whole batches.
         batch_size = cfg["batch_size"]
-        self.tokens_needed = -(-cfg["num_tokens"] // batch_size) * batch_size
+        self.tokens_needed = num_steps(cfg) * batch_size
         self.check_length()
         self.harvest = Harvester(model, cfg["hook_point"])
 

@@ -34,6 +34,8 @@ LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
 class SaveError(RuntimeError):
     """Something could not be written. One line says what; the same command goes on once there is room."""
 
+    exit_code = 3
+
 
 # SAEs
 

@@ -21,10 +21,29 @@ from sae import SAE_CLASSES
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, the value, what is allowed."""
 
+    exit_code = 2
+
 
 def tell(line: str) -> None:
     """A line for the user, above any progress bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+def run_command(main, interrupted: str = "Stopped") -> None:
+    """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
+    Ctrl-C with the line `interrupted` and code 4.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(4)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def one_line(error: Exception) -> str:
@@ -216,6 +235,10 @@ def check_value(key: str, value, default):
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise InputError(f"{key} = {value!r} is not allowed: it must be {allowed}{hint}")
     return value
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def num_steps(cfg: dict) -> int:

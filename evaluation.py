@@ -40,7 +40,6 @@ On the whole held-out set there are also `histograms`, of the SAE in eval():
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -48,9 +47,9 @@ import torch.nn.functional as F
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
-from config import InputError, best_device, one_line, tell
+from config import InputError, best_device, one_line, run_command, tell
+from hub import stay_offline_without_network
 from language_model import load_model
-from text_stream import StreamError, stay_offline_without_network
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
@@ -359,8 +358,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, StreamError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, StreamError) else 2)
+    run_command(main)

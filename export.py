@@ -19,7 +19,6 @@ Hugging Face hub, in a private repository unless there is one of that name alrea
 import argparse
 import json
 import re
-import sys
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +30,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, sync, write_json
-from config import SITES, InputError, one_line, post_init_cfg
+from config import SITES, InputError, num_steps, one_line, post_init_cfg, run_command
 from language_model import hub_name
 from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
@@ -138,7 +137,7 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
     trainer = {
         "trainer_class": trainer_class, "dict_class": dict_class, "activation_dim": cfg["act_size"],
         "dict_size": cfg["dict_size"], "k": cfg["top_k"], "lr": cfg["lr"], "seed": cfg["seed"], "device": "cpu",
-        "steps": -(-cfg["num_tokens"] // cfg["batch_size"]), "lm_name": hub_name(cfg["model_name"]), "layer": layer,
+        "steps": num_steps(cfg), "lm_name": hub_name(cfg["model_name"]), "layer": layer,
         "submodule_name": submodule, "wandb_name": cfg["name"],
     }  # fmt: skip
     buffer = {"d_submodule": cfg["act_size"], "ctx_len": cfg["seq_len"]}
@@ -394,9 +393,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -19,7 +19,6 @@ import html
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import SITES, InputError
+from config import SITES, InputError, run_command
 from evaluation import DENSE, heldout_activations, open_run, read_record
-from text_stream import StreamError
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown of each, and how many of them come before its peak
@@ -244,8 +242,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (InputError, StreamError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, StreamError) else 2)
+    run_command(main)

@@ -17,7 +17,7 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
 from config import InputError, one_line, tell
-from text_stream import StreamError, may_pass, never_wait_for_ever, offline_hint
+from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
 
 
 def load_model(cfg: dict) -> TransformerBridge:

@@ -11,22 +11,20 @@ import hashlib
 import json
 import os
 import signal
-import sys
 import time
-import warnings
 from pathlib import Path
 
 import features
 from activation_store import ActivationsStore
-from checkpoint import SaveError, newest_checkpoint, remove_checkpoints
-from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
+from checkpoint import newest_checkpoint, remove_checkpoints
+from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, run_command, tell
 from demo.text import write_demo_text
+from hub import stay_offline_without_network
 from language_model import check_hook_point, load_model
 from logs import is_finished, is_over, run_folder, why_stopped
 from plan import duration, plan_group, tell_time
 from results import draw_results
 from sae import SAE_CLASSES
-from text_stream import StreamError, stay_offline_without_network
 from training import NotFinite, train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
@@ -188,13 +186,5 @@ def train_planned(group: list[dict], model, steps_done: int, force: bool, resume
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # wherever it comes, as Ctrl-C
-    try:
-        main(sys.argv[1:])
-    except (InputError, StreamError, SaveError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 3)
-    except KeyboardInterrupt:
-        print("The same command goes on where this one stopped", file=sys.stderr)
-        sys.exit(4)
+    run_command(main, "The same command goes on where this one stopped")

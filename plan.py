@@ -8,7 +8,7 @@ import time
 import psutil
 import torch
 
-from config import InputError, num_steps, tell
+from config import InputError, gib, num_steps, tell
 from evaluation import eval_batches, heldout_activations, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
@@ -86,10 +86,6 @@ def memory_needed(group: list[dict], model) -> int:
 
 def free_memory(device: str) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 def matmul_flops(device: str) -> float:

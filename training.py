@@ -12,9 +12,9 @@ from tqdm import tqdm
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
 from config import InputError, num_steps, tell
 from evaluation import evaluate, heldout_baseline
+from hub import StreamError
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
-from text_stream import StreamError
 
 TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
 

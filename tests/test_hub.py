@@ -36,7 +36,7 @@ from config import InputError, get_default_cfg, post_init_cfg
 from language_model import load_model
 from main import DEMO_BASE
 from sae import SAE_CLASSES
-from text_stream import stay_offline_without_network
+from hub import stay_offline_without_network
 torch.set_num_threads(1)
 cfg = post_init_cfg(get_default_cfg() | DEMO_BASE | json.loads(sys.argv[1]))
 model = load_model(cfg)

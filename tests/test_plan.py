@@ -67,7 +67,7 @@ def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: 
     """One line with the SAE's name, what it needs and what there is."""
     present = plan.memory_needed([cfgs[1]], model) - 1
     monkeypatch.setattr(plan, "free_memory", lambda device: present)
-    with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d GiB.*0\.\d GiB are free"):
+    with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d\d GiB.*0\.\d\d GiB are free"):
         plan.plan_group(cfgs, model, 0, force=False)
     assert plan.plan_group(cfgs[1:2], model, 0, force=True) == [cfgs[1:2]]
 

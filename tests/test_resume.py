@@ -22,9 +22,9 @@ import training
 from activation_store import ActivationsStore
 from checkpoint import SaveError, damage, group_folder, groups_folder, load_sae, newest_checkpoint
 from config import InputError
+from hub import StreamError
 from logs import RunLog, is_finished, is_over, run_folder, why_stopped
 from sae import SAE_CLASSES
-from text_stream import StreamError
 
 OFTEN = dict(log_freq=2, perf_log_freq=4)
 

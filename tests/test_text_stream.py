@@ -78,8 +78,9 @@ def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_contex
 @pytest.mark.parametrize("bos_per_context", [False, True])
 @pytest.mark.parametrize("num_epochs", [1, 3])
 @pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000)])
-def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context):  # noqa: F811
-    """Over several epochs the contexts are those of the definitions: nothing is lost but a last partial context."""
+def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context, capsys):  # noqa: F811
+    """Over several epochs the contexts are those of the definitions: nothing is lost but a last partial context, and
+    a line counts that."""
     documents = documents_of_random_length(seed, total)
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=num_epochs, bos_per_context=bos_per_context)
     held_out, contexts, left_over = reference_stream(documents, num_epochs, bos_per_context)
@@ -88,7 +89,11 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
     while len(part := stream.contexts(rng.randint(1, 9))):
         found += part.tolist()
     assert found == contexts
-    assert stream.tokens_left_over() == left_over < SEQ_LEN
+    assert left_over < SEQ_LEN
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" ends with ")[1] for line in told] == [f"{left_over} tokens that fill no context"] * (
+        left_over > 0
+    )
     if bos_per_context:
         assert all(context[0] == BOS for context in found)
 
@@ -101,8 +106,7 @@ def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
     tokens = torch.cat(drain(stream)).flatten().tolist()
     text = [token for document in documents for token in document]
     per_epoch = text[EVAL_CONTEXTS * SEQ_LEN :]
-    left_over = stream.tokens_left_over()  # at the very end only
-    assert left_over == 2 * len(per_epoch) % SEQ_LEN
+    left_over = 2 * len(per_epoch) % SEQ_LEN  # at the very end only
     assert Counter(tokens) + Counter(per_epoch[len(per_epoch) - left_over :]) == Counter(2 * per_epoch)
     assert not set(tokens) & set(text[1 : EVAL_CONTEXTS * SEQ_LEN])
 
