@@ -82,7 +82,7 @@ def get_default_cfg() -> dict:
         "layer": 8,  # block whose site is read (a full hook name overrides it)
         "act_size": 768,  # d, width of the activations; None: read it from the model
         "model_dtype": "float32",  # the model is run in "float32", "bfloat16" or "float16"
-        "device": best_device(),  # "cuda", "mps" or "cpu"; the default is the best one present
+        "device": best_device(),  # "cuda" or "cpu"; the default is cuda if it is there
         # The stream of activations
         "dataset_path": "Skylion007/openwebtext",  # hub name, or a local file, folder or saved dataset
         "dataset_config": None,  # configuration of a hub dataset, e.g. "en"
@@ -255,15 +255,13 @@ def run_name(cfg: dict) -> str:
 
 
 def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_problem(device: str) -> str | None:
     """What `device` should have been, or None if torch can use it here."""
     try:
-        torch.empty(1, device=device)
+        torch.ones(1, device=device, dtype=torch.float64).item()  # metrics are in float64, which Apple's mps has not
     except Exception:  # torch raises whatever its backend does (RuntimeError, AssertionError, NotImplementedError)
-        return f"a device that torch can use on this machine, such as {best_device()!r}"
+        return f"a device with float64 that torch can use on this machine, such as {best_device()!r}"
     return None

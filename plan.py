@@ -3,7 +3,10 @@
 Memory is reckoned from shapes, time from a few steps that are taken and thrown away.
 """
 
+import math
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -85,7 +88,28 @@ def memory_needed(group: list[dict], model) -> int:
 
 
 def free_memory(device: str) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return min(psutil.virtual_memory().available, *left_in_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+
+
+def left_in_cgroups(groups: Path, root: Path) -> list[float]:
+    """Bytes left in each of a process's control groups that has a limit: a container, a batch job. It is killed there
+    whatever the machine has free. `groups` lists them, `root` has their folders (cgroups of version 1 and 2).
+    """
+    left = [math.inf]
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        top, *names, cache = root, "memory.max", "memory.current", "file"
+        if "memory" in controllers.split(","):
+            top, *names, cache = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # no such group here (other controllers too), or "max": no limit
+                limit, used = (int((folder / name).read_text()) for name in names)
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                left.append(limit - used + int(statistics[cache]))  # the cache is given back when needed
+    return left
 
 
 def matmul_flops(device: str) -> float:

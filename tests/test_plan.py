@@ -46,6 +46,22 @@ def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F
     assert 0.5 * told < taken < told
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_memory_of_a_container_is_what_is_left_of_its_limit(tmp_path, version):
+    """Of the limits of the groups that the process is in, and of those above them; "max" is none."""
+    names = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
+    line = ["9:cpu:/other\n4:memory,hugetlb:/job/step\n0::/", "0::/job/step"][version - 1]
+    root, unlimited = tmp_path / ["memory", ""][version - 1], [str(2**63 - 4096), "max"][version - 1]
+    for folder, limit in [("job/step", unlimited), ("job", "5000"), ("", unlimited), ("other", "1")]:
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, "4000")):
+            (root / folder / name).write_text(f"{value}\n")
+        (root / folder / "memory.stat").write_text("anon 3300\nfile 700\ntotal_cache 700\n")
+    (tmp_path / "groups").write_text(line + "\n")
+    assert min(plan.left_in_cgroups(tmp_path / "groups", tmp_path)) == 5000 - 4000 + 700
+    assert plan.left_in_cgroups(tmp_path / "nothing", tmp_path) == [float("inf")]
+
+
 @pytest.fixture
 def cfgs(make_cfg):  # noqa: F811
     return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
