@@ -230,10 +230,10 @@ IMPOSSIBLE = [
     ("max_grad_norm", INF), ("model_name", " "), ("site", "resid"), ("site", ""), ("layer", -1), ("act_size", 1),
     ("device", "gpu"), ("device", "cpu:x"), ("device", "meta"), ("dataset_path", ""), ("dataset_split", ""),
     ("seq_len", 1), ("model_batch_size", 0), ("num_batches_in_buffer", 0), ("shuffle_seed", -1),
-    ("shuffle_seed", 2**63), ("eval_tokens", 0), ("eval_skip_positions", -1), ("eval_skip_positions", 127), ("log_freq", 0),
-    ("lr_warmup_steps", -1), ("lr_decay_steps", -1),
-    ("perf_log_freq", 0), ("checkpoint_freq", 0), ("output_dir", ""), ("sweep", ""), ("sweep", ".."),
-    ("sweep", "a/b"), ("sweep", "a\\b"), ("wandb_project", ""), ("wandb_mode", "on"),
+    ("shuffle_seed", 2**63), ("eval_tokens", 0), ("eval_skip_positions", -1), ("eval_skip_positions", 127),
+    ("log_freq", 0), ("lr_warmup_steps", -1), ("lr_decay_steps", -1), ("perf_log_freq", 0), ("checkpoint_freq", 0),
+    ("output_dir", ""), ("sweep", ""), ("sweep", ".."), ("sweep", "a/b"), ("sweep", "a\\b"), ("wandb_project", ""),
+    ("wandb_mode", "on"),
 ]  # fmt: skip
 
 
