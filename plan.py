@@ -105,7 +105,7 @@ def left_in_cgroups(groups: Path, root: Path) -> list[float]:
             top, *names, cache = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
         group = top / path.strip("/")
         for folder in (group, *group.parents):
-            with suppress(OSError, ValueError):  # no such group here (other controllers too), or "max": no limit
+            with suppress(OSError, ValueError, KeyError):  # no such group here (other controllers), or no limit: "max"
                 limit, used = (int((folder / name).read_text()) for name in names)
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 left.append(limit - used + int(statistics[cache]))  # the cache is given back when needed

@@ -12,12 +12,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 
 from activation_store import ActivationsStore
 from config import InputError, get_default_cfg, post_init_cfg
-from language_model import check_hook_point, load_model
+from language_model import load_model
 
 DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 BOS = 0
@@ -306,157 +305,6 @@ def test_global_rng_is_left_alone(model, counted):
     assert torch.equal(stream_of(model, counted)[0], batches)
 
 
-# Tokens -> activations
-
-
-@pytest.fixture(scope="module")
-def hf_model():
-    return transformers.GPT2LMHeadModel.from_pretrained(DEMO_LM, attn_implementation="eager").eval()
-
-
-@torch.no_grad()
-def activations_by_hand(hf_model, contexts, site: str, layer: int) -> torch.Tensor:
-    """What transformers' own model has at the site, without transformer_lens."""
-    seen, block = {}, hf_model.transformer.h[layer]
-    handles = [
-        block.attn.register_forward_hook(lambda module, args, output: seen.update(attn_out=output[0])),
-        block.mlp.register_forward_hook(lambda module, args, output: seen.update(mlp_out=output)),
-        block.ln_2.register_forward_hook(lambda module, args, output: seen.update(resid_mid=args[0])),
-    ]
-    hidden = hf_model(contexts, output_hidden_states=True).hidden_states
-    for handle in handles:
-        handle.remove()
-    return {"resid_pre": hidden[layer], "resid_post": hidden[layer + 1], **seen}[site]
-
-
-@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"])
-def test_sites_are_what_they_are_called(model, hf_model, jsonl, texts, site):
-    """Each site gives the activations that transformers' own model has there, as does its full hook name."""
-    path = jsonl(texts)
-    store = ActivationsStore(model, make_cfg(dataset_path=path, site=site, layer=1))
-    contexts = store.get_batch_tokens()
-    acts = store.get_activations(contexts)
-    assert acts.shape == (3, SEQ_LEN, 128)
-    torch.testing.assert_close(acts, activations_by_hand(hf_model, contexts, site, 1), rtol=1e-4, atol=1e-5)
-    by_name = ActivationsStore(model, make_cfg(dataset_path=path, site=f"blocks.1.hook_{site}", layer=3))
-    assert torch.equal(by_name.get_activations(contexts), acts)
-
-
-@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
-def test_activations_equal_run_with_cache(model, counted, site):
-    """get_activations gives what run_with_cache gives, any width, by full hook names too."""
-    cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
-    store = ActivationsStore(model, cfg)
-    contexts = store.eval_contexts
-    _, cache = model.run_with_cache(contexts, names_filter=[cfg["hook_point"]], stop_at_layer=cfg["layer"] + 1)
-    # Fused attention sums in another order than the bridge's.
-    torch.testing.assert_close(store.get_activations(contexts), cache[cfg["hook_point"]], rtol=1e-4, atol=1e-5)
-    assert store.act_size == cache[cfg["hook_point"]].shape[-1]
-
-
-def test_layers_above_the_hook_point_are_not_run(model, counted):
-    """The forward stops at the hook point: neither that block's own parts after it nor later blocks are called."""
-    store = ActivationsStore(model, make_cfg(dataset_path=counted))  # resid_pre of block 2
-    called, blocks = [], model.plain.transformer.h
-    handles = [
-        part.register_forward_hook(lambda *_, name=name: called.append(name))
-        for name, part in {"1": blocks[1], "2.attn": blocks[2].attn, "3": blocks[3]}.items()
-    ]
-    store.get_activations(store.eval_contexts)
-    harvesting = list(called)
-    model.plain(store.eval_contexts)
-    for handle in handles:
-        handle.remove()
-    assert harvesting == ["1"]
-    assert called == ["1", "1", "2.attn", "3"], "a whole forward does call them"
-
-
-def test_both_forms_of_the_model_have_the_same_weights_in_memory(model):
-    """The plain form that is harvested has the bridge's own tensors: the weights are in memory once."""
-    plain = {name: tensor.data_ptr() for name, tensor in model.plain.named_parameters()}
-    bridge = {tensor.data_ptr() for tensor in model.original_model.parameters()}
-    assert plain and set(plain.values()) <= bridge
-
-
-@pytest.mark.parametrize("site", ["blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
-def test_hook_points_that_only_the_bridge_has(model, counted, capsys, site):
-    """Where transformers' own model has no such place the bridge is run, to the bit, and a line says so."""
-    cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
-    store = ActivationsStore(model, cfg)
-    assert "which is slower" in capsys.readouterr().err
-    _, cache = model.run_with_cache(store.eval_contexts, names_filter=[site], stop_at_layer=cfg["layer"] + 1)
-    assert torch.equal(store.get_activations(store.eval_contexts), cache[site])
-
-
-def test_harvesting_leaves_no_trace_in_the_model(model, counted):
-    """No hook stays behind, the model stays in eval mode without gradients, and a whole forward still works."""
-
-    def hooks_of_plain():
-        return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.plain.modules()]
-
-    before, hooks = model(torch.arange(20)[None]), hooks_of_plain()
-    stream_of(model, counted)
-    assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
-    assert hooks_of_plain() == hooks
-    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(torch.arange(20)[None]), before)
-
-
-# Other language models
-
-
-def copy_of_demo_lm(folder: Path, without: tuple = ()) -> Path:
-    shutil.copytree(DEMO_LM, folder)
-    for file in without:
-        (folder / file).unlink()
-    return folder
-
-
-@pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
-def test_other_architectures(tmp_path, jsonl, texts, tokens, family):
-    """A model of another architecture loads from its directory and is harvested at the right place."""
-    folder = copy_of_demo_lm(tmp_path / "lm", without=("model.safetensors",))
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, bos_token_id=BOS, eos_token_id=BOS,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        hf_model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    hf_model.save_pretrained(folder)
-
-    cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts), layer=1, act_size=32)
-    store = ActivationsStore(load_model(cfg), cfg)
-    contexts = store.get_batch_tokens()
-    assert torch.equal(contexts, reference_contexts(tokens, SEQ_LEN, 3)[1][:3])
-    with torch.no_grad():
-        hidden = hf_model(contexts, output_hidden_states=True).hidden_states[1]
-    torch.testing.assert_close(store.get_activations(contexts), hidden, rtol=1e-4, atol=1e-5)
-    assert store.next_batch().shape == (40, 32)
-
-
-@pytest.mark.parametrize("other_name", [False, True])
-def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):
-    """A model without BOS gets none: documents are joined as they are, and the log says so."""
-    folder = copy_of_demo_lm(tmp_path / "lm")
-    if other_name:  # nor has it the token that is often put in its place
-        path = folder / "tokenizer.json"
-        path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|sep|>"), encoding="utf-8")
-    for name in ("config.json", "tokenizer_config.json"):
-        content = json.loads((folder / name).read_text())
-        for key in ("bos_token", "eos_token", "unk_token", "bos_token_id", "eos_token_id"):
-            content.pop(key, None)
-        (folder / name).write_text(json.dumps(content))
-    cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts))
-    store = ActivationsStore(load_model(cfg), cfg)
-    assert "no BOS" in capsys.readouterr().err
-    heldout, rest = reference_contexts([document[1:] for document in tokens], SEQ_LEN, 3)
-    assert torch.equal(store.eval_contexts, heldout)
-    assert torch.equal(all_contexts(store), rest)
-    store = ActivationsStore(store.model, cfg)
-    assert torch.isfinite(store.next_batch()).all()
-
-
 # Bad input
 
 
@@ -544,63 +392,7 @@ def test_bad_folders_are_one_clear_line(model, tmp_path, texts):
     assert str(tmp_path / "mixed") in message and ".jsonl, .txt" in message
 
 
-def test_act_size_and_layer_that_do_not_fit(model, counted):
-    """A wrong act_size or layer is found out at once; the message names the value and the right ones."""
-    message = store_error(model, dataset_path=counted, act_size=64)
-    assert "act_size = 64" in message and "128" in message
-    message = store_error(model, dataset_path=counted, layer=4)
-    assert "blocks.4.hook_resid_pre" in message and "0 to 3" in message
-    assert "blocks.1.hook_nothing" in store_error(model, dataset_path=counted, site="blocks.1.hook_nothing")
-    assert check_hook_point(model, make_cfg(act_size=None)) == 128
-
-
-@pytest.mark.parametrize("site", ["blocks.1.attn.hook_pattern", "blocks.1.hook_q_input", "blocks.1.attn.hook_result"])
-def test_hook_points_that_give_no_residual_vectors(model, counted, site):
-    """A hook point that exists but cannot be harvested is an InputError that names it."""
-    assert site in store_error(model, dataset_path=counted, site=site)
-
-
 def test_skipping_more_than_a_cut_context(model, jsonl, texts):
     """eval_skip_positions that leave nothing of the contexts the model can take is an InputError, not NaN."""
     message = store_error(model, dataset_path=jsonl(texts * 8), seq_len=256, eval_skip_positions=127, eval_tokens=200)
     assert "eval_skip_positions = 127" in message
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def drop_a_block(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = {name: tensor for name, tensor in load_file(path).items() if ".h.1." not in name}
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    "file, damage, pattern",
-    [
-        ("config.json", Path.unlink, r"no config\.json"),
-        ("config.json", lambda path: path.write_text("{broken"), "cannot be loaded"),
-        ("model.safetensors", Path.unlink, "no weights"),
-        ("model.safetensors", lambda path: path.write_bytes(b"garbage" * 99), "cannot be loaded"),
-        ("model.safetensors", truncate, "cannot be loaded"),
-        ("model.safetensors", drop_a_block, "weights"),
-        ("tokenizer.json", Path.unlink, "no tokenizer"),
-        ("tokenizer.json", lambda path: path.write_text("{}"), "cannot be loaded"),
-    ],
-)
-def test_bad_model_directory_is_one_clear_line(tmp_path, file, damage, pattern):
-    """A model directory that lacks something or is damaged is an InputError that names it; nothing is made up."""
-    folder = copy_of_demo_lm(tmp_path / "lm")
-    damage(folder / file)
-    with pytest.raises(InputError, match=pattern) as caught:
-        load_model(make_cfg(model_name=str(folder)))
-    assert f"model_name = {str(folder)!r}" in one_line(caught)
-
-
-def test_missing_model_directory(tmp_path):
-    """A path that is no folder is an InputError, not a search on the hub."""
-    with pytest.raises(InputError, match="no such folder") as caught:
-        load_model(make_cfg(model_name=str(tmp_path / "none")))
-    assert str(tmp_path / "none") in one_line(caught)

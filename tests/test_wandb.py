@@ -145,6 +145,7 @@ def test_an_online_run_goes_on_under_its_id(tmp_path, server):
     process = start(server, args)
     pause_after(process, tmp_path, 14)
     while not server.runs or not (run := next(iter(server.runs.values())))["history"]:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)  # it is sent every 15 s
     process.kill()
     process.communicate()

@@ -63,11 +63,10 @@ def offline_run(path: Path) -> dict:
 
 class WandbServer:
     """Answers the queries of wandb.Api about the runs at `url`, and takes those of wandb.init; `queries` are those it
-    was sent, `refuses` whether it takes nothing more."""
+    was sent."""
 
     def __init__(self, runs: list[dict], entity: str, project: str):
         self.runs, self.path, self.queries = {run["id"]: run for run in runs}, (entity, project), []
-        self.refuses = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -76,9 +75,9 @@ class WandbServer:
                 answer = b"{}"  # to telemetry and files
                 if self.path == "/graphql":
                     answer = json.dumps({"data": outer.answer(**json.loads(body))}).encode()
-                elif self.path.endswith("/file_stream") and not outer.refuses:
+                elif self.path.endswith("/file_stream"):
                     outer.receive(self.path.split("/")[-2], json.loads(body))
-                self.send_response(400 if outer.refuses else 200)
+                self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()

@@ -1,0 +1,173 @@
+"""A checkpoint that is damaged, half-written, half-deleted or hostile is found out, and the one before it is used."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from test_resume import OFTEN, assert_as_uninterrupted, damaged, stopping_store, uninterrupted  # noqa: F401 (fixtures)
+from test_training import SAES, data, make_cfg, model, no_wandb, train  # noqa: F401 (fixtures)
+
+import checkpoint
+import training
+from checkpoint import damage, group_folder, groups_folder, newest_checkpoint
+from config import InputError
+from logs import run_folder
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "state"])
+def test_a_damaged_checkpoint_is_passed_over(model, make_cfg, uninterrupted, capsys, how):  # noqa: F811
+    """The one before it is used, with a warning; with damaged ones only, nothing is begun anew over them."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, cfgs, stopping_store(8, KeyboardInterrupt()))
+    paths = sorted(group_folder(cfgs).glob("step_*"))
+    assert [path.name for path in paths] == ["step_000000004", "step_000000006"], "keep_checkpoints is 2"
+    damaged(paths[1], how)
+    assert newest_checkpoint(cfgs[0]) == paths[0]
+    assert f"{paths[1]} is damaged" in capsys.readouterr().err
+    damaged(paths[0], how)
+    with pytest.raises(InputError, match="only damaged checkpoints"):
+        train(model, cfgs)
+    if how == "flipped":
+        damaged(paths[0], how)  # flips it back
+        assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_a_half_written_checkpoint_is_none(model, make_cfg, monkeypatch):  # noqa: F811
+    """A save that is cut off at any write leaves the one before it, and its remains go with the next."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    write, calls = checkpoint.write, []
+    for cut_at in range(1, 7):
+
+        def cut(path, content, cut_at=cut_at):
+            if path.is_relative_to(groups_folder(cfg)):
+                calls.append(path)
+            if len(calls) == cut_at:
+                path.write_bytes(content[: len(content) // 2])
+                raise KeyboardInterrupt
+            return write(path, content)
+
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "write", cut)
+            train(model, [cfg])
+        assert len(calls) == cut_at
+        path = newest_checkpoint(cfg)
+        assert path is None or damage(path) is None
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    assert not list(groups_folder(cfg).glob("*/*.tmp"))
+
+
+def resigned(path: Path, name: str, content: bytes) -> None:
+    """Another content of a file, and its SHA-256 in the manifest."""
+    digests = json.loads((path / "manifest.json").read_text())
+    digests[name] = checkpoint.write(path / name, content)
+    (path / "manifest.json").write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"step": "x"}', "[" * 9999, "no weights"])
+def test_a_state_that_is_none_is_damage(model, make_cfg, state):  # noqa: F811
+    """What is signed, and still not a checkpoint's."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint(cfg)
+    if state == "no weights":
+        digests = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({"state.json": digests["state.json"]}))
+    else:
+        resigned(path, "state.json", state.encode())
+    assert damage(path)
+    with pytest.raises(InputError, match="only damaged"):
+        newest_checkpoint(cfg)
+
+
+def test_a_damaged_newer_checkpoint_is_not_kept_for_a_sound_older_one(model, make_cfg):  # noqa: F811
+    """What is deleted after a save is what is older than it."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
+    two = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [two], stopping_store(8, KeyboardInterrupt()))
+    older, newer = sorted(group_folder([cfg]).glob("step_*"))
+    damaged(newer, "flipped")
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(2, training.Stopped()))
+    assert newest_checkpoint(cfg).name == "step_000000005" and not older.exists()
+
+
+def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811
+    """A kill while checkpoints are deleted leaves some without a state.json: other runs begin all the same, and the
+    remains go once theirs are over.
+    """
+    cfgs = [make_cfg(**changes) for changes in SAES[:2]]
+    with pytest.raises(training.Stopped):
+        train(model, cfgs[:1], stopping_store(4, training.Stopped()))
+    (newest_checkpoint(cfgs[0]) / "state.json").unlink()
+    (run_folder(cfgs[1])).mkdir()
+    (run_folder(cfgs[1]) / "config.json").write_text("{}")
+    assert newest_checkpoint(cfgs[1]) is None
+    group = group_folder(cfgs[1:])
+    (group / "step_000000001.tmp").mkdir(parents=True)
+    checkpoint.remove_checkpoints(cfgs[0], lambda name: True)
+    assert list(groups_folder(cfgs[0]).iterdir()) == [group], "what is being written is left alone"
+
+
+HOSTILE = {
+    "a path out of the folder": ("manifest.json", lambda old: json.dumps({"../../x": "0"}).encode(), "names"),
+    "no JSON": ("manifest.json", lambda old: b"\x80\x04.", "not that of a checkpoint"),
+    "another JSON": ("manifest.json", lambda old: b"[1, 2]", "not that of a checkpoint"),
+    "a number": ("manifest.json", lambda old: b"7", "not that of a checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_manifests_are_damage(model, make_cfg, kind):  # noqa: F811
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint(cfg)
+    name, content, said = HOSTILE[kind]
+    (path / name).write_bytes(content((path / name).read_bytes()))
+    assert said in damage(path)
+
+
+CHANGES = {
+    "weights of another dtype": lambda tensors: tensors | {"sae.W_enc": tensors["sae.W_enc"].double()},
+    "weights of another shape": lambda tensors: tensors | {"sae.W_enc": torch.zeros(3, 5)},
+    "moments of another shape": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3, 5)},
+    "a moment that is a number": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(())},
+    "no moments": lambda tensors: {name: value for name, value in tensors.items() if name.startswith("sae")},
+    "one weight less": lambda tensors: {name: value for name, value in tensors.items() if name != "sae.b_dec"},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_tensors_that_do_not_fit_are_refused(model, make_cfg, kind):  # noqa: F811
+    """Even where every SHA-256 is right."""
+    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
+    path = newest_checkpoint(cfg)
+    tensors = safetensors.torch.load_file(path / "00.safetensors")
+    tensors = CHANGES[kind](tensors)
+    digests = json.loads((path / "manifest.json").read_text())
+    digests["00.safetensors"] = checkpoint.write(path / "00.safetensors", safetensors.torch.save(tensors))
+    (path / "manifest.json").write_text(json.dumps(digests))
+    with pytest.raises(InputError, match="does not fit") as caught:
+        train(model, [cfg])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_from_before_a_buffer_was_added(model, make_cfg):  # noqa: F811
+    """It goes on: batches_until_sparse is then as in an untrained SAE."""
+    cfg = make_cfg(**SAES[0])
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(4, training.Stopped()))
+    path = newest_checkpoint(cfg)
+    tensors = safetensors.torch.load_file(path / "00.safetensors")
+    del tensors["sae.batches_until_sparse"]
+    resigned(path, "00.safetensors", safetensors.torch.save(tensors))
+    assert len(train(model, [cfg])[1]) == 1
