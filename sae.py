@@ -4,11 +4,12 @@ Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
     W_enc [d, F]   W_dec [F, d], rows of unit norm   b_enc [F]   b_dec [d]
 
-A subclass of BaseAutoencoder says how activations come about (`pre_activation`, `activation`) and what its
-sparsity penalty counts (`sparsity`); everything else they share.
+A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`) and what its sparsity penalty
+counts (`sparsity`); everything else they share.
 
-Pre-activations z and activations f exist in two forms with the same values: dense [B, F], or only at the few places
-where f may be positive (`entries` and a vector [n], see sparse_ops.py), which `forward` uses where it costs less.
+Pre-activations z and activations f have two forms with the same values: dense [B, F], or a vector [n] at the places of
+a `pattern` (sparse_ops.py), the few where f may be positive. `select` returns that pattern where the sparse form costs
+less, else None.
 """
 
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sparse_ops
-from sparse_ops import AtFeatures, Decode, Entries, PreActivation
+from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, full_precision, keep_top_k
 
 
 class BaseAutoencoder(nn.Module):
@@ -48,19 +49,22 @@ class BaseAutoencoder(nn.Module):
 
     # What the subclasses define
 
-    def pre_activation(self, x: torch.Tensor) -> torch.Tensor:
-        """z [B, F] of normalised inputs [B, d]."""
+    def select(self, x: torch.Tensor, wait: bool) -> SparsityPattern | None:
+        """The places where f (or its gradient) may not be 0, of normalised inputs [B, d]; None if dense is cheaper.
+
+        wait: whether to wait for the device (sparse_ops.select_topk).
+        """
         raise NotImplementedError
 
-    def sparse_pre_activation(self, x: torch.Tensor) -> tuple[Entries, torch.Tensor] | None:
-        """The entries where f may be positive (or its gradient not 0) and z there [n]; None if dense is cheaper."""
+    def pre_activation(self, x: torch.Tensor, pattern: SparsityPattern | None = None) -> torch.Tensor:
+        """z of normalised inputs [B, d]: [B, F], or [n] at the pattern."""
         raise NotImplementedError
 
-    def activation(self, z: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
-        """f, non-negative and sparse, of z [B, F], or of z [n] at the entries."""
+    def activation(self, z: torch.Tensor, pattern: SparsityPattern | None = None) -> torch.Tensor:
+        """f, non-negative and sparse, of z and in its shape."""
         raise NotImplementedError
 
-    def sparsity(self, z: torch.Tensor, acts: torch.Tensor, entries: Entries | None = None) -> torch.Tensor:
+    def sparsity(self, z: torch.Tensor, acts: torch.Tensor, pattern: SparsityPattern | None) -> torch.Tensor:
         """What l1_coeff / B multiplies in the loss: the sum of the activations."""
         return acts.sum()
 
@@ -83,34 +87,38 @@ class BaseAutoencoder(nn.Module):
         """[B, d] back in the residual stream's units."""
         return reconstruction if mean is None else torch.addcmul(mean, reconstruction, std)
 
+    @full_precision()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature activations [B, F], dense, of residual-stream vectors [B, d]; in eval() of any [..., d] -> [..., F].
+        """Feature activations [..., F], dense, of residual-stream vectors [..., d].
 
-        Raises RuntimeError in eval() for a BatchTopK whose threshold has never been estimated.
+        In train() a BatchTopK selects among all of x. Raises RuntimeError in eval() if its threshold has never been
+        estimated.
         """
-        return self.activation(self.pre_activation(self.preprocess_input(x)[0]))
+        tokens = self.preprocess_input(x.reshape(-1, x.shape[-1]))[0]
+        return self.activation(self.pre_activation(tokens)).view(*x.shape[:-1], -1)
 
-    def decode(
-        self, acts: torch.Tensor, entries: Entries | None = None, like: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Reconstruction [B, d] of feature activations [B, F], or [n] at the entries.
+    @full_precision()
+    def decode(self, acts: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Reconstruction [..., d] of feature activations [..., F].
 
-        Still normalised, if the SAE normalises its input (input_unit_norm); with `like`, the vectors [B, d] that the
+        Still normalised, if the SAE normalises its input (input_unit_norm); with `like`, the vectors [..., d] that the
         features were encoded from, it is in the residual stream's units, with their mean and standard deviation.
         """
-        reconstruction = acts @ self.W_dec if entries is None else Decode.apply(acts, self.W_dec, entries)
-        reconstruction = reconstruction + self.b_dec
+        tokens = acts.reshape(-1, acts.shape[-1])
+        reconstruction = (sparse_ops.decode(tokens, self.W_dec) + self.b_dec).view(*acts.shape[:-1], -1)
         return (
             reconstruction
             if like is None
             else self.postprocess_output(reconstruction, *self.preprocess_input(like)[1:])
         )
 
+    @full_precision()
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual-stream vectors [B, d] -> (their reconstruction in the same units, feature activations [B, F])."""
-        x, mean, std = self.preprocess_input(x)
-        acts = self.activation(self.pre_activation(x))
-        return self.postprocess_output(self.decode(acts), mean, std), acts
+        """Residual-stream vectors [..., d] -> (their reconstruction in the same units, activations [..., F])."""
+        tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
+        acts = self.activation(self.pre_activation(tokens))
+        reconstruction = self.postprocess_output(self.decode(acts), mean, std)
+        return reconstruction.view(x.shape), acts.view(*x.shape[:-1], -1)
 
     @contextmanager
     def splice(self, model):
@@ -122,50 +130,61 @@ class BaseAutoencoder(nn.Module):
 
         def replace(acts, hook):
             x = acts[:, skip:]
-            reconstruction = self.reconstruct(x.flatten(0, 1))[0].view_as(x).to(acts)
+            reconstruction = self.reconstruct(x)[0].to(acts)
             return torch.cat([acts[:, :skip], reconstruction], 1)
 
         with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]):
             yield model
 
-    def forward(self, x: torch.Tensor) -> dict:
-        """Reconstruct residual-stream vectors [B, d]; returns a dict of tensors.
+    @full_precision()
+    def forward(self, x: torch.Tensor, wait: bool = True) -> dict:
+        """Reconstruct residual-stream vectors [..., d], B of them; returns a dict of tensors.
 
-        sae_out [B, d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
+        sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
         l0_norm, l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the
         counters as they stand after this batch. No side effects: counters, thresholds and RNG move only in
         training.training_step, so whoever writes their own loop calls update_statistics(output) too.
         Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
-        """
-        x, mean, std = self.preprocess_input(x)
-        entries, z = self.sparse_pre_activation(x) or (None, self.pre_activation(x))
-        acts = self.activation(z, entries)
-        reconstruction = self.decode(acts, entries)
 
-        l2_loss = F.mse_loss(reconstruction, x)
-        if not l2_loss.isfinite():
-            where = "the loss" if x.isfinite().all() else "the activations"
+        With wait=False, which is for training_step, nothing waits for a CUDA device. The output then has the scalar
+        `failure`: if it is not 0, the rest is not to be used (triton_ops.py).
+        """
+        tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
+        wait = wait or not sparse_ops.has_triton(tokens)
+        if wait:
+            self.known_counts = None
+        pattern = self.select(tokens, wait)
+        z = self.pre_activation(tokens, pattern)
+        acts = self.activation(z, pattern)
+        reconstruction = sparse_ops.decode(acts, self.W_dec, pattern) + self.b_dec
+
+        l2_loss = F.mse_loss(reconstruction, tokens)
+        if wait and not l2_loss.isfinite():
+            where = "the loss" if tokens.isfinite().all() else "the activations"
             raise FloatingPointError(f"NaN or infinity in {where}")
-        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts, entries) / len(x)
+        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts, pattern) / len(tokens)
         loss = l2_loss + l1_loss
         with torch.no_grad():
             active = acts > 0
-            active_features = active.any(0) if entries is None else entries.features_with(active)
-            not_active = torch.where(active_features, 0, self.num_batches_not_active + 1)
+            not_active = torch.where(sparse_ops.active_features(active, pattern), 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
-                "l0_norm": active.sum(dtype=x.dtype) / len(x),
-                "l1_norm": acts.sum() / len(x),
+                "l0_norm": active.sum(dtype=acts.dtype) / len(tokens),
+                "l1_norm": acts.sum() / len(tokens),
                 "num_dead_features": dead.sum(),
                 "num_batches_not_active": not_active,
             }
+        if not wait:
+            output["failure"] = sparse_ops.failure(pattern, l2_loss)
         if self.aux_loss_on_dead_features:
-            output["aux_loss"] = self.aux_loss(x, z if entries is None else None, x - reconstruction, dead)
+            residual = tokens - reconstruction
+            output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, residual, dead)
             loss = loss + output["aux_loss"]
-        sae_out = self.postprocess_output(reconstruction, mean, std)
+            if not wait:
+                output["failure"] |= (output["num_dead_features"] > self.counts()[1]) * sparse_ops.OVERFLOW
         return {
-            "sae_out": sae_out,
-            "feature_acts": acts if entries is None else entries.sparse_tensor(acts),
+            "sae_out": self.postprocess_output(reconstruction, mean, std).view(x.shape),
+            "feature_acts": acts if pattern is None else pattern.sparse_tensor(acts),
             "loss": loss,
             "l2_loss": l2_loss,
             "l1_loss": l1_loss,
@@ -176,24 +195,38 @@ class BaseAutoencoder(nn.Module):
         """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
         features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
         """
-        index = dead.nonzero().squeeze(-1)  # its length is needed here: a device sync
+        index = sparse_ops.dead_index(dead, x, lambda: self.counts()[1])
         if len(index) == 0:
             return residual.new_zeros(())
-        k, W_dec, entries = min(self.cfg["top_k_aux"], len(index)), self.W_dec.index_select(0, index), None
+        k, pattern = min(self.cfg["top_k_aux"], len(index)), None
+        W_dec = sparse_ops.rows_at(self.W_dec, index)
         if z is not None:
-            acts = keep_top_k(F.relu(z[:, index]), k)
+            acts = keep_top_k(F.relu(sparse_ops.rows_at(z.T, index).T), k)
         else:
-            W_enc = self.W_enc.T.index_select(0, index).T
-            acts = keep_top_k(F.relu(PreActivation.apply(x, self.b_dec, W_enc)), k)
-            if len(index) >= 6 * k:  # then the gradients are cheaper in the sparse form
-                entries, values = Entries.of(acts)
-                acts = PreActivation.apply(x, self.b_dec, W_enc, entries, values)
-        reconstruction = acts @ W_dec if entries is None else Decode.apply(acts, W_dec, entries)
-        return self.cfg["aux_penalty"] * F.mse_loss(reconstruction, residual)
+            W_enc = sparse_ops.rows_at(self.W_enc.T, index).T
+            acts = keep_top_k(F.relu(sparse_ops.encode(x, self.b_dec, W_enc)), k)
+            if sparse_ops.aux_is_sparse(len(index), k, x):
+                pattern = SparsityPattern.of(acts)
+                acts = sparse_ops.encode(x, self.b_dec, W_enc, pattern)
+        return self.cfg["aux_penalty"] * F.mse_loss(sparse_ops.decode(acts, W_dec, pattern), residual)
+
+    known_counts = None  # what `counts` last found, where training_step has read it
+
+    def counts(self) -> list[int]:
+        """[batches until the sparse form is taken, most features that can be dead in the next batch]: the host chooses
+        a form and a size by them. Waits for a CUDA device, unless training_step has read them already.
+        """
+        return self.known_counts or self.counts_on_device().tolist()
+
+    def counts_on_device(self) -> torch.Tensor:
+        until_sparse = getattr(self, "batches_until_sparse", self.num_batches_not_active.new_zeros(()))
+        most_dead = (self.num_batches_not_active + 1 >= self.cfg["n_batches_to_dead"]).sum()
+        return torch.stack([until_sparse, most_dead])
 
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
         """Store what a training forward learned about the features. No device sync."""
+        self.known_counts = None
         self.num_batches_not_active.copy_(output["num_batches_not_active"])
 
     @torch.no_grad()
@@ -212,17 +245,11 @@ class BaseAutoencoder(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 
-def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`values` [..., n] with all but the k largest of the last dimension set to 0."""
-    top = values.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(values).scatter(-1, top.indices, top.values)
+class AdaptiveSparseSAE(BaseAutoencoder):
+    """How many features are active depends on the weights here, so which form is used follows from the last batches.
 
-
-class SparseWhenItPays(BaseAutoencoder):
-    """How many features are active is the weights' affair here, so which form is used follows from the last batches.
-
-    The buffer `batches_until_sparse` counts down while few are active and starts again where many are, or where the
-    sparse form had too many candidates: it depends on counts alone and is saved with the weights.
+    The buffer `batches_until_sparse` counts down while few are active, and starts again where many are: it depends on
+    counts alone and is saved with the weights.
     """
 
     def __init__(self, cfg: dict):
@@ -232,32 +259,29 @@ class SparseWhenItPays(BaseAutoencoder):
     @torch.no_grad()
     def update_statistics(self, output):
         super().update_statistics(output)
-        acts, dict_size = output["feature_acts"], self.cfg["dict_size"]
-        if acts.is_sparse:
-            few, left = acts._nnz() / len(acts) < dict_size / 24, 0
-        else:
-            few = (output["l0_norm"] < dict_size / 48) & (self.batches_until_sparse > 0)
-            left = self.batches_until_sparse - 1
-        self.batches_until_sparse.copy_(torch.where(torch.as_tensor(few), left, 10))
+        is_sparse = output["feature_acts"].is_sparse
+        few = output["l0_norm"] < self.cfg["dict_size"] / (GOES_DENSE if is_sparse else GOES_SPARSE)
+        if not is_sparse:
+            few &= self.batches_until_sparse > 0  # if not, there were too many candidates for the sparse form
+        left = (self.batches_until_sparse - 1).clamp(min=0)
+        self.batches_until_sparse.copy_(torch.where(few, left, 10))
+
+    def is_sparse(self) -> bool:
+        return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts()[0] == 0
 
 
-class VanillaSAE(SparseWhenItPays):
+class VanillaSAE(AdaptiveSparseSAE):
     """f = relu((x̂ − b_dec) W_enc + b_enc);  loss = L2 + l1_coeff · mean_B Σ_j f_j."""
 
-    def pre_activation(self, x):
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
-
-    def sparse_pre_activation(self, x):
-        if self.batches_until_sparse > 0 or not sparse_ops.possible(x.device):
+    def select(self, x, wait):
+        if not self.is_sparse():
             return None
-        found = sparse_ops.above(x - self.b_dec, self.W_enc, self.b_enc, theta=0, margin=0)
-        if found is None:
-            return None
-        entries, values = found
-        z = PreActivation.apply(x, self.b_dec, self.W_enc, entries, values)
-        return entries, z + AtFeatures.apply(self.b_enc, entries)
+        return sparse_ops.select_above(x - self.b_dec, self.W_enc, self.b_enc, theta=0, margin=0, wait=wait)
 
-    def activation(self, z, entries=None):
+    def pre_activation(self, x, pattern=None):
+        return sparse_ops.encode(x, self.b_dec, self.W_enc, pattern) + at_features(self.b_enc, pattern)
+
+    def activation(self, z, pattern=None):
         return F.relu(z)
 
 
@@ -267,20 +291,17 @@ class TopKSAE(BaseAutoencoder):
     aux_loss_on_dead_features = True
     per_row = True
 
-    def pre_activation(self, x):
-        return (x - self.b_dec) @ self.W_enc
-
-    def sparse_pre_activation(self, x):
-        if not sparse_ops.pays(self.cfg["dict_size"], self.cfg["top_k"], x.device):
+    def select(self, x, wait):
+        k = self.cfg["top_k"]
+        if not sparse_ops.sparse_is_cheaper(self.cfg["dict_size"], k, x.device):
             return None
-        found = sparse_ops.largest(x - self.b_dec, self.W_enc, self.cfg["top_k"], self.per_row)
-        if found is None:
-            return None
-        entries, values = found
-        return entries, PreActivation.apply(x, self.b_dec, self.W_enc, entries, values)
+        return sparse_ops.select_topk(x - self.b_dec, self.W_enc, k, self.per_row, wait)
 
-    def activation(self, z, entries=None):
-        return keep_top_k(F.relu(z), self.cfg["top_k"]) if entries is None else z
+    def pre_activation(self, x, pattern=None):
+        return sparse_ops.encode(x, self.b_dec, self.W_enc, pattern)
+
+    def activation(self, z, pattern=None):
+        return keep_top_k(F.relu(z), self.cfg["top_k"]) if pattern is None else z
 
 
 class BatchTopKSAE(TopKSAE):
@@ -291,18 +312,18 @@ class BatchTopKSAE(TopKSAE):
     kept (eq. 5), as a running mean that forgets: at least 1 % of each new batch.
     """
 
+    per_row = False
+
     def __init__(self, cfg: dict):
         super().__init__(cfg)
         self.register_buffer("threshold", torch.zeros((), dtype=self.W_enc.dtype, device=self.W_enc.device))
         self.register_buffer("threshold_num_batches", torch.zeros((), dtype=torch.int64, device=self.W_enc.device))
 
-    per_row = False
+    def select(self, x, wait):
+        return super().select(x, wait) if self.training else None
 
-    def sparse_pre_activation(self, x):
-        return super().sparse_pre_activation(x) if self.training else None
-
-    def activation(self, z, entries=None):
-        if entries is not None:
+    def activation(self, z, pattern=None):
+        if pattern is not None:
             return z
         if self.training:
             return keep_top_k(F.relu(z).flatten(), self.cfg["top_k"] * len(z)).view_as(z)
@@ -314,7 +335,7 @@ class BatchTopKSAE(TopKSAE):
     def update_statistics(self, output):
         super().update_statistics(output)
         acts = output["feature_acts"].detach()
-        acts = F.pad(acts.values(), (0, 1)) if acts.is_sparse else acts  # one 0 more: there may be no values at all
+        acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # one 0 more: there may be no values at all
         smallest = torch.where(acts > 0, acts, torch.inf).min()
         found = smallest.isfinite()  # a batch with nothing positive says nothing about the threshold
         self.threshold_num_batches += found
@@ -322,7 +343,7 @@ class BatchTopKSAE(TopKSAE):
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
 
 
-class JumpReLUSAE(SparseWhenItPays):
+class JumpReLUSAE(AdaptiveSparseSAE):
     """z = x̂ W_enc + b_enc;  f = z · 1[z > θ], θ = exp(log_threshold);  loss = L2 + l1_coeff · mean_B Σ_j 1[z_j > θ_j].
 
     The steps have the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12) with respect to θ.
@@ -333,32 +354,26 @@ class JumpReLUSAE(SparseWhenItPays):
         self.jumprelu = nn.Module()  # so that the parameter has its published name, jumprelu.log_threshold
         self.jumprelu.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    def pre_activation(self, x):
-        return x @ self.W_enc + self.b_enc
-
-    def sparse_pre_activation(self, x):
-        if self.batches_until_sparse > 0 or not sparse_ops.possible(x.device):
+    def select(self, x, wait):
+        if not self.is_sparse():
             return None
         # Below θ, f is 0 but θ has a gradient, half a bandwidth down.
         theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2
-        found = sparse_ops.above(x, self.W_enc, self.b_enc, theta, margin)
-        if found is None:
-            return None
-        entries, values = found
-        z = PreActivation.apply(x, None, self.W_enc, entries, values)
-        return entries, z + AtFeatures.apply(self.b_enc, entries)
+        return sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait)
 
-    def theta(self, z, entries):
+    def pre_activation(self, x, pattern=None):
+        return sparse_ops.encode(x, None, self.W_enc, pattern) + at_features(self.b_enc, pattern)
+
+    def theta(self, z, pattern):
         """θ in the shape of z."""
-        theta = self.jumprelu.log_threshold.exp()
-        return theta.expand_as(z) if entries is None else AtFeatures.apply(theta, entries)
+        return at_features(self.jumprelu.log_threshold.exp(), pattern).expand_as(z)
 
-    def activation(self, z, entries=None):
-        return JumpReLU.apply(z, self.theta(z, entries), self.cfg["bandwidth"])
+    def activation(self, z, pattern=None):
+        return JumpReLU.apply(z, self.theta(z, pattern), self.cfg["bandwidth"])
 
-    def sparsity(self, z, acts, entries=None):
+    def sparsity(self, z, acts, pattern):
         """The number of active features, differentiable in θ alone."""
-        return Step.apply(z, self.theta(z, entries), self.cfg["bandwidth"]).sum()
+        return Step.apply(z, self.theta(z, pattern), self.cfg["bandwidth"]).sum()
 
 
 def rectangle(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:

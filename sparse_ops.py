@@ -1,6 +1,6 @@
 """The fast exact path: of B·F pre-activations only about B·k survive, so only they are computed in full.
 
-    z = x W_enc [B, F] is screened in bfloat16 (half the time of float32 on a CPU with bf16 instructions, far less on a
+    z = x W_enc [B, F] is screened in bfloat16 (half the time of float32 on a CPU with bf16 instructions, a tenth on a
     GPU). Each screened value comes with a bound on its error, so the entries that can possibly be selected are known
     for certain; they alone are computed in the weights' own precision, and the selection is made among those. It is the
     selection that the dense product would give, up to the rounding of the dense product itself.
@@ -16,16 +16,19 @@
     (maximum · (1 − 2⁻⁸) − e), k entries of z reach t. Every winner then has z ≥ t, p ≥ t − e and, rounding being
     monotone, screened value ≥ round(t − e): these are the candidates. No guess is involved, and no retry.
 
-What survives is held as Entries: the places (row = token, column = feature) in row-major order, and a vector of values.
-All further products are over the entries alone, by two kernels that every backend has: sums of weighted rows
-(embedding_bag) and dot products of pairs of rows (its gradient for the weights). Both are far faster where neighbouring
-entries share a row of the larger matrix, hence the feature-major order that Entries keeps beside the other.
+What survives is held as a SparsityPattern: the places (row = token, column = feature) in row-major order, and a vector
+of values. All further products are over these entries alone. Here they are two kernels that every backend has: sums of
+weighted rows (embedding_bag) and dot products of pairs of rows (its gradient for the weights). Both are far faster
+where neighbouring entries share a row of the larger matrix, hence the feature-major order that a pattern also keeps.
+
+On CUDA the same algorithm runs in the kernels of triton_ops.py, which never wait for the device.
 
 A float32 screen takes the place of the bfloat16 one where that is not fast (see screen_dtype), with the same results to
 the last bit: values are always those of the second computation.
 """
 
 import os
+import warnings
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
@@ -36,29 +39,37 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-# A dot product of an entry costs about as much as this many entries of a dense product.
-DENSE_FROM = 16
+# When the sparse form costs less than the dense one, as measured on CPUs.
+DENSE_FROM = 16  # the dot product of an entry costs about as much as this many entries of a dense product
+FEATURES_PER_ACTIVE = 32  # TopK: dictionary size over k from which on screening and selecting pay
+GOES_SPARSE, GOES_DENSE = 48, 24  # vanilla, JumpReLU: dictionary size over L0; two values, so that it does not flip
 
 
-class Entries:
-    """Places in a [B, F] matrix, in row-major order: rows [n] and cols [n], int64."""
+NOT_FINITE, OVERFLOW = 1, 2  # bits of the `failure` of a step that did not wait for the device
 
-    def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int]):
-        self.rows, self.cols, self.shape = rows, cols, shape
+
+class SparsityPattern:
+    """Places in a [B, F] matrix, in row-major order: rows [n] and cols [n], int64.
+
+    products [n], where they are known: x W_enc at these places.
+    """
+
+    def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int], products=None):
+        self.rows, self.cols, self.shape, self.products = rows, cols, shape, products
 
     @classmethod
-    def of(cls, matrix: torch.Tensor) -> tuple["Entries", torch.Tensor]:
-        """Those of a matrix [B, F] that are not 0, and their values [n]."""
+    def of(cls, matrix: torch.Tensor) -> "SparsityPattern":
+        """The entries of a matrix [B, F] that are not 0; their values are the products."""
         rows, cols = matrix.detach().nonzero(as_tuple=True)
-        return cls(rows, cols, matrix.shape), matrix.detach()[rows, cols]
+        return cls(rows, cols, matrix.shape, matrix.detach()[rows, cols])
 
     def __len__(self):
         return len(self.rows)
 
     @cached_property
-    def row_starts(self) -> torch.Tensor:
+    def row_offsets(self) -> torch.Tensor:
         """[B]: where each row's entries begin."""
-        return starts(self.rows, self.shape[0])
+        return first_positions(self.rows, self.shape[0])
 
     @cached_property
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,129 +78,196 @@ class Entries:
         narrow = torch.int16 if self.shape[1] < 2**15 else torch.int32
         order = self.cols.to(narrow).sort(stable=True).indices
         cols = self.cols[order]
-        return order, self.rows[order], cols, starts(cols, self.shape[1])
+        return order, self.rows[order], cols, first_positions(cols, self.shape[1])
 
-    def select(self, keep: torch.Tensor) -> tuple["Entries", torch.Tensor]:
-        """The entries where the mask keep [n] is True, and their numbers."""
+    def select(self, keep: torch.Tensor) -> "SparsityPattern":
+        """The entries where the mask keep [n] is True."""
         index = keep.nonzero().squeeze(-1)
-        return Entries(self.rows[index], self.cols[index], self.shape), index
+        return SparsityPattern(self.rows[index], self.cols[index], self.shape, self.products[index])
 
     def sparse_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """values [n] as a sparse (COO, coalesced) tensor [B, F]."""
         index = torch.stack([self.rows, self.cols])
         return torch.sparse_coo_tensor(index, values, self.shape, is_coalesced=True, check_invariants=False)
 
-    def features_with(self, mask: torch.Tensor) -> torch.Tensor:
-        """[F]: whether a feature has an entry where the mask [n] is True."""
-        found = torch.zeros(self.shape[1], dtype=torch.bool, device=mask.device)
-        return found.index_fill_(0, self.cols[mask], True)
-
-    def dots(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def sddmm(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[n]: a[row] · b[col] of a [B, d] and b [F, d]."""
-        order, rows, cols, feature_starts = self.by_feature
-        by_feature = torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, cols, feature_starts, rows, 0)
+        order, rows, cols, feature_offsets = self.by_feature
+        by_feature = torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, cols, feature_offsets, rows, 0)
         return torch.empty_like(by_feature).index_copy_(0, order, by_feature)
 
-    def sum_into_rows(self, values: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def spmm(self, values: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[B, d]: of each row, Σ value · b[col], of b [F, d]."""
-        return weighted_sums(values, self.cols, self.row_starts, b)
+        return weighted_sums(values, self.cols, self.row_offsets, b)
 
-    def sum_into_features(self, values: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    def decode_gradients(self, values, W_dec, grad) -> tuple[torch.Tensor, torch.Tensor]:
+        """(grad[row] · W_dec[col] [n], [F, d] of each feature Σ value · grad[row]), of grad [B, d]."""
+        return self.sddmm(grad, W_dec), self.spmm_t(values, grad)
+
+    def spmm_t(self, values: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """[F, d]: of each feature, Σ value · a[row], of a [B, d]."""
-        order, rows, _, feature_starts = self.by_feature
-        return weighted_sums(values[order], rows, feature_starts, a)
+        order, rows, _, feature_offsets = self.by_feature
+        return weighted_sums(values[order], rows, feature_offsets, a)
 
     def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
         """[F]: of each feature, Σ value."""
-        order, rows, _, feature_starts = self.by_feature
+        order, rows, _, feature_offsets = self.by_feature
         # The same kernel with a table of ones: unlike an atomic sum it always adds in the same order.
-        return weighted_sums(values[order], rows * 0, feature_starts, values.new_ones(1, 1)).squeeze(-1)
+        return weighted_sums(values[order], rows * 0, feature_offsets, values.new_ones(1, 1)).squeeze(-1)
 
 
-def starts(sorted_index: torch.Tensor, n: int) -> torch.Tensor:
+def first_positions(sorted_index: torch.Tensor, n: int) -> torch.Tensor:
     """[n]: where each of 0 … n − 1 begins in a sorted vector of them."""
     return torch.searchsorted(sorted_index, torch.arange(n, device=sorted_index.device))
 
 
-def weighted_sums(weights, index, bag_starts, table):
-    return F.embedding_bag(index, table, bag_starts, mode="sum", per_sample_weights=weights)
+def weighted_sums(weights, index, bag_offsets, table):
+    return F.embedding_bag(index, table, bag_offsets, mode="sum", per_sample_weights=weights)
 
 
-# What is differentiable
+# What is differentiable. `pattern` None means the dense form: all of [B, F].
+
+
+def encode(x, b_dec, W_enc, pattern=None) -> torch.Tensor:
+    """(x − b_dec) W_enc, [B, F] or [n] at the places of the pattern, whose products are taken. b_dec may be None."""
+    return PreActivation.apply(x, b_dec, W_enc, pattern)
+
+
+def decode(acts, W_dec, pattern=None) -> torch.Tensor:
+    """[B, d] = f W_dec of activations [B, F], or [n] at the places of the pattern."""
+    return Decode.apply(acts, W_dec, pattern)
+
+
+def at_features(vector, pattern=None) -> torch.Tensor:
+    """A vector [F] in a shape that fits [B, F]; or [n], at the features of the pattern."""
+    return vector if pattern is None else AtFeatures.apply(vector, pattern)
+
+
+def active_features(active: torch.Tensor, pattern=None) -> torch.Tensor:
+    """[F]: which features have an entry where the mask `active` ([B, F], or [n] at the pattern) is True."""
+    if pattern is None:
+        return active.any(0)
+    num_features = pattern.shape[1]
+    found = torch.zeros(num_features + 1, dtype=torch.bool, device=active.device)  # the last is of none
+    return found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)[:num_features]
+
+
+def dead_index(dead: torch.Tensor, x: torch.Tensor, most) -> torch.Tensor:
+    """The features where the mask dead [F] is True, in order. On CUDA the length has to be known beforehand: most() is
+    at least as large, and the rest is filled up with F.
+    """
+    if not has_triton(x):
+        return dead.nonzero().squeeze(-1)
+    import triton_ops
+
+    return triton_ops.packed_index(dead, min(-(-most() // 256) * 256, len(dead)))
+
+
+def rows_at(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows of a matrix [F, n] at a dead_index; zeros where that is F."""
+    if not has_triton(matrix):
+        return matrix.index_select(0, index)
+    rows = matrix.index_select(0, index.clamp(max=len(matrix) - 1))
+    return rows * (index < len(matrix))[:, None]
+
+
+def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
+    """Whether the gradients of the aux loss are cheaper in the sparse form; on a GPU they never are."""
+    return num_dead >= 6 * k and not has_triton(x)
+
+
+def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
+    """[] int64: not 0 if a step that did not wait for the device cannot be used (triton_ops.py)."""
+    return (~loss.isfinite()) * NOT_FINITE | (0 if pattern is None else pattern.failure)
+
+
+def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`values` [n] or [B, n] with all but the k largest of the last dimension set to 0."""
+    if values.ndim == 2 and has_triton(values):
+        import triton_ops
+
+        return torch.where(triton_ops.row_topk_mask(values.detach(), k), values, 0)
+    top = values.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values).scatter(-1, top.indices, top.values)
 
 
 class PreActivation(torch.autograd.Function):
-    """z = (x − b_dec) W_enc, [n] at the entries, whose values are known already, or [B, F] if there are none given.
-
-    b_dec may be None.
-    """
-
     @staticmethod
-    def forward(ctx, x, b_dec, W_enc, entries=None, values=None):
+    def forward(ctx, x, b_dec, W_enc, pattern):
         ctx.save_for_backward(x, b_dec, W_enc)
-        ctx.entries = entries
-        return inputs(x, b_dec) @ W_enc if entries is None else values.clone()
+        ctx.pattern = pattern
+        return matmul(centred(x, b_dec), W_enc) if pattern is None else pattern.products.clone()
 
     @staticmethod
     def backward(ctx, grad):
         x, b_dec, W_enc = ctx.saved_tensors
-        entries = ctx.entries
+        pattern = ctx.pattern
         grad_x = grad_b_dec = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ W_enc.T if entries is None else entries.sum_into_rows(grad, W_enc.T)
+            grad_x = matmul(grad, W_enc.T) if pattern is None else pattern.spmm(grad, W_enc.T)
         if b_dec is not None:
             # Σ_i of −grad_x, but the sum over tokens first: one vector instead of B.
-            grad_b_dec = -(W_enc @ (grad.sum(0) if entries is None else entries.feature_sums(grad)))
-        x = inputs(x, b_dec)
-        grad_W_enc = (grad.T @ x if entries is None else entries.sum_into_features(grad, x)).T
-        return grad_x, grad_b_dec, grad_W_enc, None, None
+            grad_b_dec = -(W_enc @ (grad.sum(0) if pattern is None else pattern.feature_sums(grad)))
+        x = centred(x, b_dec)
+        grad_W_enc = (matmul(grad.T, x) if pattern is None else pattern.spmm_t(grad, x)).T
+        return grad_x, grad_b_dec, grad_W_enc, None
 
 
-def inputs(x, b_dec):
+def centred(x, b_dec):
     return x if b_dec is None else x - b_dec
 
 
 class Decode(torch.autograd.Function):
-    """[B, d] = f W_dec of activations [n] at the entries."""
-
     @staticmethod
-    def forward(ctx, acts, W_dec, entries):
+    def forward(ctx, acts, W_dec, pattern):
         ctx.save_for_backward(acts, W_dec)
-        ctx.entries = entries
-        return entries.sum_into_rows(acts, W_dec)
+        ctx.pattern = pattern
+        return matmul(acts, W_dec) if pattern is None else pattern.spmm(acts, W_dec)
 
     @staticmethod
     def backward(ctx, grad):
         acts, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        return ctx.entries.dots(grad, W_dec), ctx.entries.sum_into_features(acts, grad), None
+        if ctx.pattern is not None:
+            return *ctx.pattern.decode_gradients(acts, W_dec, grad), None
+        grad_acts = matmul(grad, W_dec.T) if ctx.needs_input_grad[0] else None
+        return grad_acts, matmul(acts.T, grad) if ctx.needs_input_grad[1] else None, None
 
 
 class AtFeatures(torch.autograd.Function):
-    """[n]: a vector [F] at the features of the entries."""
-
     @staticmethod
-    def forward(ctx, vector, entries):
-        ctx.entries = entries
-        return vector[entries.cols]
+    def forward(ctx, vector, pattern):
+        ctx.pattern = pattern
+        # A pattern of fixed length has places of no feature at its end.
+        return F.pad(vector, (0, 1))[pattern.cols.long()]
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.entries.feature_sums(grad.contiguous()), None
+        return ctx.pattern.feature_sums(grad.contiguous()), None
 
 
 # Selection
 
 
 @torch.no_grad()
-def largest(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool) -> tuple[Entries, torch.Tensor] | None:
-    """The largest positive entries of z = x W_enc, and their values [n]: k of each row, or B·k of the whole batch.
+def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wait: bool = True):
+    """The pattern of the largest positive entries of z = x W_enc: k of each row, or B·k of the whole batch.
 
     x [B, d], W_enc [d, F]. Ties at the threshold go to the first in row-major order, so that exactly k (B·k) are
     selected, less where fewer are positive. None if there are too many candidates for this to pay. Raises
     FloatingPointError if x or W_enc holds NaN or infinity.
+
+    On CUDA with wait=False the result is a triton_ops.PaddedPattern. Its `failure` then says whether there were too
+    many candidates, or something was not finite.
     """
     B = len(x)
+    if has_triton(x):
+        import triton_ops
+
+        return within_capacity(
+            lambda capacity: triton_ops.select_topk(x, W_enc, k, per_row, capacity),
+            (B, W_enc.shape[1], k), 4 * B * k, wait, lambda: what_is_not_finite(x, W_enc.T, None),
+        )  # fmt: skip
     z, error = screen(x, W_enc)
     maxima = group_maxima(z, at_least=4 * k)
     reached = maxima.to(x.dtype) * (1 - relative_error(z.dtype)) - error[:, None]
@@ -198,60 +276,85 @@ def largest(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool) -> tupl
     else:
         t = kth_largest(reached.flatten(), B * k).expand(B)
     t = t.clamp(min=0)
-    entries = candidates(z, maxima, t - error)
-    if entries is None:
+    pattern = candidates(z, maxima, t - error)
+    if pattern is None:
         return None
-    values = entries.dots(x, W_enc.T)
-    keep = among_largest(values, entries, k) if per_row else among_largest(values, None, B * k)
-    entries, index = entries.select(keep & (values > 0))
-    return entries, values[index]
+    pattern.products = values = pattern.sddmm(x, W_enc.T)
+    keep = topk_mask(values, pattern, k) if per_row else topk_mask(values, None, B * k)
+    return pattern.select(keep & (values > 0))
 
 
 @torch.no_grad()
-def above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: float) -> tuple[Entries, torch.Tensor] | None:
-    """The entries of z = x W_enc + b_enc with z > θ − margin, and their values [n] without b_enc.
+def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: float, wait: bool = True):
+    """The pattern of the entries of z = x W_enc + b_enc with z > θ − margin; its products are without b_enc.
 
-    x [B, d], W_enc [d, F], b_enc [F], θ [F] or a number. None if there are too many candidates for this to pay. Raises
-    FloatingPointError if x or a weight holds NaN or infinity.
+    x [B, d], W_enc [d, F], b_enc [F], θ [F] or a number. Otherwise as select_topk.
     """
     offset = b_enc - theta
+    if has_triton(x):
+        import triton_ops
+
+        return within_capacity(
+            lambda capacity: triton_ops.select_above(x, W_enc, offset, margin, capacity),
+            (len(x), W_enc.shape[1], None), 128 * len(x), wait, lambda: what_is_not_finite(x, W_enc.T, offset),
+        )  # fmt: skip
     z, error = screen(x, W_enc, offset)
     maxima = group_maxima(z, at_least=1)
-    entries = candidates(z, maxima, -margin - error)
-    if entries is None:
+    pattern = candidates(z, maxima, -margin - error)
+    if pattern is None:
         return None
-    values = entries.dots(x, W_enc.T)
-    entries, index = entries.select(values + offset[entries.cols] > -margin)
-    return entries, values[index]
+    pattern.products = pattern.sddmm(x, W_enc.T)
+    return pattern.select(pattern.products + offset[pattern.cols] > -margin)
+
+
+_capacity = {}  # candidates that there is room for on CUDA: grows where it was too little. No result depends on it.
+
+
+def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
+    """select(capacity), a PaddedPattern; with wait, repeated with as much room as it needs, and cut to its length."""
+    most = key[0] * key[1] // DENSE_FROM
+    while True:
+        capacity = _capacity.setdefault(key, min(first, most))
+        pattern = select(capacity)
+        if not wait:
+            return pattern
+        failure, found = torch.stack([pattern.failure, pattern.num_candidates]).tolist()
+        if failure & NOT_FINITE:
+            raise FloatingPointError(what_is_wrong())
+        if found <= capacity:
+            return pattern.trimmed()
+        if found > most:
+            return None
+        _capacity[key] = min(most, found + found // 4)
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
     return values.kthvalue(values.shape[-1] - k + 1, dim=-1).values
 
 
-def among_largest(values: torch.Tensor, entries: Entries | None, k: int) -> torch.Tensor:
-    """Mask [n] of the k largest of values [n] in each row of the entries, or of all where entries is None.
+def topk_mask(values: torch.Tensor, pattern: SparsityPattern | None, k: int) -> torch.Tensor:
+    """Mask [n] of the k largest of values [n] in each row of the pattern, or of all without a pattern.
 
     Ties go to the first.
     """
-    if entries is None:
-        table, rows, row_starts = values[None], torch.zeros_like(values, dtype=torch.int64), None
+    if pattern is None:
+        table, rows = values[None], torch.zeros_like(values, dtype=torch.int64)
     else:
-        rows, row_starts = entries.rows, entries.row_starts
-        place = torch.arange(len(rows), device=rows.device) - row_starts[rows]
+        rows, row_offsets = pattern.rows, pattern.row_offsets
+        place = torch.arange(len(rows), device=rows.device) - row_offsets[rows]
         width = int(place.max()) + 1 if len(rows) else 0
-        table = values.new_full((entries.shape[0], width), -torch.inf)
+        table = values.new_full((pattern.shape[0], width), -torch.inf)
         table[rows, place] = values
     if table.shape[1] <= k:
         return torch.ones_like(values, dtype=torch.bool)
     t = kth_largest(table, k)
     more, tied = values > t[rows], values == t[rows]
-    still_wanted = k - (table > t[:, None]).sum(-1)
+    wanted = k - (table > t[:, None]).sum(-1)
     nth_tie = tied.cumsum(0)
-    if entries is not None:
-        first = row_starts.clamp(max=len(rows) - 1)
+    if pattern is not None:
+        first = row_offsets.clamp(max=len(rows) - 1)
         nth_tie = nth_tie - (nth_tie - tied.long())[first][rows]
-    return more | (tied & (nth_tie <= still_wanted[rows]))
+    return more | (tied & (nth_tie <= wanted[rows]))
 
 
 # The screen
@@ -280,12 +383,12 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = N
     w, dw, w16 = torch.stack(norms).amax(0)
     dx, x_norm = row_norms(x - x16[:, :d]), row_norms(x16)
     accumulation = width * 2.0**-23 * x_norm * w16
-    left_over = (offset - sum(part.to(x.dtype) for part in offsets)).abs().amax() if offsets else 0
-    error = (dx * w + x_norm * dw + accumulation + left_over) * (1 + 1e-4)  # the norms are rounded, too
+    offset_error = (offset - sum(part.to(x.dtype) for part in offsets)).abs().amax() if offsets else 0
+    error = (dx * w + x_norm * dw + accumulation + offset_error) * (1 + 1e-4)  # the norms are rounded, too
     if not torch.isfinite(error.sum()):
         raise FloatingPointError(what_is_not_finite(x, W, offset))
     z = scratch("z", (len(x), num_features), dtype, x.device)
-    with full_precision_sums():
+    with full_precision():
         torch.mm(x16, W16.T, out=z)
     return z, error
 
@@ -324,7 +427,7 @@ def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
     return groups.amax(-1)
 
 
-def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> Entries | None:
+def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> SparsityPattern | None:
     """The entries whose screened value z [B, F] reaches floor [B] of their row; None if more than 1/DENSE_FROM do."""
     B, num_features = z.shape
     groups = maxima.shape[1]
@@ -341,7 +444,7 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> En
         return None
     hit = hits.flatten().nonzero().squeeze(-1)
     flat = group[hit // size] * size + hit % size
-    return Entries(flat // num_features, flat % num_features, z.shape)
+    return SparsityPattern(flat // num_features, flat % num_features, z.shape)
 
 
 def what_is_not_finite(x, W, offset) -> str:
@@ -351,20 +454,48 @@ def what_is_not_finite(x, W, offset) -> str:
     return "the activations or encoder weights are too large: their norms overflow"
 
 
-def pays(num_features: int, k: int, device: torch.device) -> bool:
+# What the device can do
+
+
+def sparse_is_cheaper(num_features: int, k: int, device: torch.device) -> bool:
     """Whether the sparse form of a TopK costs less than the dense one."""
-    return num_features >= 32 * k and possible(device)
+    return num_features >= FEATURES_PER_ACTIVE * k and has_sparse_kernels(device)
 
 
 @lru_cache
-def possible(device: torch.device) -> bool:
+def has_sparse_kernels(device: torch.device) -> bool:
     """Whether this device has the two kernels, found out by trying."""
     try:
         one, zero = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        entries = Entries(zero, zero, (1, 1))
-        return bool(entries.dots(one, one) == 1) and bool(entries.sum_into_rows(one[0], one) == 1)
+        pattern = SparsityPattern(zero, zero, (1, 1))
+        return bool(pattern.sddmm(one, one) == 1) and bool(pattern.spmm(one[0], one) == 1)
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError):
         return False
+
+
+def has_triton(x: torch.Tensor) -> bool:
+    """Whether the kernels of triton_ops.py are used with this tensor: float32, on CUDA with compute capability 8.0."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and triton_works(x.device)
+
+
+@lru_cache
+def triton_works(device: torch.device) -> bool:
+    """Tries the kernels on a small problem. If they fail, a warning says so and torch's own kernels are used."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        import triton_ops
+
+        triton_ops.self_test(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no Triton for this torch, no compiler for it, a driver that it does not know
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        warnings.warn(f"the Triton kernels do not work on {device} ({reason}): steps will be slower", stacklevel=2)
+        return False
+    return True
 
 
 _scratch = {}
@@ -384,18 +515,56 @@ def screen_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     if device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    else:  # is_bf16_supported() would count emulation
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if fast else torch.float32
 
 
+# Precision
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b. On CUDA float32 is computed as three TF32 products, at most 2⁻²⁰ ‖a_i‖ ‖b_j‖ off: six times as fast."""
+    if a.dtype != torch.float32 or a.device.type != "cuda" or screen_dtype(a.device) != torch.bfloat16:
+        return a @ b
+    with full_precision("tf32"):
+        return three_products(a, b)
+
+
+def three_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b from operands of 11 bits each: high·high + high·low + low·high. What is left out is below 2⁻²⁰ of it."""
+    (a_high, a_low), (b_high, b_low) = two_parts(a), two_parts(b)
+    return torch.addmm(torch.addmm(a_high @ b_low, a_low, b_high), a_high, b_high)
+
+
+def two_parts(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A float32 tensor as its first 11 bits (which TF32 holds exactly), and the rest."""
+    high = (a.view(torch.int32) & -(2**13)).view(torch.float32)
+    return high, a - high
+
+
 @contextmanager
-def full_precision_sums():
-    """CUDA may otherwise sum a bfloat16 product in bfloat16, and a float32 one in TF32, which the bound excludes."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
-    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = False, False
+def full_precision(float32: str = "ieee"):
+    """Precision of matrix products, whatever the user has set, which is restored afterwards: float32 is not rounded to
+    bfloat16, nor to TF32 unless float32="tf32"; bfloat16 products are not added up in bfloat16.
+    """
+    cuda = torch.backends.cuda.matmul
+    reduced = cuda.allow_bf16_reduced_precision_reduction
+    if hasattr(cuda, "fp32_precision"):
+        modules = cuda, torch.backends.mkldnn.matmul
+        before = [module.fp32_precision for module in modules]
+    else:  # torch before 2.9
+        modules, before = (), torch.get_float32_matmul_precision()
     try:
+        cuda.allow_bf16_reduced_precision_reduction = False
+        for module in modules:
+            module.fp32_precision = float32 if module is cuda else "ieee"
+        if not modules:
+            torch.set_float32_matmul_precision("highest" if float32 == "ieee" else "high")
         yield
     finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = before
+        cuda.allow_bf16_reduced_precision_reduction = reduced
+        for module, precision in zip(modules, before):
+            module.fp32_precision = precision
+        if not modules:
+            torch.set_float32_matmul_precision(before)

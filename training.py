@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import sparse_ops
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
 from config import InputError, num_steps, tell
 from evaluation import evaluate, heldout_baseline
@@ -112,18 +113,18 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
-            outputs = []
-            for run in runs[:]:
+            for run in runs:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
-                try:
-                    outputs.append(scalars(training_step(run.sae, run.optimizer, x, run.cfg)))
-                except FloatingPointError as error:  # raised before the weights are touched
+            outputs = group_step(runs, x)
+            for run, output in list(zip(runs, outputs)):
+                if isinstance(output, FloatingPointError):  # raised before the weights are touched
                     runs.remove(run)
-                    failed.append(f"{run.cfg['name']}: step {step}: {error}")
+                    outputs.remove(output)
+                    failed.append(f"{run.cfg['name']}: step {step}: {output}")
                     tell(failed[-1])
                     with disk(cfg, f"{run.log.folder}"):
                         save_sae(run.sae, run.log.folder / "sae")
-                        run.log.stop(step, str(error))
+                        run.log.stop(step, str(output))
             if not runs:
                 break
             bar.update(len(x))
@@ -207,22 +208,94 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
 
     Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
     """
-    output = sae(x)
+    output = start_step(sae, optimizer, x, cfg)
+    if read_failures([sae], [output])[0]:
+        output = start_step(sae, optimizer, x, cfg, wait=True)
+    return output
+
+
+def group_step(runs: list[Run], x: torch.Tensor) -> list[dict | FloatingPointError]:
+    """A training step of each run on the same batch: the scalars of its output, or the error that kept it from a step.
+
+    On CUDA the host waits for the device once, when the steps of all runs are queued.
+    """
+
+    def attempt(run, wait=False):
+        try:
+            return scalars(start_step(run.sae, run.optimizer, x, run.cfg, wait))
+        except FloatingPointError as error:
+            return error
+
+    outputs = [attempt(run) for run in runs]
+    failures = read_failures([run.sae for run in runs], outputs)
+    return [attempt(run, wait=True) if failed else o for run, o, failed in zip(runs, outputs, failures)]
+
+
+@sparse_ops.full_precision()
+def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+    """training_step, but on CUDA nothing waits for the device, unless `wait`: the output's `failure` [] tells instead
+    whether nothing was changed (read_failures).
+    """
+    output = sae(x, wait=wait)
     output["loss"].backward()
+    if sparse_ops.has_triton(sae.W_enc):
+        update_on_device(sae, optimizer, cfg, output, wait)
+    else:
+        update_weights(sae, optimizer, cfg)
+        sae.update_statistics(output)
+    optimizer.zero_grad()
+    sae.zero_grad()
+    return output
+
+
+def update_weights(sae, optimizer, cfg: dict) -> None:
+    """Clip the gradient, remove its part parallel to the decoder rows, Adam, and unit rows again."""
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
     if not norm.isfinite():
         sae.zero_grad()
         raise FloatingPointError("NaN or infinity in the gradient")
     sae.make_decoder_weights_and_grad_unit_norm()
+    share_gradients(sae, optimizer)
+    optimizer.step()
+    sae.normalize_decoder()
+
+
+def update_on_device(sae, optimizer, cfg: dict, output: dict, wait: bool) -> None:
+    """update_weights and update_statistics in the kernels of triton_ops.py; a failed step changes nothing."""
+    import triton_ops
+
+    share_gradients(sae, optimizer)
+    failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
+    failure = triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
+    before = [buffer.clone() for buffer in sae.buffers()]
+    sae.update_statistics(output)
+    for buffer, old in zip(sae.buffers(), before):
+        buffer.copy_(torch.where(failure == 0, buffer, old))
+    if not wait:
+        output["failure"] = failure
+    elif failure:
+        raise FloatingPointError("NaN or infinity in the gradient")
+
+
+def share_gradients(sae, optimizer) -> None:
+    """Give the optimizer the gradient of W_enc, which it holds by its transpose (make_optimizer)."""
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
         if held is not parameter:
             held.grad = parameter.grad.T
-    optimizer.step()
-    optimizer.zero_grad()
-    sae.zero_grad()
-    sae.normalize_decoder()
-    sae.update_statistics(output)
-    return output
+
+
+def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[bool]:
+    """Which steps must be repeated with wait=True. Also reads what the next steps need (BaseAutoencoder.counts).
+
+    Waits for the device once.
+    """
+    failed, queued = [False] * len(saes), {}
+    for i, output in enumerate(outputs):
+        if isinstance(output, dict) and "failure" in output:
+            queued[i] = torch.cat([output.pop("failure")[None], saes[i].counts_on_device()])
+    for i, (failure, *counts) in zip(queued, torch.stack(list(queued.values())).tolist() if queued else []):
+        failed[i], saes[i].known_counts = failure != 0, counts
+    return failed
 
 
 def scalars(output: dict) -> dict:

@@ -94,7 +94,7 @@ class Bench:
             else:
                 optimizer = make_optimizer(sae, cfg)
                 if name == "dense form":
-                    sae.sparse_pre_activation = lambda x: None
+                    sae.select = lambda x, wait: None
                 self.step[name] = lambda x, sae=sae, optimizer=optimizer: training_step(sae, optimizer, x, cfg)
             self.saes[name] = sae
 

@@ -20,7 +20,7 @@ SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (
 @pytest.fixture(autouse=True, params=["dense", "sparse"])
 def form(request, monkeypatch):
     """Every promise is kept by both forms of TopK and BatchTopK, whatever they cost at these sizes."""
-    monkeypatch.setattr(sparse_ops, "pays", lambda *_: request.param == "sparse")
+    monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: request.param == "sparse")
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
 
 

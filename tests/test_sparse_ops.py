@@ -12,15 +12,15 @@ import sparse_ops
 from config import get_default_cfg
 from language_model import Harvester, load_model
 from sae import SAE_CLASSES, JumpReLUSAE
-from sparse_ops import Entries
+from sparse_ops import SparsityPattern
 from training import make_optimizer, training_step
 
 DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 SCREENS = (torch.bfloat16, torch.float32)
 
 
-def flat(entries):
-    return entries.rows * entries.shape[1] + entries.cols
+def flat(pattern):
+    return pattern.rows * pattern.shape[1] + pattern.cols
 
 
 def feature_major(W):
@@ -51,7 +51,7 @@ def hard_input(kind, seed):
 @pytest.fixture(autouse=True)
 def sparse_whatever_it_costs(monkeypatch):
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
-    monkeypatch.setattr(sparse_ops, "pays", lambda *_: True)
+    monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: True)
 
 
 @pytest.fixture(params=SCREENS, ids=str)
@@ -66,12 +66,13 @@ def test_selects_what_float64_selects(screen_dtype, kind, per_row, seed):
     """Exactly k a row (B·k a batch) less where fewer are positive, and those of float64 beyond float32's rounding."""
     x, W = hard_input(kind, seed)
     k = 1 + seed * 2
-    entries, values = sparse_ops.largest(x, W, k, per_row)
+    pattern = sparse_ops.select_topk(x, W, k, per_row)
+    values = pattern.products
     z = x.double() @ W.double()
     rounding = 2e-7 * len(W) * (x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0)).clamp(min=1e-30)
     selected = torch.zeros_like(z, dtype=torch.bool)
-    selected[entries.rows, entries.cols] = True
-    assert selected.sum() == len(entries)  # no place twice
+    selected[pattern.rows, pattern.cols] = True
+    assert selected.sum() == len(pattern)  # no place twice
     assert (values > 0).all()
     assert ((values - z[selected]).abs() <= rounding[selected]).all()
     # Of the surely positive entries, those surely above the k-th are selected and those surely below are not.
@@ -94,17 +95,17 @@ def test_finds_a_winner_that_the_screen_underrates(screen_dtype):
     W = torch.zeros(d + 1, 128)
     W[:d, 3], W[:d, 90] = halfway + eps, halfway - eps  # rounded up by almost half a unit, and down
     W[d, 90] = 0.03125  # which makes it the greater of the two
-    entries, _ = sparse_ops.largest(torch.ones(1, d + 1), feature_major(W), 1, per_row=True)
-    assert entries.cols.tolist() == [90]
+    pattern = sparse_ops.select_topk(torch.ones(1, d + 1), feature_major(W), 1, per_row=True)
+    assert pattern.cols.tolist() == [90]
 
 
 def test_ties_go_to_the_first(screen_dtype):
     x, W = torch.ones(3, 2), feature_major(torch.ones(2, 128))
-    entries, _ = sparse_ops.largest(x, W, 5, per_row=True)
-    assert entries.rows.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert entries.cols.tolist() == [0, 1, 2, 3, 4] * 3
-    entries, _ = sparse_ops.largest(x, W, 5, per_row=False)
-    assert flat(entries).tolist() == list(range(15))
+    pattern = sparse_ops.select_topk(x, W, 5, per_row=True)
+    assert pattern.rows.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert pattern.cols.tolist() == [0, 1, 2, 3, 4] * 3
+    pattern = sparse_ops.select_topk(x, W, 5, per_row=False)
+    assert flat(pattern).tolist() == list(range(15))
 
 
 @pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
@@ -115,9 +116,9 @@ def test_the_screen_leaves_no_trace(monkeypatch, kind, per_row):
     found = []
     for dtype in SCREENS:
         monkeypatch.setattr(sparse_ops, "screen_dtype", lambda device, dtype=dtype: dtype)
-        found.append(sparse_ops.largest(x, W, 4, per_row))
-    assert torch.equal(flat(found[0][0]), flat(found[1][0]))
-    assert torch.equal(found[0][1], found[1][1])
+        found.append(sparse_ops.select_topk(x, W, 4, per_row))
+    assert torch.equal(flat(found[0]), flat(found[1]))
+    assert torch.equal(found[0].products, found[1].products)
 
 
 @pytest.mark.parametrize("kind", ["plain", "heavy tails", "scales", "zero rows", "packed"])
@@ -127,14 +128,14 @@ def test_everything_above_a_threshold(screen_dtype, kind, seed):
     x, W = hard_input(kind, seed)
     g = torch.Generator().manual_seed(seed)
     b, theta = torch.randn(W.shape[1], generator=g) * 0.1, torch.rand(W.shape[1], generator=g) + 0.5
-    entries, values = sparse_ops.above(x, W, b, theta, 0.05)
+    pattern = sparse_ops.select_above(x, W, b, theta, 0.05)
     distance = x.double() @ W.double() + b.double() - theta.double() + 0.05
     rounding = 2e-7 * len(W) * (x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0)) + 1e-6
     selected = torch.zeros_like(distance, dtype=torch.bool)
-    selected[entries.rows, entries.cols] = True
+    selected[pattern.rows, pattern.cols] = True
     assert selected[distance > rounding].all()
     assert not selected[distance < -rounding].any()
-    assert ((values - (x.double() @ W.double())[selected]).abs() <= rounding[selected]).all()
+    assert ((pattern.products - (x.double() @ W.double())[selected]).abs() <= rounding[selected]).all()
 
 
 def test_the_bound_holds(screen_dtype):
@@ -151,7 +152,7 @@ def test_the_bound_holds(screen_dtype):
 def test_too_many_candidates_are_left_to_the_dense_form(monkeypatch):
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 16)
     x, W = hard_input("packed", 1)
-    assert sparse_ops.largest(x, W.abs(), 1, per_row=False) is None or (x @ W.abs() > 0).float().mean() < 1 / 16
+    assert sparse_ops.select_topk(x, W.abs(), 1, per_row=False) is None or (x @ W.abs() > 0).float().mean() < 1 / 16
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -177,7 +178,7 @@ def both_forms(kind, seed, **changes):
         sae = make_sae(kind, seed=seed, d=24, F=160, k=5, dtype="float32", top_k_aux=(3, 40)[seed % 2], **changes)
         sae.num_batches_not_active[::2] = 10
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sparse_ops, "pays", lambda *_: sparse)  # noqa: B023
+            patch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: sparse)  # noqa: B023
             if isinstance(sae, tuple(SAE_CLASSES[name] for name in ("vanilla", "jumprelu"))):
                 sae.batches_until_sparse.fill_(0 if sparse else 5)
             x = make_x(30, 24, seed, dtype=torch.float32).requires_grad_()
@@ -227,14 +228,14 @@ def test_the_form_follows_from_counts():
     assert forms == [False] * 10 + [True] * 6 + [False] * 10 + [True] * 4
 
 
-def test_entries_of_nothing():
-    """No entries at all: products of zeros, and no error."""
-    entries = Entries(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), (3, 4))
+def test_a_pattern_of_nothing():
+    """No entries: products of zeros, and no error."""
+    pattern = SparsityPattern(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), (3, 4))
     values = torch.zeros(0)
-    assert entries.dots(torch.ones(3, 2), torch.ones(4, 2)).shape == (0,)
-    assert torch.equal(entries.sum_into_rows(values, torch.ones(4, 2)), torch.zeros(3, 2))
-    assert torch.equal(entries.sum_into_features(values, torch.ones(3, 2)), torch.zeros(4, 2))
-    assert torch.equal(entries.sparse_tensor(values).to_dense(), torch.zeros(3, 4))
+    assert pattern.sddmm(torch.ones(3, 2), torch.ones(4, 2)).shape == (0,)
+    assert torch.equal(pattern.spmm(values, torch.ones(4, 2)), torch.zeros(3, 2))
+    assert torch.equal(pattern.spmm_t(values, torch.ones(3, 2)), torch.zeros(4, 2))
+    assert torch.equal(pattern.sparse_tensor(values).to_dense(), torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
@@ -249,7 +250,7 @@ def test_300_steps_differ_no_more_than_two_dense_runs_do(kind, monkeypatch):
     changes = dict(d=128, F=512, k=8, top_k_aux=64, lr=3e-3, n_batches_to_dead=20, aux_penalty=1 / 32, dtype="float32")
 
     def losses(sparse: bool, order: torch.Tensor) -> torch.Tensor:
-        monkeypatch.setattr(sparse_ops, "pays", lambda *_: sparse)
+        monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: sparse)
         sae = make_sae(kind, **changes)
         optimizer = make_optimizer(sae, sae.cfg)
         batches = [x[shuffled[256 * i % len(x) :][:256]] for i in range(300)]

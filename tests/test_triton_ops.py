@@ -1,0 +1,267 @@
+"""The kernels of triton_ops.py: on a GPU where there is one, else on CPU tensors in Triton's interpreter.
+
+They select what float64 selects, compute what the torch path computes, and leave everything as it was when they fail.
+"""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from test_sae import KINDS, make_sae, make_x, state  # noqa: E402
+from test_sparse_ops import feature_major, hard_input  # noqa: E402
+
+import sparse_ops  # noqa: E402
+import triton_ops  # noqa: E402
+from training import Run, group_step, make_optimizer, start_step, training_step  # noqa: E402
+
+HARD = ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
+BY_ROW = pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
+
+
+def use_triton(monkeypatch, use=True):
+    monkeypatch.setattr(sparse_ops, "has_triton", lambda x: use and x.dtype == torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def sparse_whatever_it_costs(monkeypatch):
+    use_triton(monkeypatch)
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
+    monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: True)
+    monkeypatch.setattr(sparse_ops, "_capacity", {})
+    monkeypatch.setattr("sae.GOES_DENSE", 1)
+
+
+def small(kind, seed):
+    """hard_input with few rows and columns: each costs the interpreter a while."""
+    x, W = hard_input(kind, seed)
+    return x[:6].to(DEVICE), W[:, :130].T.contiguous().T.to(DEVICE)
+
+
+def places(pattern):
+    n = int(pattern.row_offsets[-1])
+    return pattern.rows[:n].long(), pattern.cols[:n].long(), pattern.products[:n]
+
+
+@BY_ROW
+@pytest.mark.parametrize("kind", HARD)
+def test_selects_what_the_torch_path_selects(kind, per_row, monkeypatch):
+    """The same places in the same order (ties to the first), but for values within rounding of the threshold."""
+    k = 3
+    x, W = small(kind, 1)
+    pattern = sparse_ops.select_topk(x, W, k, per_row)
+    rows, cols, products = places(pattern)
+    use_triton(monkeypatch, False)
+    expected = sparse_ops.select_topk(x, W, k, per_row)
+    use_triton(monkeypatch)
+    rounding = 4e-7 * len(W) * (x.norm(dim=-1).amax() * W.norm(dim=0).amax()).item()
+    exact = (x.double() @ W.double())[rows, cols]
+    own = 4e-7 * len(W) * (x.norm(dim=-1)[rows] * W.norm(dim=0)[cols])
+    assert ((products - exact).abs() <= own).all()
+    assert (products > 0).all()
+    flat, expected_flat = rows * W.shape[1] + cols, expected.rows * W.shape[1] + expected.cols
+    assert flat.equal(flat.unique())  # row-major, no place twice
+    different = set(flat.tolist()) ^ set(expected_flat.tolist())
+    if kind in ("ties", "zero rows", "plain", "negative rows"):
+        assert not different
+    z = (x.double() @ W.double()).flatten()
+    levels = z.view(len(x), -1).topk(k).values[:, -1] if per_row else z.topk(k * len(x)).values[-1:]
+    for place in different:
+        level = levels[place // W.shape[1]] if per_row else levels[0]
+        assert abs(z[place] - max(level, 0)) <= rounding
+
+
+@pytest.mark.parametrize("kind", ["plain", "heavy tails", "scales", "zero rows", "packed"])
+def test_everything_above_a_threshold(kind):
+    """All entries above θ − margin and no others, but for float32's rounding."""
+    x, W = small(kind, 1)
+    g = torch.Generator().manual_seed(1)
+    b, theta = torch.randn(W.shape[1], generator=g) * 0.1, torch.rand(W.shape[1], generator=g) + 0.5
+    b, theta = b.to(DEVICE), theta.to(DEVICE)
+    rows, cols, products = places(sparse_ops.select_above(x, W, b, theta, 0.05))
+    exact = x.double() @ W.double()
+    distance = exact + b.double() - theta.double() + 0.05
+    rounding = 2e-7 * len(W) * (x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0)) + 1e-6
+    selected = torch.zeros_like(distance, dtype=torch.bool)
+    selected[rows, cols] = True
+    assert selected[distance > rounding].all()
+    assert not selected[distance < -rounding].any()
+    assert ((products - exact[selected]).abs() <= rounding[selected]).all()
+
+
+def test_ties_go_to_the_first():
+    x, W = torch.ones(3, 2, device=DEVICE), feature_major(torch.ones(2, 128)).to(DEVICE)
+    rows, cols, _ = places(sparse_ops.select_topk(x, W, 5, per_row=True))
+    assert rows.tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert cols.tolist() == [0, 1, 2, 3, 4] * 3
+    rows, cols, _ = places(sparse_ops.select_topk(x, W, 5, per_row=False))
+    assert (rows * 128 + cols).tolist() == list(range(15))
+
+
+def test_finds_a_winner_that_the_screen_underrates():
+    """Two features whose screened values err by the whole bound, one up and one down: the true order counts."""
+    d, eps = 64, 1e-4
+    halfway = 1.984375 - 2.0**-8
+    W = torch.zeros(d + 1, 128)
+    W[:d, 3], W[:d, 90] = halfway + eps, halfway - eps
+    W[d, 90] = 0.03125
+    x = torch.ones(1, d + 1, device=DEVICE)
+    _, cols, _ = places(sparse_ops.select_topk(x, feature_major(W).to(DEVICE), 1, per_row=True))
+    assert cols.tolist() == [90]
+
+
+@pytest.mark.parametrize("d", [33, 576, 768, 2048, 4096])
+def test_products_over_a_pattern(d):
+    """Of any width, F no multiple of 64, a feature with more entries than a chunk, features and rows with none."""
+    g = torch.Generator().manual_seed(d)
+    B, num_features = (2 * triton_ops.CHUNK + 7, 21) if d < 100 else (5, 13)
+    matrix = torch.randn(B, num_features, generator=g) * (torch.rand(B, num_features, generator=g) < 0.2)
+    matrix[:, 4], matrix[:, 7], matrix[3] = 1 + torch.rand(B, generator=g), 0, 0
+    matrix = matrix.to(DEVICE)
+    reference = sparse_ops.SparsityPattern.of(matrix)
+    n, padding = len(reference), 9
+    fill = lambda values, with_: torch.nn.functional.pad(values, (0, padding), value=with_)  # noqa: E731
+    pattern = triton_ops.PaddedPattern(
+        fill(reference.rows, B - 1).int(), fill(reference.cols, num_features).int(),
+        torch.nn.functional.pad((matrix != 0).sum(1).cumsum(0), (1, 0)).int(), matrix.shape,
+        fill(reference.products, 0.0), None, None,
+    )  # fmt: skip
+    table, x, grad = (torch.randn(rows, d, generator=g).to(DEVICE) for rows in (num_features, B, B))
+    exact, close = matrix.double(), dict(rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(pattern.spmm(pattern.products, table).double(), exact @ table.double(), **close)
+    torch.testing.assert_close(pattern.spmm_t(pattern.products, x).double(), exact.T @ x.double(), **close)
+    torch.testing.assert_close(pattern.feature_sums(pattern.products).double(), exact.sum(0), **close)
+    grad_values, grad_W = pattern.decode_gradients(pattern.products, table, grad)
+    torch.testing.assert_close(grad_W.double(), exact.T @ grad.double(), **close)
+    full = grad.double() @ table.double().T
+    torch.testing.assert_close(grad_values[:n].double(), full[reference.rows, reference.cols], rtol=1e-5, atol=2e-4)
+    assert not grad_values[n:].any()
+    assert pattern.sparse_tensor(pattern.products).to_dense().equal(matrix)
+    assert pattern.trimmed().sparse_tensor(pattern.trimmed().products).is_coalesced()
+
+
+def trained(kind, triton, monkeypatch, steps=2, **changes):
+    """An SAE after a few steps, half of its features dead at first; and the steps' outputs."""
+    use_triton(monkeypatch, triton)
+    sae = make_sae(kind, d=12, F=48, k=3, dtype="float32", top_k_aux=5, lr=0.01, **changes).to(DEVICE)
+    sae.num_batches_not_active[::2] = 10
+    if hasattr(sae, "batches_until_sparse"):
+        sae.batches_until_sparse.fill_(0)
+    optimizer, outputs = make_optimizer(sae, sae.cfg), []
+    for step in range(steps):
+        x = make_x(6, 12, step, torch.float32).to(DEVICE)
+        outputs.append(training_step(sae, optimizer, x, sae.cfg))
+    return sae, optimizer, outputs
+
+
+@pytest.mark.parametrize(
+    "kind, max_grad_norm", [*((kind, 100_000.0) for kind in KINDS), ("batchtopk", 0.05), ("jumprelu", 0.05)]
+)
+def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch):
+    """Outputs, weights, counters, thresholds and Adam's state after two steps, aux loss and clipping included."""
+    expected, expected_optimizer, expected_outputs = trained(kind, False, monkeypatch, max_grad_norm=max_grad_norm)
+    sae, optimizer, outputs = trained(kind, True, monkeypatch, max_grad_norm=max_grad_norm)
+    for output, expected_output in zip(outputs, expected_outputs):
+        assert set(output) == set(expected_output)
+        assert output["feature_acts"].is_sparse and expected_output["feature_acts"].is_sparse
+        for key, value in expected_output.items():
+            torch.testing.assert_close(output[key].to_dense(), value.to_dense(), rtol=1e-3, atol=1e-5, msg=key)
+    assert kind not in ("topk", "batchtopk") or outputs[0]["aux_loss"] > 0
+    for name, value in state(expected).items():
+        torch.testing.assert_close(state(sae)[name], value, rtol=1e-3, atol=2e-5, msg=name)
+    assert (sae.W_dec.norm(dim=-1) - 1).abs().max() < 1e-6
+    for held, other in zip(optimizer.param_groups[0]["params"], expected_optimizer.param_groups[0]["params"]):
+        for key, value in expected_optimizer.state[other].items():
+            torch.testing.assert_close(optimizer.state[held][key], value, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_a_step_gives_the_same_bits_again(kind, monkeypatch):
+    first, second = (state(trained(kind, True, monkeypatch, steps=2)[0]) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_too_many_candidates(kind, monkeypatch):
+    """A step whose candidates overflow changes nothing until it is repeated with room for them; then it is the same."""
+    expected = state(trained(kind, True, monkeypatch, steps=2)[0])
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=1)
+    monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
+    before, moments = state(sae), [t.clone() for s in optimizer.state.values() for t in s.values()]
+    x = make_x(6, 12, 1, torch.float32).to(DEVICE)
+    output = start_step(sae, optimizer, x, sae.cfg)
+    assert output["failure"] == sparse_ops.OVERFLOW
+    assert all(torch.equal(before[name], value) for name, value in state(sae).items())
+    assert all(map(torch.equal, moments, [t for s in optimizer.state.values() for t in s.values()]))
+    training_step(sae, optimizer, x, sae.cfg)
+    assert all(torch.equal(expected[name], value) for name, value in state(sae).items())
+    assert min(sparse_ops._capacity.values()) > 3
+
+
+def test_more_candidates_than_pay_are_computed_densely(monkeypatch):
+    """Above 1/DENSE_FROM of all entries the step takes the dense form, and is right."""
+    expected = trained("batchtopk", False, monkeypatch, steps=1)[0]
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 40)
+    sae, _, (output,) = trained("batchtopk", True, monkeypatch, steps=1)
+    assert not output["feature_acts"].is_sparse
+    for name, value in state(expected).items():
+        torch.testing.assert_close(state(sae)[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_more_dead_features_than_expected_are_noticed(monkeypatch):
+    """The host sizes the aux loss by counters that it knows; if they were changed under it, the step is repeated."""
+    sae, optimizer, _ = trained("topk", True, monkeypatch, steps=0)
+    other, other_optimizer, _ = trained("topk", True, monkeypatch, steps=0)
+    for one in (sae, other):
+        one.num_batches_not_active.fill_(10)
+    sae.known_counts, other.known_counts = [0, 0], None
+    x = make_x(6, 12, 1, torch.float32).to(DEVICE)
+    assert training_step(sae, optimizer, x, sae.cfg)["aux_loss"] > 0
+    training_step(other, other_optimizer, x, other.cfg)
+    assert all(torch.equal(value, state(other)[name]) for name, value in state(sae).items())
+
+
+@pytest.mark.parametrize("kind, where", [*((kind, "activations") for kind in KINDS), ("batchtopk", "gradient")])
+def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
+    """The step raises and changes nothing; the other SAE of the group takes its step."""
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    other, other_optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    before, before_other = state(sae), state(other)
+    x = make_x(6, 12, 1, torch.float32).to(DEVICE)
+    runs = [Run(sae.cfg, sae, optimizer, None), Run(other.cfg, other, other_optimizer, None)]
+    if where == "activations":
+        with pytest.raises(FloatingPointError, match="NaN or infinity in the activations"):
+            training_step(sae, optimizer, x * float("nan"), sae.cfg)
+    else:
+        sae.b_dec.register_hook(lambda grad: grad * float("inf"))
+        error, output = group_step(runs, x)
+        assert isinstance(error, FloatingPointError) and "gradient" in str(error)
+        assert output["loss"].isfinite() and "failure" not in output
+        assert not torch.equal(state(other)["W_dec"], before_other["W_dec"])
+    assert all(torch.equal(before[name], value) for name, value in state(sae).items())
+
+
+def test_the_kernels_test_themselves():
+    triton_ops.self_test(torch.device(DEVICE))
+
+
+def test_the_self_test_notices_wrong_kernels(monkeypatch):
+    monkeypatch.setattr(triton_ops.PaddedPattern, "spmm", lambda self, values, table: table[: self.shape[0]])
+    with pytest.raises(RuntimeError, match="wrong"):
+        triton_ops.self_test(torch.device(DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=2)
+    x = make_x(6, 12, 4, torch.float32).to(DEVICE)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        start_step(sae, optimizer, x, sae.cfg)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,705 @@
+"""The sparse training step on CUDA: Triton kernels with the same algorithm and the same results as sparse_ops.py.
+
+Nothing here waits for the device. Only the device knows how many candidates, active features and ties there are, so
+arrays have a fixed capacity and their lengths stay on the device. More candidates than there is room for, and NaN or
+infinity, set a failure flag (OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training.py reads the
+flag, and repeats the step with more room or reports what is not finite. All sums are taken in a fixed order, so a
+repeated step gives the same bits.
+
+The steps of a selection, over z [B, F] in bfloat16 (see sparse_ops.py for the bound on its error):
+
+    group_maxima       the maxima of groups of GROUP columns
+    kth_largest        a threshold that at least B·k entries of z reach: a radix selection over the maxima
+    count_candidates,  which entries may reach it, in row-major order: counted per group, summed, written
+    write_candidates
+    refine             their values in float32
+    kth_largest or     the exact threshold, over the batch or of every row
+    row_kth_largest
+    count_kept,        the selected entries, ties to the first, in row-major order
+    write_kept
+
+Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, encode_gradients). A feature
+with more than CHUNK entries is split, and its parts are added in order.
+
+All kernels run on CPU tensors, too, with TRITON_INTERPRET=1: that is how the tests run them where there is no GPU.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, split
+
+CHUNK = 64  # entries of a feature that one program adds up
+DIGITS = (11, 11, 9)  # bits of a radix selection's rounds: the 31 bits of a float that is not negative
+ROUND_DOWN = 1 - 2.0**-8  # half a unit in the last place of bfloat16
+
+
+# Selection
+
+
+@triton.jit
+def round_rows(source, rounded, norms, d, width, BLOCK_D: tl.constexpr):
+    """A row in bfloat16, and the norms of the row, of what rounding took away, and of the rounded row."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    value = tl.load(source + row * d + col, mask=col < d, other=0.0)
+    low = value.to(tl.bfloat16)
+    tl.store(rounded + row * width + col, low, mask=col < d)
+    low = low.to(tl.float32)
+    rest = value - low
+    tl.store(norms + row * 3, tl.sqrt(tl.sum(value * value, axis=0)))
+    tl.store(norms + row * 3 + 1, tl.sqrt(tl.sum(rest * rest, axis=0)))
+    tl.store(norms + row * 3 + 2, tl.sqrt(tl.sum(low * low, axis=0)))
+
+
+@triton.jit
+def group_maxima(z, maxima, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    value = tl.load(z + row * num_features + col, mask=col < num_features, other=-float("inf")).to(tl.float32)
+    tl.store(maxima + row * num_groups + group, tl.max(value, axis=1), mask=group < num_groups)
+
+
+@triton.jit
+def count_candidates(z, maxima, floor, counts, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Of each group, how many entries reach the floor of their row. Groups whose maximum does not are not read."""
+    row = tl.program_id(0).to(tl.int64)
+    level = tl.load(floor + row)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    hot = tl.load(maxima + row * num_groups + group, mask=group < num_groups, other=-float("inf")) >= level
+    col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = hot[:, None] & (col < num_features)
+    value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
+    count = tl.sum((inside & (value >= level)).to(tl.int32), axis=1)
+    tl.store(counts + row * num_groups + group, count, mask=group < num_groups)
+
+
+@triton.jit
+def write_candidates(
+    z, maxima, floor, ends, cols, capacity, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """The columns of the entries that reach the floor, at the places that the groups' summed counts give them."""
+    row = tl.program_id(0).to(tl.int64)
+    level = tl.load(floor + row)
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    hot = tl.load(maxima + row * num_groups + group, mask=group < num_groups, other=-float("inf")) >= level
+    if tl.max(hot.to(tl.int32), axis=0) > 0:
+        col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        inside = hot[:, None] & (col < num_features)
+        value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
+        hit = (inside & (value >= level)).to(tl.int32)
+        end = tl.load(ends + row * num_groups + group, mask=hot, other=0)
+        place = (end - tl.sum(hit, axis=1))[:, None] + tl.cumsum(hit, axis=1) - 1
+        tl.store(cols + place, col, mask=(hit > 0) & (place < capacity))
+
+
+@triton.jit
+def refine(x, W, row_offsets, cols, values, d, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x[row] · W[col] in float32 at the candidates of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    o = tl.arange(0, BLOCK_D)
+    x_row = tl.load(x + row * d + o, mask=o < d, other=0.0)
+    for first in range(start, end, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        col = tl.load(cols + i, mask=i < end, other=0).to(tl.int64)
+        w = tl.load(W + col[:, None] * d + o[None, :], mask=(i < end)[:, None] & (o < d)[None, :], other=0.0)
+        tl.store(values + i, tl.sum(w * x_row[None, :], axis=1), mask=i < end)
+
+
+@triton.jit
+def order_key(value):
+    """Bits that are ordered as the values are; 0 for what is not positive."""
+    return tl.where(value > 0, value, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Histogram of the next digit of the keys that begin with state[0]; integers may be added in any order."""
+    start = tl.program_id(0) * BLOCK
+    n = tl.load(length)
+    if start < n:
+        i = start + tl.arange(0, BLOCK)
+        key = order_key(tl.load(values + i, mask=i < n, other=0.0))
+        counted = (i < n) & ((key >> (SHIFT + BITS)) == tl.load(state))
+        digit = tl.where(counted, (key >> SHIFT) & ((1 << BITS) - 1), 0)
+        bins = tl.arange(0, 1 << BITS)
+        counts = tl.histogram(digit, 1 << BITS)
+        counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)  # those that stood in as 0
+        tl.atomic_add(histogram + bins, counts, mask=counts > 0)
+
+
+@triton.jit
+def pick_digit(histogram, state, BITS: tl.constexpr):
+    """Append to state[0] the largest digit that state[1] keys reach; state[1] becomes how many of those are wanted."""
+    bins = tl.arange(0, 1 << BITS)
+    counts = tl.load(histogram + bins)
+    wanted = tl.load(state + 1)
+    digit = tl.max(tl.where(tl.cumsum(counts, axis=0, reverse=True) >= wanted, bins, 0), axis=0)
+    tl.store(state + 1, wanted - tl.sum(tl.where(bins > digit, counts, 0), axis=0))
+    tl.store(state, (tl.load(state) << BITS) | digit)
+    tl.store(histogram + bins, tl.zeros_like(counts))
+
+
+@triton.jit
+def row_kth_largest(values, row_offsets, k, state, BLOCK: tl.constexpr):
+    """Of each row, what kth_largest gives: its four digits of 8 bits, one after the other."""
+    row = tl.program_id(0)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    bins = tl.arange(0, 256)
+    key = 0
+    wanted = k
+    for digit_number in tl.static_range(4):
+        shift: tl.constexpr = 24 - 8 * digit_number
+        counts = tl.zeros([256], tl.int32)
+        for first in range(start, end, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            keys = order_key(tl.load(values + i, mask=i < end, other=0.0))
+            counted = i < end
+            if digit_number > 0:
+                counted = counted & ((keys >> (shift + 8)) == key)
+            counts += tl.histogram(tl.where(counted, (keys >> shift) & 255, 0), 256)
+            counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)
+        digit = tl.max(tl.where(tl.cumsum(counts, axis=0, reverse=True) >= wanted, bins, 0), axis=0)
+        wanted = wanted - tl.sum(tl.where(bins > digit, counts, 0), axis=0)
+        key = (key << 8) | digit
+    tl.store(state + row * 2, key)
+    tl.store(state + row * 2 + 1, wanted)
+
+
+@triton.jit
+def compare(values, cols, offset, margin, i, end, key, ABOVE: tl.constexpr):
+    """Candidates -> (values, kept for certain, tied with the threshold)."""
+    value = tl.load(values + i, mask=i < end, other=0.0)
+    if ABOVE:
+        col = tl.load(cols + i, mask=i < end, other=0)
+        over = (i < end) & (value + tl.load(offset + col) > -margin)
+        return value, over, over & (i < 0)
+    keys = order_key(value)
+    return value, (i < end) & (keys > key), (i < end) & (keys == key) & (key > 0)
+
+
+@triton.jit
+def count_kept(
+    values, cols, offset, margin, row_offsets, state, counts,
+    PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each row, how many candidates are over the threshold, and how many tie with it."""
+    row = tl.program_id(0)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    key = tl.load(state + row * 2 * PER_ROW)
+    num_over = 0
+    num_tied = 0
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        _, over, tied = compare(values, cols, offset, margin, i, end, key, ABOVE)
+        num_over += tl.sum(over.to(tl.int32), axis=0)
+        num_tied += tl.sum(tied.to(tl.int32), axis=0)
+    tl.store(counts + row * 2, num_over)
+    tl.store(counts + row * 2 + 1, num_tied)
+
+
+@triton.jit
+def write_kept(
+    values, cols, offset, margin, row_offsets, state, kept_ties, ends, out_rows, out_cols, out_values, capacity,
+    PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The kept candidates of a row, the first kept_ties of those that tie among them."""
+    row = tl.program_id(0)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    key = tl.load(state + row * 2 * PER_ROW)
+    ties = tl.load(kept_ties + row)
+    place = tl.load(ends + row)
+    tied_before = 0
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        value, over, tied = compare(values, cols, offset, margin, i, end, key, ABOVE)
+        nth = tied_before + tl.cumsum(tied.to(tl.int32), axis=0)
+        keep = (over | (tied & (nth <= ties))).to(tl.int32)
+        at = place + tl.cumsum(keep, axis=0) - 1
+        write = (keep > 0) & (at < capacity)
+        tl.store(out_rows + at, tl.zeros_like(i) + row, mask=write)
+        tl.store(out_cols + at, tl.load(cols + i, mask=i < end, other=0), mask=write)
+        tl.store(out_values + at, value, mask=write)
+        tied_before += tl.sum(tied.to(tl.int32), axis=0)
+        place += tl.sum(keep, axis=0)
+
+
+def kth_largest(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int) -> torch.Tensor:
+    """[2] int32: the key of the k-th largest of the first `length` [1] values, and how many of that key are wanted.
+
+    With fewer than all three rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
+    values are positive.
+    """
+    state = torch.zeros(2, dtype=torch.int32, device=values.device)
+    state[1:].fill_(k)
+    histogram = torch.zeros(1 << max(DIGITS), dtype=torch.int32, device=values.device)
+    shift, block = 31, 4096
+    for bits in DIGITS[:rounds]:
+        shift -= bits
+        count_digits[(triton.cdiv(values.numel(), block),)](
+            values, length, state, histogram, SHIFT=shift, BITS=bits, BLOCK=block
+        )
+        pick_digit[(1,)](histogram, state, BITS=bits)
+    state[:1].bitwise_left_shift_(shift)
+    return state
+
+
+def row_kth_largest_of(values: torch.Tensor, row_offsets: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, 2] int32: for each row what kth_largest gives."""
+    state = torch.empty(len(row_offsets) - 1, 2, dtype=torch.int32, device=values.device)
+    row_kth_largest[(len(state),)](values, row_offsets, k, state, BLOCK=256)
+    return state
+
+
+def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None):
+    """(x W_enc + offset) [B, F] in bfloat16, the bound e [B] on its error, and whether anything is not finite [].
+
+    As sparse_ops.screen, but for the accumulation term: tensor cores align and truncate what they add, which known
+    models of them keep under twice the bound of float32 sums.
+    """
+    W = W_enc.T
+    (B, d), num_features = x.shape, len(W)
+    parts = split(offset, torch.bfloat16) if offset is not None else []
+    width = -(-(d + len(parts)) // 8) * 8  # what tensor cores want
+    x16, W16 = (torch.empty(n, width, dtype=torch.bfloat16, device=x.device) for n in (B, num_features))
+    x_norms, W_norms = (torch.empty(n, 3, device=x.device) for n in (B, num_features))
+    block = dict(BLOCK_D=triton.next_power_of_2(d))
+    round_rows[(B,)](x.contiguous(), x16, x_norms, d, width, **block)
+    round_rows[(num_features,)](W, W16, W_norms, d, width, **block)
+    x16[:, d:], W16[:, d:] = 0, 0
+    left_over = 0
+    x16_norm, W16_norm = x_norms[:, 2], W_norms[:, 2]
+    if parts:
+        x16[:, d : d + len(parts)] = 1
+        W16[:, d : d + len(parts)] = torch.stack(parts, 1)
+        left_over = (offset - sum(part.float() for part in parts)).abs().amax()
+        x16_norm = (x16_norm.square() + len(parts)).sqrt()
+        W16_norm = (W16_norm.square() + sum(part.float().square() for part in parts)).sqrt()
+    w, dw, w16 = W_norms[:, 0].amax(), W_norms[:, 1].amax(), W16_norm.amax()
+    accumulation = width * 2.0**-22 * x16_norm * w16
+    error = (x_norms[:, 1] * w + x16_norm * dw + accumulation + left_over) * (1 + 1e-4)
+    z = torch.empty(B, num_features, dtype=torch.bfloat16, device=x.device)
+    with full_precision():
+        torch.mm(x16, W16.T, out=z)
+    return z, error, ~error.sum().isfinite()
+
+
+def candidates(z: torch.Tensor, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
+    """Entries whose screened value reaches floor [B]: (their columns [capacity], row_offsets [B + 1], how many [])."""
+    (B, num_features), num_groups = z.shape, maxima.shape[1]
+    floor = floor.to(torch.bfloat16).float()  # rounding is monotone: it costs no margin
+    counts = torch.empty(B, num_groups, dtype=torch.int32, device=z.device)
+    cols = torch.empty(capacity, dtype=torch.int32, device=z.device)
+    block = groups_per_program(num_groups)
+    grid, sizes = (B, triton.cdiv(num_groups, block)), dict(GROUP=group, BLOCK_G=block)
+    count_candidates[grid](z, maxima, floor, counts, num_features, num_groups, **sizes)
+    ends = counts.flatten().cumsum(0)
+    write_candidates[grid](z, maxima, floor, ends, cols, capacity, num_features, num_groups, **sizes)
+    row_offsets = F.pad(ends.view(B, num_groups)[:, -1], (1, 0)).clamp(max=capacity).int()
+    return cols, row_offsets, ends[-1]
+
+
+def groups_per_program(num_groups: int) -> int:
+    return min(32, triton.next_power_of_2(num_groups))
+
+
+def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]:
+    """([B, G] float32: the maxima of groups of neighbouring columns, G ≥ at_least if there are as many; group size)."""
+    B, num_features = z.shape
+    group = 64
+    while group > 1 and -(-num_features // group) < at_least:
+        group //= 2
+    num_groups = -(-num_features // group)
+    maxima = torch.empty(B, num_groups, device=z.device)
+    block = groups_per_program(num_groups)
+    group_maxima[(B, triton.cdiv(num_groups, block))](z, maxima, num_features, num_groups, GROUP=group, BLOCK_G=block)
+    return maxima, group
+
+
+def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, capacity: int) -> "PaddedPattern":
+    """As sparse_ops.select_topk, in arrays of B·k entries. capacity: candidates that there is room for."""
+    B, device = len(x), x.device
+    z, error, not_finite = screen(x, W_enc, None)
+    maxima, group = maxima_of_groups(z, at_least=4 * k)
+    reached = maxima * ROUND_DOWN - error[:, None]
+    reached_offsets = torch.arange(B + 1, dtype=torch.int32, device=device) * reached.shape[1]
+    if per_row:
+        t = row_kth_largest_of(reached, reached_offsets, k)[:, 0]
+    else:
+        t = kth_largest(reached, reached_offsets[-1:], B * k, rounds=2)[:1]
+    t = t.contiguous().view(torch.float32)
+    cols, row_offsets, found = candidates(z, maxima, group, t - error, capacity)
+    del z, maxima
+    values = refined(x, W_enc, cols, row_offsets)
+    if per_row:
+        state = row_kth_largest_of(values, row_offsets, k)
+    else:
+        state = kth_largest(values, row_offsets[-1:], B * k, rounds=3)
+    return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], not_finite, found)
+
+
+def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
+    """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
+    z, error, not_finite = screen(x, W_enc, offset)
+    maxima, group = maxima_of_groups(z, at_least=1)
+    cols, row_offsets, found = candidates(z, maxima, group, -margin - error, capacity)
+    del z, maxima
+    values = refined(x, W_enc, cols, row_offsets)
+    state = torch.zeros(2, dtype=torch.int32, device=x.device)
+    offset = offset.contiguous()
+    return kept(values, cols, row_offsets, state, capacity, False, W_enc.shape[1], not_finite, found, offset, margin)
+
+
+def refined(x, W_enc, cols, row_offsets) -> torch.Tensor:
+    """[capacity]: x W_enc in float32 at the candidates."""
+    d = x.shape[1]
+    values = torch.empty(len(cols), device=x.device)
+    block_d = triton.next_power_of_2(d)
+    refine[(len(x),)](x.contiguous(), W_enc.T, row_offsets, cols, values, d, **tile(block_d))
+    return values
+
+
+def kept(
+    values, cols, row_offsets, state, length, per_row, num_features, not_finite, found, offset=None, margin=0.0
+) -> "PaddedPattern":
+    """The candidates over the threshold of `state`, or with value + offset > −margin, in arrays of `length` entries."""
+    B, device = len(row_offsets) - 1, values.device
+    above = offset is not None
+    offset = offset if above else values
+    counts = torch.empty(B, 2, dtype=torch.int32, device=device)
+    flags = dict(PER_ROW=int(per_row), ABOVE=above, BLOCK=256)
+    count_kept[(B,)](values, cols, offset, margin, row_offsets, state, counts, **flags)
+    over, tied = counts.unbind(1)
+    wanted = state[:, 1] if per_row else state[1] - (tied.cumsum(0, dtype=torch.int32) - tied)
+    kept_ties = torch.minimum(tied, wanted.clamp(min=0))
+    ends = (over + kept_ties).cumsum(0, dtype=torch.int32)
+    rows = torch.full((length,), B - 1, dtype=torch.int32, device=device)
+    out_cols = torch.full((length,), num_features, dtype=torch.int32, device=device)
+    out_values = torch.zeros(length, device=device)
+    starts = ends - over - kept_ties
+    write_kept[(B,)](
+        values, cols, offset, margin, row_offsets, state, kept_ties, starts, rows, out_cols, out_values, length, **flags
+    )
+    failure = not_finite * NOT_FINITE + (found > len(cols)) * OVERFLOW
+    return PaddedPattern(rows, out_cols, F.pad(ends, (1, 0)), (B, num_features), out_values, failure, found)
+
+
+# Products over the entries
+
+
+@triton.jit
+def spmm(values, row_offsets, cols, table, out, d, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out[row] = Σ value · table[col]."""
+    row = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    o = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        col = tl.load(cols + i, mask=i < end, other=0).to(tl.int64)
+        value = tl.load(values + i, mask=i < end, other=0.0)
+        w = tl.load(table + col[:, None] * d + o[None, :], mask=(i < end)[:, None] & (o < d)[None, :], other=0.0)
+        total += tl.sum(w * value[:, None], axis=0)
+    tl.store(out + row * d + o, total, mask=o < d)
+
+
+@triton.jit
+def chunk_of(feature_offsets, extra_offsets, extra_feature, num_features, CHUNK: tl.constexpr):
+    """Program -> (feature, start and end of its entries): the first F programs take the first CHUNK of a feature each,
+    the others take what is beyond.
+    """
+    p = tl.program_id(0)
+    extra = p - num_features
+    feature = p
+    part = 0
+    if extra >= 0:
+        feature = tl.load(extra_feature + extra)
+        if feature < num_features:
+            part = extra - tl.load(extra_offsets + feature) + 1
+    start = 0
+    end = 0
+    if feature < num_features:
+        last = tl.load(feature_offsets + feature + 1)
+        start = tl.load(feature_offsets + feature) + part * CHUNK
+        end = tl.minimum(start + CHUNK, last)
+    return feature.to(tl.int64), start, end
+
+
+@triton.jit
+def decode_gradients(
+    values, rows, order, feature_offsets, extra_offsets, extra_feature, W_dec, grad, grad_values, grad_W,
+    d, num_features, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_value = grad[row] · W_dec[feature], and grad_W[feature] = Σ value · grad[row], in one pass."""
+    feature, start, end = chunk_of(feature_offsets, extra_offsets, extra_feature, num_features, CHUNK)
+    if feature < num_features:
+        o = tl.arange(0, BLOCK_D)
+        w = tl.load(W_dec + feature * d + o, mask=o < d, other=0.0)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(start, end, BLOCK_N):
+            i = first + tl.arange(0, BLOCK_N)
+            row = tl.load(rows + i, mask=i < end, other=0).to(tl.int64)
+            place = tl.load(order + i, mask=i < end, other=0)
+            value = tl.load(values + place, mask=i < end, other=0.0)
+            g = tl.load(grad + row[:, None] * d + o[None, :], mask=(i < end)[:, None] & (o < d)[None, :], other=0.0)
+            tl.store(grad_values + place, tl.sum(g * w[None, :], axis=1), mask=i < end)
+            total += tl.sum(g * value[:, None], axis=0)
+        tl.store(grad_W + tl.program_id(0).to(tl.int64) * d + o, total, mask=o < d)
+
+
+@triton.jit
+def encode_gradients(
+    values, rows, order, feature_offsets, extra_offsets, extra_feature, x, grad_W,
+    d, num_features, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_W[feature] = Σ value · x[row]."""
+    feature, start, end = chunk_of(feature_offsets, extra_offsets, extra_feature, num_features, CHUNK)
+    if feature < num_features:
+        o = tl.arange(0, BLOCK_D)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(start, end, BLOCK_N):
+            i = first + tl.arange(0, BLOCK_N)
+            row = tl.load(rows + i, mask=i < end, other=0).to(tl.int64)
+            value = tl.load(values + tl.load(order + i, mask=i < end, other=0), mask=i < end, other=0.0)
+            x_rows = tl.load(x + row[:, None] * d + o[None, :], mask=(i < end)[:, None] & (o < d)[None, :], other=0.0)
+            total += tl.sum(x_rows * value[:, None], axis=0)
+        tl.store(grad_W + tl.program_id(0).to(tl.int64) * d + o, total, mask=o < d)
+
+
+@triton.jit
+def add_extra_chunks(extra_offsets, grad_W, d, num_features, BLOCK_D: tl.constexpr):
+    """To a feature's first part, the others in their order."""
+    feature = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(extra_offsets + feature), tl.load(extra_offsets + feature + 1)
+    if start < end:
+        o = tl.arange(0, BLOCK_D)
+        total = tl.load(grad_W + feature * d + o, mask=o < d, other=0.0)
+        for extra in range(start, end):
+            part = (num_features + extra).to(tl.int64)
+            total += tl.load(grad_W + part * d + o, mask=o < d, other=0.0)
+        tl.store(grad_W + feature * d + o, total, mask=o < d)
+
+
+@triton.jit
+def sum_features(values, order, feature_offsets, out, BLOCK: tl.constexpr):
+    feature = tl.program_id(0)
+    start, end = tl.load(feature_offsets + feature), tl.load(feature_offsets + feature + 1)
+    total = 0.0
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        place = tl.load(order + i, mask=i < end, other=0)
+        total += tl.sum(tl.load(values + place, mask=i < end, other=0.0), axis=0)
+    tl.store(out + feature, total)
+
+
+def tile(block_d: int) -> dict:
+    """Of a kernel that reads whole rows of up to block_d numbers, several at a time."""
+    return dict(BLOCK_D=block_d, BLOCK_N=max(1, 4096 // block_d), num_warps=4 if block_d <= 1024 else 8)
+
+
+class PaddedPattern:
+    """Places in a [B, F] matrix in row-major order, as sparse_ops.SparsityPattern, in arrays of fixed length n.
+
+    rows, cols [n] int32, products [n]: those past the last place have col F and product 0. row_offsets [B + 1]: where
+    each row's places begin. failure []: the bits NOT_FINITE and OVERFLOW. num_candidates []: how many there were.
+    """
+
+    is_padded = True
+
+    def __init__(self, rows, cols, row_offsets, shape, products, failure, num_candidates):
+        self.rows, self.cols, self.row_offsets, self.shape, self.products = rows, cols, row_offsets, shape, products
+        self.failure, self.num_candidates = failure, num_candidates
+
+    def trimmed(self) -> "PaddedPattern":
+        """The same without what is past the last place. Waits for the device."""
+        n = int(self.row_offsets[-1])
+        arrays = self.rows[:n], self.cols[:n], self.row_offsets, self.shape, self.products[:n]
+        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
+        pattern.is_padded = False
+        return pattern
+
+    @cached_property
+    def by_feature(self) -> tuple[torch.Tensor, ...]:
+        """Feature-major: (order [n] that sorts the places, rows [n], feature_offsets [F + 1], extra_offsets [F + 1] and
+        extra_feature [n // CHUNK]: which chunks each feature has beyond its first, and whose each of these is).
+        """
+        num_features, device = self.shape[1], self.cols.device
+        cols, order = self.cols.sort(stable=True)
+        features = torch.arange(num_features + 1, dtype=torch.int32, device=device)
+        feature_offsets = torch.searchsorted(cols, features, out_int32=True)
+        counts = feature_offsets.diff()
+        extra_offsets = F.pad(((counts + CHUNK - 1) // CHUNK - 1).clamp(min=0).cumsum(0, dtype=torch.int32), (1, 0))
+        numbers = torch.arange(len(cols) // CHUNK, dtype=torch.int32, device=device)
+        extra_feature = torch.searchsorted(extra_offsets[1:], numbers, right=True, out_int32=True)
+        return order, self.rows[order], feature_offsets, extra_offsets, extra_feature
+
+    def sparse_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """values [n] as a sparse (COO) tensor [B, F]; with zeros past the last place it is not coalesced."""
+        index = torch.stack([self.rows, self.cols.clamp(max=self.shape[1] - 1)]).long()
+        coalesced = not self.is_padded
+        return torch.sparse_coo_tensor(index, values, self.shape, is_coalesced=coalesced, check_invariants=False)
+
+    def spmm(self, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """[B, d]: of each row, Σ value · table[col], of a table [F, d]."""
+        table = table.contiguous()
+        d = table.shape[1]
+        out = torch.empty(self.shape[0], d, device=values.device)
+        block_d = min(256, triton.next_power_of_2(d))
+        spmm[(self.shape[0], triton.cdiv(d, block_d))](
+            values.contiguous(), self.row_offsets, self.cols, table, out, d, BLOCK_D=block_d, BLOCK_N=8
+        )
+        return out
+
+    def decode_gradients(self, values, W_dec, grad) -> tuple[torch.Tensor, torch.Tensor]:
+        """(grad[row] · W_dec[col] [n], [F, d] of each feature Σ value · grad[row]), of grad [B, d]."""
+        order, rows, *features = self.by_feature
+        grad_values = torch.zeros_like(values)
+        grad_W = self.gradient_buffer(W_dec.shape[1])
+        args = values.contiguous(), rows, order, *features, W_dec, grad.contiguous(), grad_values, grad_W
+        self.over_chunks(decode_gradients, *args)
+        return grad_values, grad_W[: self.shape[1]]
+
+    def spmm_t(self, values, x) -> torch.Tensor:
+        """[F, d]: of each feature, Σ value · x[row]."""
+        order, rows, *features = self.by_feature
+        grad_W = self.gradient_buffer(x.shape[1])
+        self.over_chunks(encode_gradients, values.contiguous(), rows, order, *features, x.contiguous(), grad_W)
+        return grad_W[: self.shape[1]]
+
+    def gradient_buffer(self, d: int) -> torch.Tensor:
+        return torch.empty(self.shape[1] + len(self.cols) // CHUNK, d, device=self.cols.device)
+
+    def over_chunks(self, kernel, *args) -> None:
+        """Run a feature-major kernel over all chunks of all features, and add up the chunks of each."""
+        grad_W, num_features = args[-1], self.shape[1]
+        d, extra_offsets = grad_W.shape[1], self.by_feature[3]
+        block_d = triton.next_power_of_2(d)
+        kernel[(len(grad_W),)](
+            *args, d, num_features,
+            CHUNK=CHUNK, **tile(block_d),
+        )  # fmt: skip
+        add_extra_chunks[(num_features,)](extra_offsets, grad_W, d, num_features, BLOCK_D=block_d)
+
+    def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """[F]: of each feature, Σ value."""
+        order, _, feature_offsets, *_ = self.by_feature
+        out = torch.empty(self.shape[1], device=values.device)
+        sum_features[(self.shape[1],)](values.contiguous(), order, feature_offsets, out, BLOCK=64)
+        return out
+
+
+# The update of the weights
+
+
+@triton.jit
+def adam_rows(
+    weights, grads, means, squares, scales, n, d, lr, beta1, beta2, rest1, rest2,
+    DECODER: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adam on one row of d numbers. scales: the gradient's factor, two bias corrections, and 0 if nothing may change.
+    A decoder row loses the part of its gradient that is parallel to it, and has unit norm afterwards.
+    """
+    if tl.load(scales + 3) > 0:
+        o = tl.program_id(0).to(tl.int64) * d + tl.arange(0, BLOCK_D)
+        inside = (tl.arange(0, BLOCK_D) < d) & (o < n)
+        w = tl.load(weights + o, mask=inside, other=0.0)
+        g = tl.load(grads + o, mask=inside, other=0.0) * tl.load(scales)
+        if DECODER:
+            g -= tl.sum(g * w, axis=0) * w
+        mean = tl.load(means + o, mask=inside, other=0.0) * beta1 + g * rest1
+        square = tl.load(squares + o, mask=inside, other=0.0) * beta2 + g * g * rest2
+        tl.store(means + o, mean, mask=inside)
+        tl.store(squares + o, square, mask=inside)
+        w -= lr * (mean / tl.load(scales + 1)) / (tl.sqrt(square / tl.load(scales + 2)) + 1e-8)
+        if DECODER:
+            w = w / tl.sqrt(tl.sum(w * w, axis=0))
+        tl.store(weights + o, w, mask=inside)
+
+
+def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: torch.Tensor) -> torch.Tensor:
+    """One step of `optimizer` (torch.optim.Adam, whose state this uses), with clipping and the decoder's unit rows.
+
+    The gradients are those of the parameters that it holds. Nothing is changed where failure [] is not 0 or the
+    gradient's norm is not finite; returns failure with that bit.
+    """
+    group = optimizer.param_groups[0]
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    parameters = [p for p in group["params"] if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters]))
+    failure = failure | (~norm.isfinite()) * NOT_FINITE
+    valid = (failure == 0).float()
+    for p in parameters:
+        state = optimizer.state[p]
+        if not state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += valid
+        steps = state["step"].clamp(min=1)
+        scales = torch.stack([(max_grad_norm / (norm + 1e-6)).clamp(max=1), 1 - beta1**steps, 1 - beta2**steps, valid])
+        d = p.shape[1] if p.ndim == 2 else min(len(p), 1024)
+        adam_rows[(triton.cdiv(p.numel(), d),)](
+            p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scales, p.numel(), d,
+            lr, beta1, beta2, 1 - beta1, 1 - beta2, DECODER=p is decoder, BLOCK_D=triton.next_power_of_2(d),
+        )  # fmt: skip
+    return failure
+
+
+# Dead features
+
+
+def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
+    """[capacity] int64: where the mask [n] is True, in order, then n."""
+    n = len(mask)
+    place = mask.cumsum(0) - 1
+    place = torch.where(mask & (place < capacity), place, capacity)
+    index = torch.full((capacity + 1,), n, device=mask.device)
+    return index.scatter_(0, place, torch.arange(n, device=mask.device))[:capacity]
+
+
+def row_topk_mask(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Mask [B, n] of the k largest positive values of each row; ties go to the first."""
+    B, n = values.shape
+    values = values.contiguous()
+    row_offsets = torch.arange(B + 1, dtype=torch.int32, device=values.device) * n
+    state = row_kth_largest_of(values, row_offsets, k)
+    mask = torch.empty(B, n, dtype=torch.int8, device=values.device)
+    mask_kept[(B,)](values, row_offsets, state, mask, BLOCK=256)
+    return mask.bool()
+
+
+@triton.jit
+def mask_kept(values, row_offsets, state, mask, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
+    key, ties = tl.load(state + row * 2), tl.load(state + row * 2 + 1)
+    tied_before = 0
+    for first in range(start, end, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        _, over, tied = compare(values, values, values, 0.0, i, end, key, False)
+        nth = tied_before + tl.cumsum(tied.to(tl.int32), axis=0)
+        tl.store(mask + i, (over | (tied & (nth <= ties))).to(tl.int8), mask=i < end)
+        tied_before += tl.sum(tied.to(tl.int32), axis=0)
+
+
+def self_test(device: torch.device) -> None:
+    """Raises RuntimeError unless the kernels agree with dense products on a small problem."""
+    generator = torch.Generator().manual_seed(0)
+    x, W, table = (torch.randn(n, 40, generator=generator).to(device) for n in (8, 320, 320))
+    z = (x.double() @ W.double().T).float()
+    for per_row in (True, False):
+        pattern = select_topk(x, W.T, 4, per_row, capacity=1024)
+        kth = z.topk(4).values[:, -1:] if per_row else z.flatten().topk(32).values[-1]
+        acts = z * (z >= kth)
+        found = pattern.sparse_tensor(pattern.products).to_dense()
+        grad_values, grad_W = pattern.decode_gradients(pattern.products, table, x)
+        expected = [acts, acts @ table, acts.T @ x, acts.T @ x, acts.sum(0), ((x @ table.T) * (acts > 0)).sum()]
+        found = [found, pattern.spmm(pattern.products, table), pattern.spmm_t(pattern.products, x), grad_W]
+        found += [pattern.feature_sums(pattern.products), grad_values.sum()]
+        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(found, expected)):
+            raise RuntimeError("their results are wrong")
