@@ -134,6 +134,27 @@ def test_encode_decode_and_reconstruct_equal_the_reference(kind):
     torch.testing.assert_close(sae_out, expected["sae_out"])
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_leading_dimensions_are_those_of_the_flattened_batch(kind, training):
+    """encode, decode, reconstruct and forward of [2, 3, d] and of [d] are those of the tokens in a row."""
+    sae = make_sae(kind)
+    sae(make_x(7, 5))
+    sae.update_statistics(sae(make_x(7, 5)))
+    sae.train(training)
+    for shape in ((2, 3), ()):
+        flat = make_x(6 if shape else 1, 5, 3)
+        x = flat.view(*shape, 5)
+        acts, output, expected = sae.encode(x), sae(x), sae(flat)
+        assert torch.equal(acts.view(len(flat), -1), sae.encode(flat)) and acts.shape[:-1] == shape
+        assert torch.equal(sae.decode(acts, like=x).view(flat.shape), sae.decode(sae.encode(flat), like=flat))
+        assert torch.equal(sae.reconstruct(x)[0].view(flat.shape), sae.reconstruct(flat)[0])
+        assert sae.reconstruct(x)[0].shape == x.shape and torch.equal(sae.reconstruct(x)[1], acts)
+        assert torch.equal(output.pop("sae_out").view(flat.shape), expected.pop("sae_out"))
+        for key, value in output.items():
+            assert torch.equal(dense(value), dense(expected[key])), key
+
+
 @pytest.mark.parametrize("top_k_aux", [1, 4, 512])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", TOP_K_KINDS)

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,92 @@ def test_300_steps_differ_no_more_than_two_dense_runs_do(kind, monkeypatch):
     dense, reordered, sparse = losses(False, plain), losses(False, backwards), losses(True, plain)
     assert dense[-20:].mean() < 0.5 * dense[0], "it learns"
     assert (sparse - dense).abs().mean() <= 3 * (reordered - dense).abs().mean()
+
+
+def allow_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = True  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE does
+
+
+def medium():
+    torch.set_float32_matmul_precision("medium")
+
+
+def new_interface():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def all_backends():
+    torch.backends.fp32_precision = "tf32"
+
+
+def bfloat16_on_the_cpu():
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def precision_settings():
+    matmul = torch.backends.cuda.matmul
+    for read in (
+        lambda: matmul.allow_tf32,
+        torch.get_float32_matmul_precision,
+        lambda: matmul.fp32_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+        lambda: matmul.allow_bf16_reduced_precision_reduction,
+    ):
+        try:
+            yield read()
+        except RuntimeError:  # torch refuses one of its interfaces after the other was used
+            yield "refused"
+
+
+def check_precision(change_settings):
+    """A step, encode and reconstruct in float32 are those in float64 to float32's rounding; settings are restored."""
+    change_settings()
+    before = list(precision_settings())
+    for kind in ("batchtopk", "jumprelu"):
+        low, exact = (make_sae(kind, d=64, F=512, k=4, dtype=dtype) for dtype in ("float32", "float64"))
+        with torch.no_grad():
+            for parameter, other in zip(exact.parameters(), low.parameters()):
+                parameter.copy_(other)
+        outputs, rebuilt = [], []
+        for sae in (exact, low):
+            x = make_x(256, 64).to(sae.W_dec)
+            outputs.append(training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)["sae_out"].double())
+            with torch.no_grad():
+                rebuilt.append(sae.eval().reconstruct(x)[0].double())
+        assert (outputs[1] - outputs[0]).norm() < 1e-5 * outputs[0].norm()
+        assert (rebuilt[1] - rebuilt[0]).norm() < 1e-3 * rebuilt[0].norm()
+    assert list(precision_settings()) == before
+
+
+@pytest.mark.parametrize("change_settings", [allow_tf32, medium, new_interface, all_backends, bfloat16_on_the_cpu])
+def test_precision_is_what_it_should_be_whatever_is_set(change_settings):
+    """In a process of its own: torch's settings cannot all be put back."""
+    process = multiprocessing.get_context("fork").Process(target=check_precision, args=(change_settings,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_three_products_are_float32_but_for_their_last_bits():
+    """What matmul computes on CUDA: operands of 11 bits, which TF32 holds exactly, and an error below 2⁻²⁰ of norms."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 300, generator=g) * 10.0 ** torch.randint(-3, 4, (n, 1), generator=g) for n in (20, 30))
+    for part in sparse_ops.two_parts(a):
+        assert part.isfinite().all()
+    high, low = sparse_ops.two_parts(a)
+    assert torch.equal(high + low, a)
+    assert not (high.view(torch.int32) & (2**13 - 1)).any()
+    error = (sparse_ops.three_products(a, b.T).double() - a.double() @ b.double().T).abs()
+    assert (error <= 2.0**-20 * a.norm(dim=1, keepdim=True) * b.norm(dim=1)).all()
+
+
+def test_memory_that_runs_out_while_probing_is_an_error(monkeypatch):
+    """It says nothing about what the device can do."""
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(SparsityPattern, "sddmm", out_of_memory)
+    sparse_ops.has_sparse_kernels.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        sparse_ops.has_sparse_kernels(torch.device("cpu"))

@@ -93,6 +93,21 @@ def test_everything_above_a_threshold(kind):
     assert ((products - exact[selected]).abs() <= rounding[selected]).all()
 
 
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_the_bound_holds(with_offset):
+    """The error of every screened value, its last rounding included, is within the bound; and it is no idle one."""
+    for kind in ("plain", "heavy tails", "scales", "negative rows"):
+        x, W = small(kind, 1)
+        offset = torch.linspace(-3, 1, W.shape[1]).to(DEVICE) if with_offset else None
+        z, error, not_finite = triton_ops.screen(x, W, offset)
+        true = x.double() @ W.double() + (offset.double() if with_offset else 0)
+        error = error.double()[:, None]
+        allowed = (true.abs() + error) * 2.0**-8 * 1.01
+        assert not not_finite
+        assert ((z.double() - true).abs() <= error + allowed).all()
+        assert (error < 0.1 * x.double().norm(dim=-1, keepdim=True) * W.double().norm(dim=0).amax() + 1e-30).all()
+
+
 def test_ties_go_to_the_first():
     x, W = torch.ones(3, 2, device=DEVICE), feature_major(torch.ones(2, 128)).to(DEVICE)
     rows, cols, _ = places(sparse_ops.select_topk(x, W, 5, per_row=True))
