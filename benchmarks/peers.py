@@ -1,7 +1,7 @@
-"""One training step of this project against one of SAELens, dictionary_learning and sparsify, on the CPU.
+"""One training step of this project against one of SAELens, dictionary_learning and sparsify.
 
     python -m venv peers && peers/bin/pip install sae-lens dictionary-learning eai-sparsify
-    peers/bin/python benchmarks/peers.py [--types batchtopk topk] [--rounds N] [--json FILE]
+    peers/bin/python benchmarks/peers.py [--types batchtopk topk] [--device cuda] [--rounds N] [--json FILE]
 
 They have a venv of their own because sae-lens wants an older transformer_lens; any of the three will do, and those that
 are absent are named. This project's step runs with the same Python and torch, which suffices where sae-lens is, or else
@@ -18,6 +18,9 @@ computes an auxiliary loss. Their settings are the defaults, except:
     dictionary_learning  TopKTrainer.update, BatchTopKTrainer.update; the threshold is estimated from the first step
                          on, as in a long run, not from the 1000th
     sparsify             the body of Trainer.fit, which takes no activations, around SparseCoder; Adam, not signum
+
+On CUDA they run with what they have for speed: SAELens with its autocast option, dictionary_learning under bfloat16
+autocast as its training loop runs it, sparsify with its Triton kernels and TF32.
 
 Times are medians over the rounds (lower – upper quartile); ratios are those of each round's own. Peak RSS is a whole
 process; "imports" is what it had reached before it built anything.
@@ -49,7 +52,7 @@ def our_step(sae_type: str, size: argparse.Namespace):
     from training import make_optimizer, training_step
 
     cfg = {"sae_type": sae_type, "batch_size": size.batch, "act_size": size.d, "dict_size": size.dict_size}
-    cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": "cpu"})
+    cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": size.device})
     sae = SAE_CLASSES[sae_type](cfg).train()
     optimizer = make_optimizer(sae, cfg)
     return lambda x: training_step(sae, optimizer, x, cfg)
@@ -61,9 +64,11 @@ def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):
     from sae_lens.training.sae_trainer import SAETrainer
 
     prefix = {"topk": "TopK", "batchtopk": "BatchTopK"}[sae_type]
-    cfg = getattr(sae_lens, f"{prefix}TrainingSAEConfig")(d_in=size.d, d_sae=size.dict_size, k=size.k, **options)
+    shape = dict(d_in=size.d, d_sae=size.dict_size, k=size.k, device=size.device)
+    cfg = getattr(sae_lens, f"{prefix}TrainingSAEConfig")(**shape, **options)
     sae = getattr(sae_lens, f"{prefix}TrainingSAE")(cfg)
     samples = dict(total_training_samples=10**6 * size.batch, train_batch_size_samples=size.batch, lr_end=3e-4)
+    samples |= dict(device=size.device, autocast=size.device == "cuda")
     trainer = SAETrainer(SAETrainerConfig(**samples), sae, data_provider=None)
 
     def step(x):
@@ -74,22 +79,29 @@ def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):
 
 
 def dictionary_learning_step(sae_type: str, size: argparse.Namespace):
+    import torch
     from dictionary_learning import trainers
 
     Trainer = {"topk": trainers.TopKTrainer, "batchtopk": trainers.BatchTopKTrainer}[sae_type]
-    shape = dict(activation_dim=size.d, dict_size=size.dict_size, k=size.k, layer=0, lm_name="none", device="cpu")
+    shape = dict(activation_dim=size.d, dict_size=size.dict_size, k=size.k, layer=0, lm_name="none", device=size.device)
     trainer = Trainer(steps=10**6, threshold_start_step=0, **shape)
     steps = iter(range(10**6))
-    return lambda x: trainer.update(next(steps), x)
+
+    def step(x):
+        with torch.autocast(size.device, torch.bfloat16, enabled=size.device == "cuda"):
+            trainer.update(next(steps), x)
+
+    return step
 
 
 def sparsify_step(sae_type: str, size: argparse.Namespace):
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(size.d, SparseCoderConfig(num_latents=size.dict_size, k=size.k), "cpu", torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    sae = SparseCoder(size.d, SparseCoderConfig(num_latents=size.dict_size, k=size.k), size.device, torch.float32)
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (size.dict_size / 2**14) ** 0.5)
-    tokens_since_fired = torch.zeros(size.dict_size, dtype=torch.long)
+    tokens_since_fired = torch.zeros(size.dict_size, dtype=torch.long, device=size.device)
 
     def step(x):
         sae.set_decoder_norm_to_unit_norm()
@@ -142,9 +154,12 @@ def serve(name: str, sae_type: str, size: argparse.Namespace) -> None:
             which = (torch.rand(size.batch, 20, generator=generator) ** 2 * size.dict_size).long()
             strength = torch.empty(size.batch, 20).exponential_(generator=generator)
             x = torch.nn.functional.embedding_bag(which, directions, mode="sum", per_sample_weights=strength)
-            x += 0.1 * torch.randn(x.shape, generator=generator)
+            x = (x + 0.1 * torch.randn(x.shape, generator=generator)).to(size.device)
+            wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+            wait()
             begun = time.perf_counter()
             step(x)
+            wait()
             print(json.dumps({"seconds": time.perf_counter() - begun, "peak_rss": peak_rss()}), file=answers)
     except Exception as error:
         line = (str(error).strip() or "no message").splitlines()[0]
@@ -155,7 +170,7 @@ class Child:
     def __init__(self, name: str, sae_type: str, args: argparse.Namespace):
         python = args.python if name == OURS else sys.executable
         command = [python, __file__, *sys.argv[1:], "--serve", name, sae_type]
-        environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}
+        environment = os.environ | ({"SPARSIFY_DISABLE_TRITON": "1"} if args.device == "cpu" else {})
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.process = subprocess.Popen(command, env=environment, **pipes)
         self.seconds, self.about = [], self.answer()
@@ -225,6 +240,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=768, help="width of the activations (default: 768)")
     parser.add_argument("--dict-size", type=int, default=12288, help="features (default: 12288)")
     parser.add_argument("--k", type=int, default=32, help="active features per token (default: 32)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them run (default: cpu)")
     parser.add_argument("--warmup", type=int, default=3, help="steps of each that are not counted (default: 3)")
     parser.add_argument("--rounds", type=int, default=10, help="counted steps of each (default: 10)")
     parser.add_argument("--python", default=sys.executable, help="Python for this project's step (default: this one)")
@@ -251,6 +267,10 @@ def main() -> None:
         results[sae_type] = measure(sae_type, [name for name in present if sae_type in TRAINERS[name][3]], args)
     told = [result for trainers in results.values() for result in trainers.values()]
     torches = ", ".join(sorted({f"torch {result['torch']} with {result['threads']} threads" for result in told}))
+    if args.device == "cuda":
+        import torch
+
+        print(torch.cuda.get_device_name(), end=", ")
     print(f"{cpu_name()}, Python {platform.python_version()}, {torches}")
     print(", ".join(f"{package} {version or 'absent'}" for package, version in versions.items()))
     sizes = {key: getattr(args, key) for key in ("batch", "d", "dict_size", "k")}

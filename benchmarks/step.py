@@ -3,9 +3,11 @@
     python benchmarks/step.py [--growth] [--rounds N] [--only TEXT] [--json FILE] [--plot FILE]
 
 In every round, one after the other, on the same batch: this program's training_step; the same with the sparse form
-switched off; the published step (dense_reference.py); and the encoder's product [B, d] x [d, F] in float32 alone.
-Medians over the rounds, with the quartiles; ratios are medians of each round's own. Peak memory is that of a process
-that does nothing but such steps, less what it held before it built the SAE: weights, optimizer, gradients and all.
+switched off; the published step (dense_reference.py), on CUDA also with TF32 products and under bfloat16 autocast; and
+the encoder's product [B, d] x [d, F] in float32 alone. Medians over the rounds, with the quartiles; ratios are medians
+of each round's own. On CUDA a time is that of 10 steps between two events, a tenth of it. Peak memory is that of a
+process that does nothing but such steps, less what it held before it built the SAE: weights, optimizer, gradients and
+all.
 
 Tokens are sparse sums of random directions, and noise. Dead features are held dead: their encoder columns are small and
 their counters high before every step. L0 of JumpReLU and vanilla is set by the initial thresholds or biases.
@@ -17,6 +19,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -33,7 +36,9 @@ from sae import SAE_CLASSES  # noqa: E402
 from sparse_ops import screen_dtype  # noqa: E402
 from training import make_optimizer, training_step  # noqa: E402
 
-CONTENDERS = ("ours", "dense form", "published", "encoder product")
+CONTENDERS = ("ours", "dense form", "published", "published, TF32", "published, bf16", "encoder product")
+ON_CUDA = ("published, TF32", "published, bf16")
+STEPS_AT_ONCE = 10  # on CUDA: so that the host's part is hidden as far as it is in training
 PAPER = dict(batch_size=4096, act_size=768, dict_size=12288, top_k=32, num_dead=0, l0=None)
 SETUPS = [dict(sae_type=t, dict_size=768 * n) for t in ("batchtopk", "topk") for n in (4, 8, 16, 32)]
 SETUPS += [dict(sae_type=t, top_k=k) for t in ("batchtopk", "topk") for k in (16, 64)]
@@ -51,7 +56,9 @@ SETUPS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
 SETUPS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
 GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
-LARGEST = {"published": 2**27, "dense form": 2**23}  # entries of [B, F]: beyond them it takes long, and is no question
+LARGEST = {name: 2**27 for name in CONTENDERS if "published" in name} | {
+    "dense form": 2**23
+}  # entries of [B, F]: beyond them it takes long, and is no question
 
 
 def label(setup: dict) -> str:
@@ -85,9 +92,9 @@ class Bench:
         self.step = {}
         for name in names:
             sae = self.build()
-            if name == "published":
+            if name.startswith("published"):
                 sae = DenseReference(sae)
-                self.step[name] = sae.step
+                self.step[name] = partial(in_precision, name, sae.step)
             elif name == "encoder product":
                 W_enc = sae.W_enc.detach().contiguous()
                 self.step[name] = W_enc.__rmatmul__
@@ -116,27 +123,42 @@ class Bench:
         if name == "encoder product":
             return
         sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, 0
+        sae.known_counts = None
         if n:
-            W_enc = sae.p["W_enc"] if name == "published" else sae.W_enc
+            W_enc = sae.p["W_enc"] if name.startswith("published") else sae.W_enc
             W_enc[:, :n] *= 0.2 * W_enc[:, n:].norm(dim=0).mean() / W_enc[:, :n].norm(dim=0)
 
     def time(self, name: str, x: torch.Tensor) -> float:
+        """Seconds of a step."""
         self.hold_dead(name)
-        synchronize(x.device)
-        begun = time.perf_counter()
-        self.step[name](x)
-        synchronize(x.device)
-        return time.perf_counter() - begun
+        if not x.is_cuda:
+            begun = time.perf_counter()
+            self.step[name](x)
+            return time.perf_counter() - begun
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        for _ in range(STEPS_AT_ONCE):
+            self.step[name](x)
+        ended.record()
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1000 / STEPS_AT_ONCE
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def in_precision(name: str, step, x: torch.Tensor):
+    """A published step with the products that its name says."""
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = "TF32" in name
+    try:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled="bf16" in name):
+            return step(x)
+    finally:
+        matmul.allow_tf32 = False
 
 
 def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
     size = setup["batch_size"] * setup["dict_size"]
     names = [name for name in CONTENDERS if size <= LARGEST.get(name, size)]
+    names = [name for name in names if device.startswith("cuda") or name not in ON_CUDA]
     bench = Bench(setup, names, device)
     for _ in range(12 if setup["l0"] is not None else 2):  # JumpReLU and vanilla begin in the dense form
         bench.time("ours", bench.batches[0])
@@ -174,15 +196,16 @@ def peak_memory(setup: dict, name: str, device: str) -> int:
 
 
 def table(results: list[dict]) -> str:
-    heads = ("SAE", "ours, ms (quartiles)", "dense form ÷ ours", "published ÷ ours", "ours ÷ encoder product")
-    lines = [f"| {' | '.join(heads)} | peak MiB: ours, published |", "|---|---|---|---|---|---|"]
+    others = [name for name in CONTENDERS[1:-1] if any(name in result["seconds"] for result in results)]
+    heads = ["SAE", "ours, ms (quartiles)", "tokens/s", *(f"{name} ÷ ours" for name in others)]
+    heads += ["ours ÷ encoder product", "peak MiB: ours, published"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for result in results:
         seconds, peak = result["seconds"], result["peak_bytes"]
         low, middle, high = statistics.quantiles(seconds["ours"], n=4, method="inclusive")
         cells = [label(result["setup"]), f"{middle * 1e3:,.3g} ({low * 1e3:,.3g} – {high * 1e3:,.3g})"]
-        cells += [
-            f"{ratio(seconds, name, 'ours'):.1f}" if name in seconds else "" for name in ("dense form", "published")
-        ]
+        cells += [f"{result['setup']['batch_size'] / middle:,.0f}"]
+        cells += [f"{ratio(seconds, name, 'ours'):.1f}" if name in seconds else "" for name in others]
         cells += [f"{ratio(seconds, 'ours', 'encoder product'):.2f}"]
         cells += [", ".join(f"{size / 2**20:,.0f}" for size in peak.values())]
         lines.append(f"| {' | '.join(cells)} |")
