@@ -39,7 +39,8 @@ def main() -> None:
     total, count = sum(e.self_device_time_total for e in kernels), sum(e.count for e in kernels)
     waits = sum(e.count for e in events if "Synchronize" in e.key)
     print(f"{torch.cuda.get_device_name()}, {label(setup)}")
-    print(f"{total / 1e3 / STEPS:.3f} ms on the device, {count / STEPS:.0f} kernels and {waits / STEPS:.1f} waits a step")
+    milliseconds = total / 1e3 / STEPS
+    print(f"{milliseconds:.3f} ms on the device, {count / STEPS:.0f} kernels and {waits / STEPS:.1f} waits a step")
     for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
         print(f"{event.self_device_time_total / 1e3 / STEPS:8.4f} ms  x{event.count / STEPS:<5.1f} {event.key[:90]}")
 
