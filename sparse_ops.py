@@ -329,6 +329,8 @@ def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    if values.is_cuda:  # there kthvalue is 30 times slower
+        return values.topk(k, dim=-1, sorted=False).values.amin(-1)
     return values.kthvalue(values.shape[-1] - k + 1, dim=-1).values
 
 

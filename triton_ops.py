@@ -155,7 +155,7 @@ def row_kth_largest(values, row_offsets, k, state, BLOCK: tl.constexpr):
     key = 0
     wanted = k
     for digit_number in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit_number
+        shift = 24 - 8 * digit_number
         counts = tl.zeros([256], tl.int32)
         for first in range(start, end, BLOCK):
             i = first + tl.arange(0, BLOCK)
@@ -263,7 +263,7 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None):
     As sparse_ops.screen, but for the accumulation term: tensor cores align and truncate what they add, which known
     models of them keep under twice the bound of float32 sums.
     """
-    W = W_enc.T
+    W = W_enc.T.contiguous()
     (B, d), num_features = x.shape, len(W)
     parts = split(offset, torch.bfloat16) if offset is not None else []
     width = -(-(d + len(parts)) // 8) * 8  # what tensor cores want
@@ -361,7 +361,7 @@ def refined(x, W_enc, cols, row_offsets) -> torch.Tensor:
     d = x.shape[1]
     values = torch.empty(len(cols), device=x.device)
     block_d = triton.next_power_of_2(d)
-    refine[(len(x),)](x.contiguous(), W_enc.T, row_offsets, cols, values, d, **tile(block_d))
+    refine[(len(x),)](x.contiguous(), W_enc.T.contiguous(), row_offsets, cols, values, d, **tile(block_d))
     return values
 
 
@@ -561,7 +561,7 @@ class PaddedPattern:
         order, rows, *features = self.by_feature
         grad_values = torch.zeros_like(values)
         grad_W = self.gradient_buffer(W_dec.shape[1])
-        args = values.contiguous(), rows, order, *features, W_dec, grad.contiguous(), grad_values, grad_W
+        args = values.contiguous(), rows, order, *features, W_dec.contiguous(), grad.contiguous(), grad_values, grad_W
         self.over_chunks(decode_gradients, *args)
         return grad_values, grad_W[: self.shape[1]]
 

@@ -1,6 +1,8 @@
 """Where the time of a training step goes on a GPU: the device's time by kernel, and the host's waits.
 
     python benchmarks/profile_step.py [--sae-type batchtopk] [--top-k 32] [--dict-size 12288]
+
+The SAE and its batch are those of step.py.
 """
 
 import argparse
