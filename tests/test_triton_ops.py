@@ -4,6 +4,9 @@ They select what float64 selects, compute what the torch path computes, and leav
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,6 +272,16 @@ def test_the_self_test_notices_wrong_kernels(monkeypatch):
     monkeypatch.setattr(triton_ops.PaddedPattern, "spmm", lambda self, values, table: table[: self.shape[0]])
     with pytest.raises(RuntimeError, match="wrong"):
         triton_ops.self_test(torch.device(DEVICE))
+
+
+def test_every_kernel_compiles():
+    """For compute capability 8.0 and 9.0, at the smallest and the largest width: the interpreter accepts more."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = Path(triton_ops.__file__).read_text().count("@triton.jit") - 3  # less the functions that kernels call
+    assert done.stdout.count(" compiles\n") == kernels
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")

@@ -1,0 +1,66 @@
+"""Compile every kernel of triton_ops.py for GPUs of compute capability 8.0 and 9.0, which needs no GPU.
+
+    python tests/compile_kernels.py
+
+The interpreter, in which the other tests run the kernels, accepts more than the compiler. Prints a line per kernel, and
+ends with an exception where one does not compile.
+"""
+
+import sys
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton_ops  # noqa: E402
+
+HELPERS = ("order_key", "compare", "chunk_of")  # called by kernels only
+BFLOAT16, INT64 = ("rounded", "z"), ("order", "ends")
+INT32 = (
+    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "out_rows", "out_cols", "rows",
+    "feature_offsets", "extra_offsets", "extra_feature",
+)  # fmt: skip
+SIZES = ("d", "width", "num_features", "num_groups", "capacity", "k", "n")
+FLOATS = ("margin", "lr", "beta1", "beta2", "rest1", "rest2")
+CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=11, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
+SMALL, LARGE = dict(BLOCK_D=64, BLOCK_N=64, num_warps=4), dict(BLOCK_D=4096, BLOCK_N=1, num_warps=8)
+VARIANTS = {"count_kept": dict(PER_ROW=1, ABOVE=True), "write_kept": dict(PER_ROW=1, ABOVE=True)}
+VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BITS=9), "pick_digit": dict(BITS=9)}
+
+
+def kind(name: str, constants: dict) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in SIZES:
+        return "i32"
+    if name in FLOATS:
+        return "fp32"
+    return "*bf16" if name in BFLOAT16 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*fp32"
+
+
+def main() -> None:
+    kernels = {name: f for name, f in vars(triton_ops).items() if isinstance(f, JITFunction) and name not in HELPERS}
+    for name, kernel in kernels.items():
+        signatures = [CONSTANTS | SMALL, CONSTANTS | LARGE | VARIANTS.get(name, {})]
+        for constants in signatures:
+            options = {"num_warps": constants.pop("num_warps")}
+            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            signature = {key: kind(key, constants) for key in kernel.arg_names}
+            if name == "mask_kept":
+                signature["mask"] = "*i8"
+            if name == "write_kept":
+                signature["ends"] = "*i32"
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            for capability in (80, 90):
+                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+                assert compiled.asm["cubin"]
+        print(f"{name} compiles")
+    assert kernels
+
+
+if __name__ == "__main__":
+    main()
