@@ -140,22 +140,32 @@ def point_keys(table: pd.DataFrame) -> list[str]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row."""
+    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row.
+
+    `died` says whether all features of one of its runs died.
+    """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
     metrics = [key for key in metrics if not key.endswith("_se")]  # errors over contexts: of the seeds there are others
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
-    return means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
+    points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
+    return points.assign(died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
+
+
+def died(run: Run) -> bool:
+    """Whether no feature was active on any held-out token."""
+    return run.summary.get("l0") == 0
 
 
 def markdown_table(points: pd.DataFrame) -> str:
-    """The main metrics, a configuration a row; with several seeds each as mean ± standard error."""
+    """The main metrics, a configuration a row; with several seeds each as mean ± standard error. † marks dead runs."""
     rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
     for metric in COLUMNS:
         form = "{:.1f}" if metric == "l0" else "{:.4f}"
         errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
         rows[metric] = rows[metric].map(form.format) + errors
+    rows["l0"] += points["died"].map({True: " †", False: ""})
     by_k = rows["sae_type"].isin(["topk", "batchtopk"])
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
@@ -200,12 +210,26 @@ def paper_figure(points: pd.DataFrame) -> plt.Figure:
 def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
     """One line per SAE type over a logarithmic x; bars are standard errors over seeds."""
     for own, label, colour, marker, line in by_type(points.sort_values(x)):
+        own = own[own[x] > 0]
         error = own[f"{metric}_se"].fillna(0)
         axis.errorbar(own[x], own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
     log2_axis(axis)
+    mark_died(axis, points, x, metric)
+
+
+def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
+    """Make the markers of dead runs hollow. An L0 of 0 has no place on a logarithmic axis: it goes to the left edge."""
+    for own, _, colour, marker, _ in by_type(points[points["died"]]):
+        style = dict(color=colour, marker=marker, mfc="white", linestyle="none", clip_on=False, in_layout=False, zorder=4)
+        for on_axis, transform in ((own[x] > 0, axis.transData), (own[x] == 0, axis.get_yaxis_transform())):
+            axis.plot(own[on_axis][x], own[on_axis][metric], transform=transform, **style)
+    if points["died"].any():
+        axis.errorbar([], [], fmt="o", color="0.4", mfc="white", label="all features of a run died")
 
 
 def log2_axis(axis: plt.Axes) -> None:
+    if not np.isfinite(axis.dataLim.minposx):  # nothing above 0, for which matplotlib finds no limits
+        axis.set_xlim(1, 2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(PLAIN)
 
@@ -219,9 +243,10 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
     """NMSE and CE degradation against L0, every configuration a point; the lines join the front of each SAE type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
     for axis, (metric, ylabel) in zip(axes, METRICS.items()):
-        best = front(points, metric)
+        best = front(points[points["l0"] > 0], metric)
         axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Front of all", zorder=1)
         for own, label, colour, marker, line in by_type(points):
+            own = own[own["l0"] > 0]
             area = 12 * own["dict_size"] / points["dict_size"].min()
             errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
             axis.errorbar(own["l0"], own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
@@ -230,6 +255,7 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
             own = front(own, metric)
             axis.plot(own["l0"], own[metric], color=colour, linestyle=line, zorder=2)
         log2_axis(axis)
+        mark_died(axis, points, "l0", metric)
         axis.set(xlabel="L0 (larger marker: larger dictionary)", ylabel=ylabel)
     legend_above(figure, axes[0])
     return figure
@@ -295,14 +321,14 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     points = points[points["dict_size"] == dict_size]
     top, shares = 0.69, []  # of the axes, below the legend
     for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
-        for i, (_, point) in enumerate(own.iterrows()):
+        for i, (_, point) in enumerate(own[own["l0"] > 0].iterrows()):
             values = histograms(point["run"], "l0")
             if label == "BatchTopK":
                 style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
                 draw_mean(left, values, step="mid", **style)
             else:  # one bar of about 100 % would dwarf all else: a line instead
                 left.axvline(values.mean(axis=1).idxmax(), ymax=top, color=colour, linestyle=line)
-                shares.append(values.mean(axis=1).max())
+                shares.append(values.mean(axis=1).get(point["top_k"], 0))
     if shares:
         left.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {min(shares):.3g} % of tokens")
     left.set(xlabel=f"L0 of a token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
@@ -310,13 +336,14 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     for own, label, colour, _, line in by_type(points):
         point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # the one nearest to that k
         never = np.mean([run.summary["histograms"]["never_active"] / dict_size for run in point["run"]])
-        label = f"{label}, L0 {point['l0']:.0f}: {never:.1%} never active"
+        label = f"{label}, L0 {point['l0']:.0f}{' †' if point['died'] else ''}: {never:.1%} never active"
         values = histograms(point["run"], "log10_density")
         draw_mean(right, values, step="mid", color=colour, linestyle=line, label=label)
     right.set(xlabel="Feature density (log10 of the share of tokens)", ylabel="Features (%)")
     for axis, place in ((left, "upper right"), (right, "upper left")):
         axis.set_ylim(0, axis.get_ylim()[1] / top)
-        axis.legend(loc=place)
+        if axis.get_legend_handles_labels()[0]:  # without one, matplotlib warns
+            axis.legend(loc=place)
     return figure
 
 
@@ -332,7 +359,7 @@ def histograms(runs: list[Run], key: str) -> pd.DataFrame:
         columns.append(100 * counts / total)
     values = pd.concat(columns, axis=1).fillna(0)  # none where a run's greatest L0 is smaller
     present = values.index[values.any(axis=1)]
-    return values.loc[present[0] : present[-1]]
+    return values.loc[present[0] : present[-1]] if len(present) else values[:0]  # if all features died
 
 
 # The whole
@@ -349,6 +376,8 @@ def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
     again = finished.duplicated([*keys, "seed"])
     notes += [f"Left out, because another run has the same config: {name}" for name in finished["name"][again]]
     table, finished = table.drop(finished.index[again]), finished[~again]
+    if names := [run.name for run in finished["run"] if died(run)]:
+        notes.append(f"† All features died (no feature is active on any held-out token): {', '.join(names)}")
     mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
     if mixed:
         notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")

@@ -263,6 +263,66 @@ def test_figures_are_readable_in_a_paper(by_hand):
     assert all(len(set(way)) == len(results.STYLES) for way in (colours, markers, lines))
 
 
+def all_died(dict_size: int) -> tuple[dict, dict]:
+    """Result and histograms as evaluation.py writes them of an SAE without an active feature."""
+    result = dict.fromkeys(METRICS, 0.9) | {"l0": 0.0, "dead_fraction": 1.0}
+    return result, {"l0": [2048], "log10_density": [0] * 4, "log10_density_edges": EDGES, "never_active": dict_size}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sae_type", ["batchtopk", "topk", "jumprelu"])
+def test_a_run_whose_features_all_died(by_hand, sae_type, monkeypatch, capsys):
+    """The others' figures are drawn as without it; it is marked in the table, named, and hollow in the figures."""
+    monkeypatch.setitem(plt.rcParams, "savefig.dpi", 30)
+    sweep, written, _ = by_hand
+    result, histograms = all_died(512)
+    changes = dict(sae_type=sae_type, top_k=64, l1_coeff=9.0)
+    died = write_run(sweep, result, losses(np.random.default_rng(0), 4), histograms, **changes)
+    results.draw_results(sweep)
+    out, err = capsys.readouterr()
+    assert not err and len(list(sweep.glob("*.png"))) == 4
+    marked = [line for line in out.splitlines() if "†" in line]
+    assert len(marked) == 2 and re.search(r"\| +0\.0 † \|", marked[0]) and marked[1].endswith(f": {died}")
+    assert all(line in (sweep / "results.md").read_text(encoding="utf-8") for line in marked)
+
+    points = finished_points(sweep)
+    figures = [results.paper_figure(points), results.pareto_figure(points)]
+    for figure in figures:
+        inside = figure.get_tightbbox()
+        assert inside.x0 >= -0.02 and inside.x1 <= figure.get_figwidth() + 0.02, "nothing is cut off"
+        assert "all features of a run died" in [text.get_text() for text in figure.legends[0].texts]
+    for axis in [*figures[0].axes[2:], *figures[1].axes]:
+        hollow = [line for line in axis.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+        assert [line.get_xydata().tolist() for line in hollow] == [[[0, 0.9]]] and axis.get_xlim()[0] > 0.5
+    front = results.front(points[points["l0"] > 0], "nmse")
+    assert any(np.array_equal(line.get_xydata(), front[["l0", "nmse"]]) for line in figures[1].axes[0].lines)
+    histograms = results.histograms_figure(points)
+    histograms.canvas.draw()
+    assert "TopK: L0 = k for 100 % of tokens" in [line.get_label() for line in histograms.axes[0].lines]
+    assert not any("k = 64" in line.get_label() for line in histograms.axes[0].lines)
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sae_type", ["batchtopk", "topk", "jumprelu", "vanilla"])
+@pytest.mark.parametrize("alive", [0, 1])
+def test_figures_of_one_type(tmp_path, sae_type, alive):
+    """All features of its only runs died, or of one of its two seeds: no warning of matplotlib's."""
+    rng, counts = np.random.default_rng(0), [0] * 20 + [9]
+    for seed in range(2):
+        result, histograms = all_died(512)
+        if seed < alive:
+            result |= {"l0": 20.0, "dead_fraction": 0.5}
+            histograms |= {"l0": counts, "log10_density": [1, 2, 3, 4], "never_active": 502}
+        write_run(tmp_path / "sweep", result, losses(rng, 4), histograms, sae_type=sae_type, top_k=20, seed=seed)
+    points, table = finished_points(tmp_path / "sweep"), results.run_table(results.local_runs(tmp_path / "sweep"))
+    for draw in (results.paper_figure, results.pareto_figure, results.histograms_figure):
+        draw(points).canvas.draw()
+    results.curves_figure(table).canvas.draw()
+    plt.close("all")
+    assert "†" in results.markdown_table(points)
+
+
 def test_unfinished_runs_are_named_and_left_out(by_hand, tmp_path):
     """`python results.py FOLDER` names the unfinished runs and how far they came; the CSV has finished ones."""
     sweep, written, unfinished = by_hand
