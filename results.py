@@ -70,7 +70,13 @@ class Run(NamedTuple):
 
 def run_configs(folder: Path) -> list[Path]:
     """The config.json of the runs in a sweep's folder; other things have a config.json too, such as language models."""
-    return [path for path in sorted(folder.glob("*/config.json")) if '"sae_type"' in path.read_text()]
+    return [path for path in sorted(folder.glob("*/config.json")) if is_run(read(path))]
+
+
+def is_run(config) -> bool:
+    """Whether it is the config of a run of this program, by the keys that the table needs."""
+    needed = {*SWEPT, "seed", "sweep", "num_tokens"}
+    return isinstance(config, dict) and needed <= config.keys() and config["sae_type"] in tuple(STYLES)
 
 
 def local_runs(folder: Path) -> list[Run]:
@@ -98,7 +104,10 @@ def read(path: Path) -> dict | list[dict]:
 
 
 def wandb_runs(project: str, sweep: str | None) -> list[Run]:
-    """The runs of a W&B project's group `sweep`, by default the group of its newest run; the newest run first."""
+    """The runs of a W&B project's group `sweep`, by default that of its newest run of a sweep; the newest run first.
+
+    Runs of other programs are skipped, and a line counts them.
+    """
     import wandb
 
     if project.count("/") != 1:
@@ -106,12 +115,22 @@ def wandb_runs(project: str, sweep: str | None) -> list[Run]:
     try:
         if not wandb.login(prompt=False):
             fail("not logged in to Weights & Biases: run `wandb login`, or set WANDB_API_KEY")
-        api = wandb.Api()
+        api, skipped = wandb.Api(), set()
+
+        def runs_of(filters: dict) -> Iterator:
+            for run in api.runs(project, filters, order="-created_at"):
+                if is_run(run.config):
+                    yield run
+                else:
+                    skipped.add(run.id)
+
         if sweep is None:
-            sweep = next((run.config.get("sweep") for run in api.runs(project, order="-created_at", per_page=1)), None)
-        runs = [from_wandb(run) for run in api.runs(project, {"group": sweep}, order="-created_at")]
+            sweep = next((run.config["sweep"] for run in runs_of({})), "")
+        runs = list(map(from_wandb, runs_of({"group": sweep}))) if sweep else []
     except (wandb.Error, ValueError) as error:  # what the client raises: no access, no such project, no network
         fail(f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}")
+    if skipped:
+        print(f"Skipped runs of {project} that are not from a sweep of this program: {len(skipped)}", file=sys.stderr)
     return runs or fail(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
 
 

@@ -361,6 +361,15 @@ def test_which_folder(tmp_path, monkeypatch):
         assert results.sweep_folder(Path(asked)) == Path("runs", found)
 
 
+@pytest.mark.parametrize("config", [{"trainer": {}, "batchtopk_config": {"sae_type": "topk"}}, ["sae_type"], {}])
+def test_other_folders_beside_runs(tmp_path, config):
+    """An export that lies among the runs is none of them."""
+    name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 2))
+    (tmp_path / "sweep" / "export").mkdir()
+    (tmp_path / "sweep" / "export" / "config.json").write_text(json.dumps(config))
+    assert [run.name for run in results.local_runs(tmp_path / "sweep")] == [name]
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     """No records, no folder, a broken record, no login, a wrong project name: one line that names it, exit code 2."""
     (tmp_path / "empty").mkdir()
@@ -421,7 +430,14 @@ def mirrored(tmp_path_factory):
     runs = [offline_run(path) for path in folder.glob("runs/*/*/wandb/offline-run-*/*.wandb")]
     assert len(runs) == 4, "one W&B run per SAE"
     other = runs[0] | {"id": "other", "group": "other", "created": "2020-01-01T00:00:00Z"}
-    server = WandbServer([*runs, other], "me", "project")
+    # Runs of other programs, newer than all of these, also in the group: the published scripts have no sweep.
+    published = {key: value for key, value in runs[0]["config"].items() if key not in ("sweep", "num_epochs")}
+    bare = {"created": "2100-01-01T00:00:00Z", "group": None, "state": "crashed", "summary": {}, "history": []}
+    others = [bare | {"config": published, "summary": runs[0]["summary"], "history": runs[0]["history"]}]
+    others += [bare | {"config": {}}, bare | {"config": {"sweep": "mine", "lr": 1}, "group": "mine"}]
+    others += [bare | {"config": {"sweep": "mine", "sae_type": "gated"}, "group": "mine"}]
+    others = [run | {"id": f"foreign{i}", "name": f"foreign{i}"} for i, run in enumerate(others)]
+    server = WandbServer([*runs, other, *others], "me", "project")
     yield folder / "runs" / "mine", server
     server.close()
 
@@ -436,6 +452,7 @@ def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path
     assert run(local, home=tmp_path).returncode == 0
     done = from_server(server, "mine", "--wandb", "me/project", home=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Skipped runs of me/project that are not from a sweep of this program: 2" in done.stderr.splitlines()
     folder = tmp_path / "runs" / "mine"
     tables = [pd.read_csv(path / "results.csv") for path in (local, folder)]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
@@ -451,7 +468,8 @@ def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
     """Without a name the newest run's sweep is taken; no such project or sweep is one line."""
     _, server = mirrored
     done = from_server(server, "--wandb", "me/project", home=tmp_path)
-    assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout
+    assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout, done.stderr
+    assert "Skipped runs of me/project that are not from a sweep of this program: 4" in done.stderr.splitlines()
     for args, said in [
         (("mine", "--wandb", "me/missing"), "me/missing"),
         (("missing", "--wandb", "me/project"), "no runs of a sweep missing"),
@@ -459,3 +477,20 @@ def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
         done = from_server(server, *args, home=tmp_path)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_wandb_with_runs_cut_short_or_of_others_only(mirrored, tmp_path):
+    """A run of a sweep that crashed before it logged is among the unfinished; no run of a sweep at all is one line."""
+    _, server = mirrored
+    run = next(run for run in server.runs.values() if run["config"].get("sweep") == "mine")
+    crashed = run | {"id": "crashed", "name": "crashed", "summary": {}, "history": [], "state": "crashed"}
+    foreign = [run for name, run in server.runs.items() if name.startswith("foreign")]
+    for runs in ([crashed, *foreign], foreign):
+        other_server = WandbServer(runs, "me", "project")
+        done = from_server(other_server, "--wandb", "me/project", home=tmp_path)
+        other_server.close()
+        assert "Traceback" not in done.stderr
+        if crashed in runs:
+            assert done.returncode == 0 and "Not finished, so only among the curves: crashed (crashed, 0 of" in done.stdout
+        else:
+            assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("holds no runs of a sweep")
