@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -50,13 +51,11 @@ SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO)}
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "sweep", nargs="?", default="paper", metavar="SWEEP", help=f"one of {', '.join(SWEEPS)} (default: paper)"
-    )
+        "words", nargs="*", metavar="SWEEP or KEY=VALUE",
+        help=f"one of {', '.join(SWEEPS)} (default: paper); config keys that hold for every run of the sweep",
+    )  # fmt: skip
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="config keys that hold for every run of the sweep"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="train every run once with each of these seeds"
+        "--seeds", nargs="*", action="extend", metavar="N", help="train every run once with each of these seeds"
     )
     parser.add_argument("--list", action="store_true", help="print the runs of the sweep, one a line, and stop")
     parser.add_argument("--force", action="store_true", help="start even if this machine seems too small")
@@ -64,10 +63,8 @@ def main(argv: list[str]) -> None:
         "--resume-anyway", action="store_true", help="go on from a checkpoint made with other versions, data or threads"
     )
     args = parser.parse_intermixed_args(argv)
-    if "=" in args.sweep:
-        args.sweep, args.overrides = "paper", [args.sweep, *args.overrides]
-
-    cfgs = sweep_configs(args.sweep, dict(map(parse_override, args.overrides)), args.seeds)
+    sweep, overrides, seeds = parse_words(args.words, args.seeds)
+    cfgs = sweep_configs(sweep, overrides, seeds)
     if args.list:
         for cfg in cfgs:
             print(cfg["name"])
@@ -83,7 +80,7 @@ def main(argv: list[str]) -> None:
     draw_results(run_folder(cfgs[0]).parent)
     if failed:
         raise InputError("; ".join(failed))
-    if args.sweep == "demo":
+    if sweep == "demo":
         write_demo_page(cfgs)
 
 
@@ -93,6 +90,21 @@ def write_demo_page(cfgs: list[dict]) -> None:
     shown = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
     if shown and not (shown / "features.html").exists():
         features.main([str(shown)])
+
+
+def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, dict, list[int] | None]:
+    """Sweep, overrides and seeds from the command line; what follows --seeds may also be a sweep or an override."""
+    seeds = None
+    if after_seeds is not None:
+        seeds = [word for word in after_seeds if "=" not in word and word not in SWEEPS]
+        words = [*words, *(word for word in after_seeds if word not in seeds)]
+        bad = next((seed for seed in seeds or [""] if not re.fullmatch(r"-?\d+", seed)), None)
+        if bad is not None:
+            raise InputError(f"--seeds {bad!r} is not allowed: it takes one or more integers, as in --seeds 49 50")
+        seeds = list(map(int, seeds))
+    names = sorted((word for word in words if "=" not in word), key=lambda name: name not in SWEEPS)
+    sweep = names[0] if names else "paper"
+    return sweep, dict(map(parse_override, (*names[1:], *(word for word in words if "=" in word)))), seeds
 
 
 def parse_override(text: str) -> tuple[str, object]:

@@ -238,6 +238,18 @@ def test_overrides_hold_for_every_run(main_here):
     assert "merged" in err
 
 
+def test_arguments_in_any_order(main_here):
+    """Sweep, overrides and --seeds are told apart by what they are, wherever they stand."""
+    wanted = main_here("demo", "lr=1e-3", "top_k=4", "--list", "--seeds", "1", "2")
+    assert wanted[0] == 0 and len(wanted[1].splitlines()) > 16
+    for args in (
+        "demo --seeds 1 2 lr=1e-3 top_k=4 --list", "--list --seeds 1 2 demo lr=1e-3 top_k=4",
+        "lr=1e-3 demo top_k=4 --seeds 1 2 --list", "--seeds 1 lr=1e-3 2 --list top_k=4 demo",
+        "lr=1e-3 --seeds 1 --list demo --seeds 2 top_k=4",
+    ):  # fmt: skip
+        assert main_here(*args.split()) == wanted, args
+
+
 def test_sweeps_with_overrides_have_folders_of_their_own():
     """The folder changes with overrides that change results, not with those that say how runs are recorded."""
     import main
@@ -270,6 +282,11 @@ BAD_CONFIG = {
     "a key that is derived": (["demo", "name=mine"], "name cannot be set"),
     "seed twice": (["demo", "seed=1", "--seeds", "1", "2"], "seed = 1.*--seeds"),
     "a negative seed": (["demo", "--seeds", "1", "-1"], "seed = -1"),
+    "a fraction for a seed": (["demo", "--seeds", "1", "1.5"], r"--seeds '1\.5'.*integer"),
+    "a word for a seed": (["demo", "--seeds", "one"], "--seeds 'one'.*integer"),
+    "no seeds": (["demo", "--seeds"], "--seeds ''.*integer"),
+    "a bad value after seeds": (["demo", "--seeds", "1", "top_k=many"], "top_k = 'many'.*int"),
+    "two sweeps": (["demo", "paper"], "'paper'.*KEY=VALUE"),
 }
 BAD_STREAM = {
     "layer out of range": (["layer=4"], r"blocks\.4\.hook_resid_pre.*0 to 3"),
