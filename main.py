@@ -22,10 +22,11 @@ from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_in
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, load_model
-from logs import is_finished, is_over, run_folder, why_stopped
+from logs import is_finished, is_over, read_json, run_folder, why_stopped
 from plan import duration, plan_group, tell_time
 from results import draw_results
 from sae import SAE_CLASSES
+from text_stream import DocumentReader
 from training import NotFinite, train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> None:
     todo = [cfg for cfg in cfgs if not is_over(cfg)]
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are left as they are")
+        warn_of_changed_data(cfgs)
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(cfg)):
             tell(f"{run_folder(cfg)} was stopped ({why}): move it away to train it again")
@@ -82,6 +84,21 @@ def main(argv: list[str]) -> None:
         raise InputError("; ".join(failed))
     if sweep == "demo":
         write_demo_page(cfgs)
+
+
+def warn_of_changed_data(cfgs: list[dict]) -> None:
+    """A line for each dataset_path whose local data is not what finished runs were trained on, by their records."""
+    trained_on = {}
+    for cfg in filter(is_finished, cfgs):
+        recorded = read_json(run_folder(cfg) / "config.json").get("_provenance", {}).get("data_files_sha256")
+        trained_on.setdefault(cfg["dataset_path"], []).append(recorded)
+    for path, digests in trained_on.items():
+        now = DocumentReader.files_fingerprint(path)
+        if changed := sum(recorded is not None and now not in (None, recorded) for recorded in digests):
+            tell(
+                f"warning: dataset_path = {path!r} has changed since {changed} of these runs were trained on it: to "
+                f"train them on the new data, move their folders away or set another output_dir"
+            )
 
 
 def write_demo_page(cfgs: list[dict]) -> None:

@@ -239,9 +239,9 @@ def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> Non
 def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
     """Make the markers of dead runs hollow. An L0 of 0 has no place on a logarithmic axis: it goes to the left edge."""
     for own, _, colour, marker, _ in by_type(points[points["died"]]):
-        style = dict(color=colour, marker=marker, mfc="white", linestyle="none", clip_on=False, in_layout=False, zorder=4)
-        for on_axis, transform in ((own[x] > 0, axis.transData), (own[x] == 0, axis.get_yaxis_transform())):
-            axis.plot(own[on_axis][x], own[on_axis][metric], transform=transform, **style)
+        style = dict(color=colour, marker=marker, mfc="white", linestyle="none", zorder=4)
+        for there, transform in ((own[own[x] > 0], axis.transData), (own[own[x] == 0], axis.get_yaxis_transform())):
+            axis.plot(there[x], there[metric], transform=transform, clip_on=False, in_layout=False, **style)
     if points["died"].any():
         axis.errorbar([], [], fmt="o", color="0.4", mfc="white", label="all features of a run died")
 

@@ -250,6 +250,31 @@ def test_arguments_in_any_order(main_here):
         assert main_here(*args.split()) == wanted, args
 
 
+def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
+    """Where the file at dataset_path is not what finished runs were trained on, a line says so; they are left alone."""
+    import main
+
+    data, runs = tmp_path / "text.jsonl", tmp_path / "runs"
+    data.write_text("".join(json.dumps({"text": f"import module_{i} as m{i * i}"}) + "\n" for i in range(900)))
+    overrides = [*TINY, "sae_type=topk", "top_k=4", "l1_coeff=0", "num_tokens=1000"]
+    overrides += [f"dataset_path={data}", f"output_dir={runs}"]
+    code, _, err = main_here("demo", *overrides)
+    assert code == 0 and "changed" not in err, err
+    (sweep,) = runs.iterdir()
+    before, cfgs = snapshot(sweep), main.sweep_configs("demo", dict(map(main.parse_override, overrides)))
+    capfd.readouterr()
+    os.utime(data, (1, 1))
+    main.warn_of_changed_data(cfgs)
+    data.rename(tmp_path / "elsewhere.jsonl")
+    main.warn_of_changed_data(cfgs)
+    assert capfd.readouterr().err == "", "another time is not other data, and no data neither"
+    data.write_bytes((tmp_path / "elsewhere.jsonl").read_bytes().replace(b"module_7 ", b"modula_7 "))
+    code, _, err = main_here("demo", *overrides)
+    (line,) = [line for line in err.splitlines() if "changed" in line]
+    assert code == 0 and line.startswith(f"warning: dataset_path = '{data}' has changed since 1 of these runs")
+    assert snapshot(sweep) == before
+
+
 def test_sweeps_with_overrides_have_folders_of_their_own():
     """The folder changes with overrides that change results, not with those that say how runs are recorded."""
     import main
