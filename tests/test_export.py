@@ -198,8 +198,41 @@ def test_command_line(make_sae, acts, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new", "own", "run"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "link", "here"])
+def test_an_empty_folder_is_as_good_as_none(make_sae, tmp_path, monkeypatch, kind):
+    """Also where it is a link, and where it is the working directory, which stays what it was: export and import."""
+    for name in ("out", "back"):
+        (tmp_path / name).mkdir()
+    if kind == "link":
+        (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    export_sae(make_sae("topk"), "saelens", {"folder": tmp_path / "out", "link": tmp_path / "link", "here": "."}[kind])
+    files = {"README.md", "cfg.json", "sae_weights.safetensors"}
+    assert {path.name for path in Path(".").iterdir()} == files == {path.name for path in (tmp_path / "out").iterdir()}
+    main([str(tmp_path / "out"), "--from", "saelens", "--out", str(tmp_path / "back")])
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "sae"}
+    assert load_sae(tmp_path / "back").cfg == make_sae("topk").cfg
+
+
+def test_a_write_that_fails_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    rename, names = Path.rename, []
+
+    def full_disk(path, target):
+        names.append(path.name)
+        if len(names) == 3:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(InputError, match="cannot be written: .*No space left"):
+        export_sae(make_sae("topk"), "saelens", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_nothing_is_overwritten(make_sae, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".kept").touch()
     with pytest.raises(InputError, match="nothing is overwritten"):
         export_sae(make_sae("topk"), "saelens", tmp_path / "out")
     (tmp_path / "file").write_text("")
