@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_sae, sync, write_json
+from checkpoint import load_sae, serialized, sync, write, write_json
 from config import SITES, InputError, num_steps, one_line, post_init_cfg, run_command
 from language_model import hub_name
 from model_card import model_card
@@ -55,7 +55,7 @@ def export_sae(
     Raises InputError if the format cannot express the SAE, if the folder is not empty or cannot be written, or if a
     record of the run is damaged.
     """
-    write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo)})
+    write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo).encode()})
 
 
 def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
@@ -85,7 +85,8 @@ def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
 
 
 def own_files(sae: BaseAutoencoder) -> dict:
-    return {"sae_weights.safetensors": sae.state_dict(), "cfg.json": portable_cfg(sae)}
+    weights, cfg = serialized(sae, portable_cfg(sae))
+    return {"sae_weights.safetensors": weights, "cfg.json": cfg}
 
 
 def published_files(sae: BaseAutoencoder) -> dict:
@@ -297,14 +298,11 @@ def read_tensors(path: Path) -> dict:
 
 
 def write_folder(folder: Path, files: dict) -> None:
-    """Write {name: content}, JSON, Markdown or tensors (.safetensors, .pt), to a new or empty folder: all of it or
-    nothing."""
+    """Write {name: content}, JSON, bytes or tensors (.safetensors, .pt), to a new or empty folder: all or nothing."""
     try:
         empty = folder.is_dir() and not any(folder.iterdir())
         if folder.exists() and not empty:
-            raise InputError(
-                f"{folder} exists and is not an empty folder; nothing is overwritten: choose another --out"
-            )
+            raise InputError(f"{folder} is no empty folder, and nothing is overwritten: choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder if empty else folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "new"
@@ -313,13 +311,12 @@ def write_folder(folder: Path, files: dict) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.suffix == ".json":
                     write_json(path, content)
-                    continue
-                if path.suffix == ".md":
-                    path.write_text(content, encoding="utf-8")
+                elif isinstance(content, bytes):
+                    write(path, content)
                 else:
                     tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
                     (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
-                sync(path)
+                    sync(path)
             if empty:
                 move_content(new, folder)
             else:

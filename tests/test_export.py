@@ -4,6 +4,7 @@ The other libraries are not installed here: what they compute is written out bel
 real ones are asked by check_with_peers.py.
 """
 
+import hashlib
 import inspect
 import json
 import pickle
@@ -195,6 +196,11 @@ def test_command_line(make_sae, acts, tmp_path, capsys):
     assert config["_provenance"] == {"imported_from": str(tmp_path / "new" / "out")}
     main([str(tmp_path / "run"), "--to", "safetensors", "--out", str(tmp_path / "own")])
     assert_same(ours(load_sae(tmp_path / "own"), acts), ours(sae, acts))
+    for folder in (tmp_path / "own", tmp_path / "back" / "sae"):
+        cfg, weights = json.loads((folder / "cfg.json").read_text()), (folder / "sae_weights.safetensors").read_bytes()
+        assert cfg["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert "weights_sha256" not in (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+    assert "weights_sha256" not in config | json.loads((tmp_path / "new" / "out" / "cfg.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new", "own", "run"]
 
 
