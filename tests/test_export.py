@@ -8,7 +8,9 @@ import hashlib
 import inspect
 import json
 import pickle
+import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, save_sae
-from config import InputError, get_default_cfg, post_init_cfg
+from config import InputError, get_default_cfg, post_init_cfg, run_command
 from export import export_sae, import_sae, main
 from language_model import load_model, run_bridge_to_hook
 from sae import SAE_CLASSES
@@ -477,6 +479,24 @@ def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, damage,
         import_sae(folder, source)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert not (tmp_path / "code_was_run").exists()
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\n", "\r", "\x00", "\x7f", "\x9b"])
+@pytest.mark.parametrize("where", ["model_name", "site", "dataset_path", "tensor"])
+def test_no_control_character_reaches_the_terminal(foreign, tmp_path, monkeypatch, capsys, where, char):
+    """A config's text or a tensor's name with one is refused, in one line that shows it escaped."""
+    hostile = f"blocks.2.hook_resid_pre{char}[31mred"
+    if where == "tensor":
+        folder = foreign("published", "topk", lambda tensors: tensors.update({hostile: torch.zeros(1)}))
+    else:
+        folder = foreign("published", "topk", config=lambda config: config.update({where: hostile}))
+    monkeypatch.setattr(sys, "argv", ["export.py", str(folder), "--from", "published", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        run_command(main)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable()
+    assert hostile.encode("unicode_escape").decode() in err and not (tmp_path / "run").exists()
 
 
 def test_the_pickles_would_run_code(tmp_path, monkeypatch):
