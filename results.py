@@ -45,6 +45,7 @@ STYLES = {
     "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
 }
 LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3, 2)), (0, (3, 1, 1, 1, 1, 1))]
+FEWEST_ACTIVE = 0.1  # L0 below which a run counts as dead
 # A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
 NOT_IN_POINT = {
     "seed", "name", "device", "output_dir", "sweep", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq",
@@ -161,7 +162,7 @@ def point_keys(table: pd.DataFrame) -> list[str]:
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row.
 
-    `died` says whether all features of one of its runs died.
+    `died` says whether the features of one of its runs died.
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
@@ -173,8 +174,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def died(run: Run) -> bool:
-    """Whether no feature was active on any held-out token."""
-    return run.summary.get("l0") == 0
+    """Whether hardly a feature was active on the held-out tokens."""
+    return run.summary.get("l0", FEWEST_ACTIVE) < FEWEST_ACTIVE
 
 
 def markdown_table(points: pd.DataFrame) -> str:
@@ -229,21 +230,26 @@ def paper_figure(points: pd.DataFrame) -> plt.Figure:
 def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
     """One line per SAE type over a logarithmic x; bars are standard errors over seeds."""
     for own, label, colour, marker, line in by_type(points.sort_values(x)):
-        own = own[own[x] > 0]
         error = own[f"{metric}_se"].fillna(0)
-        axis.errorbar(own[x], own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
+        axis.errorbar(alive(own[x]), own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
     log2_axis(axis)
     mark_died(axis, points, x, metric)
 
 
+def alive(values: pd.Series) -> pd.Series:
+    """An L0 as it is drawn on a logarithmic axis, NaN where it is (nearly) 0: mark_died draws that."""
+    return values.where(values >= FEWEST_ACTIVE)
+
+
 def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
-    """Make the markers of dead runs hollow. An L0 of 0 has no place on a logarithmic axis: it goes to the left edge."""
+    """Make the markers of dead runs hollow; an L0 of (nearly) 0 goes to the left edge of the logarithmic axis."""
     for own, _, colour, marker, _ in by_type(points[points["died"]]):
         style = dict(color=colour, marker=marker, mfc="white", linestyle="none", zorder=4)
-        for there, transform in ((own[own[x] > 0], axis.transData), (own[own[x] == 0], axis.get_yaxis_transform())):
-            axis.plot(there[x], there[metric], transform=transform, clip_on=False, in_layout=False, **style)
+        axis.plot(alive(own[x]), own[metric], **style)
+        edge = own[alive(own[x]).isna()][metric]
+        axis.plot(0 * edge, edge, transform=axis.get_yaxis_transform(), clip_on=False, in_layout=False, **style)
     if points["died"].any():
-        axis.errorbar([], [], fmt="o", color="0.4", mfc="white", label="all features of a run died")
+        axis.errorbar([], [], fmt="o", color="0.4", mfc="white", label="features of a run died")
 
 
 def log2_axis(axis: plt.Axes) -> None:
@@ -262,15 +268,14 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
     """NMSE and CE degradation against L0, every configuration a point; the lines join the front of each SAE type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
     for axis, (metric, ylabel) in zip(axes, METRICS.items()):
-        best = front(points[points["l0"] > 0], metric)
+        best = front(points, metric)
         axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Front of all", zorder=1)
         for own, label, colour, marker, line in by_type(points):
-            own = own[own["l0"] > 0]
             area = 12 * own["dict_size"] / points["dict_size"].min()
             errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
-            axis.errorbar(own["l0"], own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
+            axis.errorbar(alive(own["l0"]), own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
             style = dict(color=colour, marker=marker, linewidth=0.4, edgecolor="white", zorder=3)
-            axis.scatter(own["l0"], own[metric], area, label=label, **style)
+            axis.scatter(alive(own["l0"]), own[metric], area, label=label, **style)
             own = front(own, metric)
             axis.plot(own["l0"], own[metric], color=colour, linestyle=line, zorder=2)
         log2_axis(axis)
@@ -281,8 +286,8 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
 
 
 def front(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on."""
-    points = points.sort_values(["l0", metric])
+    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on; no dead ones."""
+    points = points[points["l0"] >= FEWEST_ACTIVE].sort_values(["l0", metric])
     return points[points[metric] < points[metric].cummin().shift(fill_value=np.inf)]
 
 
@@ -340,7 +345,7 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     points = points[points["dict_size"] == dict_size]
     top, shares = 0.69, []  # of the axes, below the legend
     for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
-        for i, (_, point) in enumerate(own[own["l0"] > 0].iterrows()):
+        for i, (_, point) in enumerate(own[own["l0"] >= FEWEST_ACTIVE].iterrows()):
             values = histograms(point["run"], "l0")
             if label == "BatchTopK":
                 style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
@@ -396,7 +401,7 @@ def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
     notes += [f"Left out, because another run has the same config: {name}" for name in finished["name"][again]]
     table, finished = table.drop(finished.index[again]), finished[~again]
     if names := [run.name for run in finished["run"] if died(run)]:
-        notes.append(f"† All features died (no feature is active on any held-out token): {', '.join(names)}")
+        notes.append(f"† The features died (L0 below {FEWEST_ACTIVE}): {', '.join(names)}")
     mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
     if mixed:
         notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")
