@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from config import InputError, one_line, post_init_cfg, tell
 from sae import SAE_CLASSES, BaseAutoencoder
@@ -28,6 +28,7 @@ from sae import SAE_CLASSES, BaseAutoencoder
 STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": list, "provenance": dict}
 # What SAEs were once saved without. It is no part of what they compute: it stays as an untrained one has it.
 ADDED_LATER = ("batches_until_sparse",)
+WEIGHTS_SHA256 = "weights_sha256"  # the key of sae/cfg.json that is none of the config
 LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
 
 
@@ -41,20 +42,26 @@ class SaveError(RuntimeError):
 
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
-    """Write sae_weights.safetensors and cfg.json to `folder`; a kill leaves the old folder or the new one."""
+    """Write sae_weights.safetensors and cfg.json, which has its SHA-256, to `folder`; a kill leaves the old folder or
+    the new one."""
     temporary, old = Path(f"{folder}.tmp"), old_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = temporary / "sae_weights.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, weights)
-    sync(weights)
-    write_json(temporary / "cfg.json", sae.cfg)
+    weights, cfg = serialized(sae, sae.cfg)
+    write(temporary / "sae_weights.safetensors", weights)
+    write_json(temporary / "cfg.json", cfg)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)  # from here to the next line saved_sae finds the SAE there
     temporary.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def serialized(sae: BaseAutoencoder, cfg: dict) -> tuple[bytes, dict]:
+    """An SAE's sae_weights.safetensors and cfg.json."""
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in sae.state_dict().items()})
+    return weights, cfg | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()}
 
 
 def old_of(folder: Path) -> Path:
@@ -69,8 +76,9 @@ def saved_sae(folder: Path) -> Path | None:
 def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     """The SAE of a run's folder or of its sae/ folder, in eval mode, on `device` (the config's by default).
 
-    Raises InputError if the folder holds no SAE, or weights that do not fit its config. No more memory is taken than
-    the weights' file is worth, whatever the config says.
+    Raises InputError if the folder holds no SAE, weights that do not fit its config, or a file of weights with another
+    SHA-256 than cfg.json gives (older ones give none). No more memory is taken than the weights' file is worth,
+    whatever the config says.
     """
     folder = saved_sae(Path(folder) / "sae") or saved_sae(Path(folder)) or Path(folder)
     weights = folder / "sae_weights.safetensors"
@@ -79,6 +87,9 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
             raise InputError(f"{folder} holds no SAE: there is no {file.name}")
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
+        recorded = cfg.pop(WEIGHTS_SHA256, None)
+        if recorded is not None and recorded != sha256_of(weights):
+            raise InputError(f"{weights} is corrupt: its SHA-256 is not that of {folder / 'cfg.json'}")
         cfg = post_init_cfg(cfg | {"device": device or "cpu"})
         tensors = load_file(weights)
         # Before an SAE of any size is built.
@@ -128,10 +139,13 @@ class Checkpoints:
             found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
             raise InputError(f"these runs cannot go on together: their newest checkpoints are {found}")
         path = paths.pop()
-        state = load_checkpoint(path, runs) if path else {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
+        state = {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
+        if path:
+            state = json.loads((path / "state.json").read_text())
         self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
         if path:
             check_provenance(state["provenance"], provenance, path, resume_anyway)
+            load_checkpoint(path, state, runs)
             tell(f"Going on after step {self.step}, from {path}")
         self.begun = self.saved_at = time.time()
         self.took = 0.0
@@ -218,9 +232,8 @@ def tensors_of(run) -> dict:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def load_checkpoint(path: Path, runs: list) -> dict:
-    """Put each run's SAE and optimizer where they were; returns the state that was saved with them."""
-    state = json.loads((path / "state.json").read_text())
+def load_checkpoint(path: Path, state: dict, runs: list) -> None:
+    """Load each run's SAE and optimizer; `state` is that of the checkpoint's state.json."""
     for run in runs:
         try:
             tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
@@ -231,7 +244,6 @@ def load_checkpoint(path: Path, runs: list) -> dict:
             })  # fmt: skip
         except Exception as error:
             raise InputError(f"{path} does not fit {run.cfg['name']}: {' '.join(str(error).split())[:300]}") from error
-    return state
 
 
 def adam_state(tensors: dict, parameters: list) -> dict:
@@ -317,7 +329,7 @@ def damage_of_files(path: Path, files: tuple) -> str | None:
         for name in sorted({"state.json", *digests}):
             if Path(name).name != name:
                 return f"manifest.json names {name!r}"
-            if hashlib.sha256((path / name).read_bytes()).hexdigest() != digests.get(name):
+            if sha256_of(path / name) != digests.get(name):
                 return f"{name} has not the SHA-256 that manifest.json gives"
         state = json.loads((path / "state.json").read_text())
         for key, kind in STATE.items():
@@ -369,6 +381,15 @@ def write(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     sync(path)
     return hashlib.sha256(content).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from sae import SAE_CLASSES
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters
+
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what, the value, what is allowed."""
@@ -42,7 +44,9 @@ def run_command(main, interrupted: str = "Stopped") -> None:
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # What a file holds, such as a tensor's name, may be in the message: no control sequence reaches the terminal.
+        line = CONTROL.sub(lambda match: repr(match[0])[1:-1], str(error))
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -226,6 +230,8 @@ def check_value(key: str, value, default):
         allowed = f"one of {', '.join(SITES)}, or a full hook name such as blocks.8.hook_resid_pre"
     elif kind is str and not value.strip():
         allowed = "not empty"
+    elif kind is str and CONTROL.search(value):
+        allowed = "without control characters"
     elif key == "sweep" and (value in (".", "..") or "/" in value or "\\" in value):
         allowed = "a plain folder name"
     elif key == "device":

@@ -1,4 +1,4 @@
-"""SAEs to and from other libraries' formats. RUN is a run's folder; what --out names must not be there yet.
+"""SAEs to and from other libraries' formats. RUN is a run's folder; --out names a new or empty folder.
 
     python export.py RUN --to saelens|dictionary_learning|published|safetensors --out DIR
     python export.py DIR --from saelens|dictionary_learning|published --out RUN
@@ -29,7 +29,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_sae, sync, write_json
+from checkpoint import load_sae, serialized, sync, write, write_json
 from config import SITES, InputError, num_steps, one_line, post_init_cfg, run_command
 from language_model import hub_name
 from model_card import model_card
@@ -49,13 +49,13 @@ LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encode
 def export_sae(
     sae: BaseAutoencoder, to: str, folder: str | Path, run: Path | None = None, repo: str | None = None
 ) -> None:
-    """Write an SAE to a new folder in the format `to`, a key of EXPORTS, with a model card: with the metrics of `run`,
-    its run's folder, and code that loads it from `repo`, the hub repository that it will be uploaded to.
+    """Write an SAE to a new or empty folder in the format `to`, a key of EXPORTS, with a model card: with the metrics
+    of `run`, its run's folder, and code that loads it from `repo`, the hub repository that it will be uploaded to.
 
-    Raises InputError if the format cannot express the SAE, if the folder is there already or cannot be written, or if
-    a record of the run is damaged.
+    Raises InputError if the format cannot express the SAE, if the folder is not empty or cannot be written, or if a
+    record of the run is damaged.
     """
-    write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo)})
+    write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo).encode()})
 
 
 def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
@@ -85,7 +85,8 @@ def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
 
 
 def own_files(sae: BaseAutoencoder) -> dict:
-    return {"sae_weights.safetensors": sae.state_dict(), "cfg.json": portable_cfg(sae)}
+    weights, cfg = serialized(sae, portable_cfg(sae))
+    return {"sae_weights.safetensors": weights, "cfg.json": cfg}
 
 
 def published_files(sae: BaseAutoencoder) -> dict:
@@ -297,27 +298,44 @@ def read_tensors(path: Path) -> dict:
 
 
 def write_folder(folder: Path, files: dict) -> None:
-    """Write {name: content}, JSON, Markdown or tensors (.safetensors, .pt), to a new folder: all of it or nothing."""
-    if folder.exists():
-        raise InputError(f"{folder} is there already, and nothing is overwritten: choose another --out")
+    """Write {name: content}, JSON, bytes or tensors (.safetensors, .pt), to a new or empty folder: all or nothing."""
     try:
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not empty:
+            raise InputError(f"{folder} is no empty folder, and nothing is overwritten: choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        with TemporaryDirectory(dir=folder if empty else folder.parent, prefix=f".{folder.name}.") as temporary:
+            new = Path(temporary) / "new"
             for name, content in files.items():
-                path = Path(temporary) / "new" / name
+                path = new / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.suffix == ".json":
                     write_json(path, content)
-                    continue
-                if path.suffix == ".md":
-                    path.write_text(content, encoding="utf-8")
+                elif isinstance(content, bytes):
+                    write(path, content)
                 else:
                     tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
                     (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
-                sync(path)
-            (Path(temporary) / "new").rename(folder)
+                    sync(path)
+            if empty:
+                move_content(new, folder)
+            else:
+                new.rename(folder)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+
+
+def move_content(source: Path, folder: Path) -> None:
+    """Move what is in `source` to an empty folder, all or nothing: the folder may be a mount point or the working
+    directory, which cannot be replaced."""
+    moved = []
+    try:
+        for path in list(source.iterdir()):
+            moved.append(path.rename(folder / path.name))
+    except BaseException:
+        for path in moved:
+            path.rename(source / path.name)
+        raise
 
 
 # Upload
@@ -367,7 +385,7 @@ def main(argv: list[str]) -> None:
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--to", choices=EXPORTS, help="export the SAE of a run in this format")
     direction.add_argument("--from", dest="source", choices=IMPORTS, help="import a folder of this format")
-    parser.add_argument("--out", type=Path, help="a new folder, of --to and --from")
+    parser.add_argument("--out", type=Path, help="a new or empty folder, of --to and --from")
     parser.add_argument(
         "--upload", metavar="NAMESPACE/NAME", help="put the export on the Hugging Face hub, in this repository"
     )

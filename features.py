@@ -147,7 +147,7 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
     unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
     pages = []
-    for chunk in torch.tensor(features, device=sae.W_dec.device).split(256):
+    for chunk in torch.tensor(features, device=sae.W_dec.device).split(256) if features else ():
         similarity = unit_rows[chunk] @ unit_rows.T
         similarity[torch.arange(len(chunk)), chunk] = -2  # not itself
         near = similarity.topk(min(NEAREST, cfg["dict_size"] - 1))

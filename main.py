@@ -10,6 +10,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -21,10 +22,11 @@ from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_in
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, load_model
-from logs import is_finished, is_over, run_folder, why_stopped
+from logs import is_finished, is_over, read_json, run_folder, why_stopped
 from plan import duration, plan_group, tell_time
 from results import draw_results
 from sae import SAE_CLASSES
+from text_stream import DocumentReader
 from training import NotFinite, train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
@@ -50,13 +52,11 @@ SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO)}
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "sweep", nargs="?", default="paper", metavar="SWEEP", help=f"one of {', '.join(SWEEPS)} (default: paper)"
-    )
+        "words", nargs="*", metavar="SWEEP or KEY=VALUE",
+        help=f"one of {', '.join(SWEEPS)} (default: paper); config keys that hold for every run of the sweep",
+    )  # fmt: skip
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="config keys that hold for every run of the sweep"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="train every run once with each of these seeds"
+        "--seeds", nargs="*", action="extend", metavar="N", help="train every run once with each of these seeds"
     )
     parser.add_argument("--list", action="store_true", help="print the runs of the sweep, one a line, and stop")
     parser.add_argument("--force", action="store_true", help="start even if this machine seems too small")
@@ -64,10 +64,8 @@ def main(argv: list[str]) -> None:
         "--resume-anyway", action="store_true", help="go on from a checkpoint made with other versions, data or threads"
     )
     args = parser.parse_intermixed_args(argv)
-    if "=" in args.sweep:
-        args.sweep, args.overrides = "paper", [args.sweep, *args.overrides]
-
-    cfgs = sweep_configs(args.sweep, dict(map(parse_override, args.overrides)), args.seeds)
+    sweep, overrides, seeds = parse_words(args.words, args.seeds)
+    cfgs = sweep_configs(sweep, overrides, seeds)
     if args.list:
         for cfg in cfgs:
             print(cfg["name"])
@@ -75,6 +73,7 @@ def main(argv: list[str]) -> None:
     todo = [cfg for cfg in cfgs if not is_over(cfg)]
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are left as they are")
+        warn_of_changed_data(cfgs)
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(cfg)):
             tell(f"{run_folder(cfg)} was stopped ({why}): move it away to train it again")
@@ -83,8 +82,23 @@ def main(argv: list[str]) -> None:
     draw_results(run_folder(cfgs[0]).parent)
     if failed:
         raise InputError("; ".join(failed))
-    if args.sweep == "demo":
+    if sweep == "demo":
         write_demo_page(cfgs)
+
+
+def warn_of_changed_data(cfgs: list[dict]) -> None:
+    """A line for each dataset_path whose local data is not what finished runs were trained on, by their records."""
+    trained_on = {}
+    for cfg in filter(is_finished, cfgs):
+        recorded = read_json(run_folder(cfg) / "config.json").get("_provenance", {}).get("data_files_sha256")
+        trained_on.setdefault(cfg["dataset_path"], []).append(recorded)
+    for path, digests in trained_on.items():
+        now = DocumentReader.files_fingerprint(path)
+        if changed := sum(recorded is not None and now not in (None, recorded) for recorded in digests):
+            tell(
+                f"warning: dataset_path = {path!r} has changed since {changed} of these runs were trained on it: to "
+                f"train them on the new data, move their folders away or set another output_dir"
+            )
 
 
 def write_demo_page(cfgs: list[dict]) -> None:
@@ -93,6 +107,21 @@ def write_demo_page(cfgs: list[dict]) -> None:
     shown = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
     if shown and not (shown / "features.html").exists():
         features.main([str(shown)])
+
+
+def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, dict, list[int] | None]:
+    """Sweep, overrides and seeds from the command line; what follows --seeds may also be a sweep or an override."""
+    seeds = None
+    if after_seeds is not None:
+        seeds = [word for word in after_seeds if "=" not in word and word not in SWEEPS]
+        words = [*words, *(word for word in after_seeds if word not in seeds)]
+        bad = next((seed for seed in seeds or [""] if not re.fullmatch(r"-?\d+", seed)), None)
+        if bad is not None:
+            raise InputError(f"--seeds {bad!r} is not allowed: it takes one or more integers, as in --seeds 49 50")
+        seeds = list(map(int, seeds))
+    names = sorted((word for word in words if "=" not in word), key=lambda name: name not in SWEEPS)
+    sweep = names[0] if names else "paper"
+    return sweep, dict(map(parse_override, (*names[1:], *(word for word in words if "=" in word)))), seeds
 
 
 def parse_override(text: str) -> tuple[str, object]:

@@ -112,9 +112,10 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     Raises InputError if one of these records is damaged.
     """
     result, evaluation = (read_record(run / f"{name}.json") if run else {} for name in ("result", "evaluation"))
-    cfg, num_tokens = sae.cfg, result.get("tokens")  # an imported SAE has no result: how it was trained is not known
+    cfg = sae.cfg | {key: plain(value) for key, value in sae.cfg.items() if isinstance(value, str)}
+    num_tokens = result.get("tokens")  # an imported SAE has no result: how it was trained is not known
     in_batch = to == "published" and cfg["sae_type"] == "batchtopk"  # the scripts know no threshold
-    model_name, dataset = hub_name(cfg["model_name"]), cfg["dataset_path"]
+    model_name, dataset = hub_name(sae.cfg["model_name"]), sae.cfg["dataset_path"]
     metadata = ModelCardData(
         library_name=LIBRARIES.get(to, "batchtopk"),
         tags=["sparse-autoencoder", "interpretability", cfg["sae_type"]],
@@ -125,7 +126,8 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     training = "How it was trained is not recorded here, and the config in this folder may not be what it was."
     if num_tokens:
         keys |= cfg.keys() - NOT_IN_NAME - {"bad_documents", "site", "layer"} - UNUSED[cfg["sae_type"]]
-        training = f"It was trained on {num_tokens:,} tokens of `{dataset}`, in contexts of {cfg['seq_len']} tokens"
+        training = f"It was trained on {num_tokens:,} tokens of `{cfg['dataset_path']}`, in contexts of "
+        training += f"{cfg['seq_len']} tokens"
         training += ", each beginning with BOS." if cfg["bos_per_context"] else " (documents joined, BOS before each)."
     if cfg["sae_type"] == "batchtopk" and not in_batch:
         training += f" In training, f kept the {cfg['top_k']}·B largest z > 0 of each batch of B tokens."
@@ -185,6 +187,11 @@ def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
         f"{skipped}; "
         f"± one standard error over contexts.\n\n{markdown_table(('metric', 'value', 'meaning'), rows)}"
     )
+
+
+def plain(text: str) -> str:
+    """A text of a config, which may come from elsewhere, without HTML, Markdown or control characters of its own."""
+    return "".join(char if char.isprintable() and char not in "<>`|[]" else "\ufffd" for char in text)
 
 
 def markdown_table(head: tuple, rows: list[tuple]) -> str:

@@ -45,6 +45,7 @@ STYLES = {
     "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
 }
 LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3, 2)), (0, (3, 1, 1, 1, 1, 1))]
+FEWEST_ACTIVE = 0.1  # L0 below which a run counts as dead
 # A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
 NOT_IN_POINT = {
     "seed", "name", "device", "output_dir", "sweep", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq",
@@ -70,7 +71,13 @@ class Run(NamedTuple):
 
 def run_configs(folder: Path) -> list[Path]:
     """The config.json of the runs in a sweep's folder; other things have a config.json too, such as language models."""
-    return [path for path in sorted(folder.glob("*/config.json")) if '"sae_type"' in path.read_text()]
+    return [path for path in sorted(folder.glob("*/config.json")) if is_run(read(path))]
+
+
+def is_run(config) -> bool:
+    """Whether it is the config of a run of this program, by the keys that the table needs."""
+    needed = {*SWEPT, "seed", "sweep", "num_tokens"}
+    return isinstance(config, dict) and needed <= config.keys() and config["sae_type"] in tuple(STYLES)
 
 
 def local_runs(folder: Path) -> list[Run]:
@@ -98,7 +105,10 @@ def read(path: Path) -> dict | list[dict]:
 
 
 def wandb_runs(project: str, sweep: str | None) -> list[Run]:
-    """The runs of a W&B project's group `sweep`, by default the group of its newest run; the newest run first."""
+    """The runs of a W&B project's group `sweep`, by default that of its newest run of a sweep; the newest run first.
+
+    Runs of other programs are skipped, and a line counts them.
+    """
     import wandb
 
     if project.count("/") != 1:
@@ -106,12 +116,22 @@ def wandb_runs(project: str, sweep: str | None) -> list[Run]:
     try:
         if not wandb.login(prompt=False):
             fail("not logged in to Weights & Biases: run `wandb login`, or set WANDB_API_KEY")
-        api = wandb.Api()
+        api, skipped = wandb.Api(), set()
+
+        def runs_of(filters: dict) -> Iterator:
+            for run in api.runs(project, filters, order="-created_at"):
+                if is_run(run.config):
+                    yield run
+                else:
+                    skipped.add(run.id)
+
         if sweep is None:
-            sweep = next((run.config.get("sweep") for run in api.runs(project, order="-created_at", per_page=1)), None)
-        runs = [from_wandb(run) for run in api.runs(project, {"group": sweep}, order="-created_at")]
+            sweep = next((run.config["sweep"] for run in runs_of({})), "")
+        runs = list(map(from_wandb, runs_of({"group": sweep}))) if sweep else []
     except (wandb.Error, ValueError) as error:  # what the client raises: no access, no such project, no network
         fail(f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}")
+    if skipped:
+        print(f"Skipped runs of {project} that are not from a sweep of this program: {len(skipped)}", file=sys.stderr)
     return runs or fail(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
 
 
@@ -140,22 +160,32 @@ def point_keys(table: pd.DataFrame) -> list[str]:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row."""
+    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row.
+
+    `died` says whether the features of one of its runs died.
+    """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
     metrics = [key for key in metrics if not key.endswith("_se")]  # errors over contexts: of the seeds there are others
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
-    return means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
+    points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
+    return points.assign(died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
+
+
+def died(run: Run) -> bool:
+    """Whether hardly a feature was active on the held-out tokens."""
+    return run.summary.get("l0", FEWEST_ACTIVE) < FEWEST_ACTIVE
 
 
 def markdown_table(points: pd.DataFrame) -> str:
-    """The main metrics, a configuration a row; with several seeds each as mean ± standard error."""
+    """The main metrics, a configuration a row; with several seeds each as mean ± standard error. † marks dead runs."""
     rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
     for metric in COLUMNS:
         form = "{:.1f}" if metric == "l0" else "{:.4f}"
         errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
         rows[metric] = rows[metric].map(form.format) + errors
+    rows["l0"] += points["died"].map({True: " †", False: ""})
     by_k = rows["sae_type"].isin(["topk", "batchtopk"])
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
@@ -201,11 +231,30 @@ def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> Non
     """One line per SAE type over a logarithmic x; bars are standard errors over seeds."""
     for own, label, colour, marker, line in by_type(points.sort_values(x)):
         error = own[f"{metric}_se"].fillna(0)
-        axis.errorbar(own[x], own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
+        axis.errorbar(alive(own[x]), own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
     log2_axis(axis)
+    mark_died(axis, points, x, metric)
+
+
+def alive(values: pd.Series) -> pd.Series:
+    """An L0 as it is drawn on a logarithmic axis, NaN where it is (nearly) 0: mark_died draws that."""
+    return values.where(values >= FEWEST_ACTIVE)
+
+
+def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
+    """Make the markers of dead runs hollow; an L0 of (nearly) 0 goes to the left edge of the logarithmic axis."""
+    for own, _, colour, marker, _ in by_type(points[points["died"]]):
+        style = dict(color=colour, marker=marker, mfc="white", linestyle="none", zorder=4)
+        axis.plot(alive(own[x]), own[metric], **style)
+        edge = own[alive(own[x]).isna()][metric]
+        axis.plot(0 * edge, edge, transform=axis.get_yaxis_transform(), clip_on=False, in_layout=False, **style)
+    if points["died"].any():
+        axis.errorbar([], [], fmt="o", color="0.4", mfc="white", label="features of a run died")
 
 
 def log2_axis(axis: plt.Axes) -> None:
+    if not np.isfinite(axis.dataLim.minposx):  # nothing above 0, for which matplotlib finds no limits
+        axis.set_xlim(1, 2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(PLAIN)
 
@@ -224,20 +273,21 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
         for own, label, colour, marker, line in by_type(points):
             area = 12 * own["dict_size"] / points["dict_size"].min()
             errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
-            axis.errorbar(own["l0"], own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
+            axis.errorbar(alive(own["l0"]), own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
             style = dict(color=colour, marker=marker, linewidth=0.4, edgecolor="white", zorder=3)
-            axis.scatter(own["l0"], own[metric], area, label=label, **style)
+            axis.scatter(alive(own["l0"]), own[metric], area, label=label, **style)
             own = front(own, metric)
             axis.plot(own["l0"], own[metric], color=colour, linestyle=line, zorder=2)
         log2_axis(axis)
+        mark_died(axis, points, "l0", metric)
         axis.set(xlabel="L0 (larger marker: larger dictionary)", ylabel=ylabel)
     legend_above(figure, axes[0])
     return figure
 
 
 def front(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on."""
-    points = points.sort_values(["l0", metric])
+    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on; no dead ones."""
+    points = points[points["l0"] >= FEWEST_ACTIVE].sort_values(["l0", metric])
     return points[points[metric] < points[metric].cummin().shift(fill_value=np.inf)]
 
 
@@ -295,14 +345,14 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     points = points[points["dict_size"] == dict_size]
     top, shares = 0.69, []  # of the axes, below the legend
     for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
-        for i, (_, point) in enumerate(own.iterrows()):
+        for i, (_, point) in enumerate(own[own["l0"] >= FEWEST_ACTIVE].iterrows()):
             values = histograms(point["run"], "l0")
             if label == "BatchTopK":
                 style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
                 draw_mean(left, values, step="mid", **style)
             else:  # one bar of about 100 % would dwarf all else: a line instead
                 left.axvline(values.mean(axis=1).idxmax(), ymax=top, color=colour, linestyle=line)
-                shares.append(values.mean(axis=1).max())
+                shares.append(values.mean(axis=1).get(point["top_k"], 0))
     if shares:
         left.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {min(shares):.3g} % of tokens")
     left.set(xlabel=f"L0 of a token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
@@ -310,13 +360,14 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     for own, label, colour, _, line in by_type(points):
         point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # the one nearest to that k
         never = np.mean([run.summary["histograms"]["never_active"] / dict_size for run in point["run"]])
-        label = f"{label}, L0 {point['l0']:.0f}: {never:.1%} never active"
+        label = f"{label}, L0 {point['l0']:.0f}{' †' if point['died'] else ''}: {never:.1%} never active"
         values = histograms(point["run"], "log10_density")
         draw_mean(right, values, step="mid", color=colour, linestyle=line, label=label)
     right.set(xlabel="Feature density (log10 of the share of tokens)", ylabel="Features (%)")
     for axis, place in ((left, "upper right"), (right, "upper left")):
         axis.set_ylim(0, axis.get_ylim()[1] / top)
-        axis.legend(loc=place)
+        if axis.get_legend_handles_labels()[0]:  # without one, matplotlib warns
+            axis.legend(loc=place)
     return figure
 
 
@@ -332,7 +383,7 @@ def histograms(runs: list[Run], key: str) -> pd.DataFrame:
         columns.append(100 * counts / total)
     values = pd.concat(columns, axis=1).fillna(0)  # none where a run's greatest L0 is smaller
     present = values.index[values.any(axis=1)]
-    return values.loc[present[0] : present[-1]]
+    return values.loc[present[0] : present[-1]] if len(present) else values[:0]  # if all features died
 
 
 # The whole
@@ -349,6 +400,8 @@ def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
     again = finished.duplicated([*keys, "seed"])
     notes += [f"Left out, because another run has the same config: {name}" for name in finished["name"][again]]
     table, finished = table.drop(finished.index[again]), finished[~again]
+    if names := [run.name for run in finished["run"] if died(run)]:
+        notes.append(f"† The features died (L0 below {FEWEST_ACTIVE}): {', '.join(names)}")
     mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
     if mixed:
         notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")

@@ -220,11 +220,12 @@ class DocumentReader:
         last 64 KiB and further pieces of that size at even distances, 64 MiB over all the files: what is edited between
         them without a change of size is not noticed. When files were written does not count, as copies are as good.
         """
-        return {"data_files_sha256": self.files_fingerprint(), "dataset_commit": self.commit}
+        return {"data_files_sha256": self.files_fingerprint(self.cfg["dataset_path"]), "dataset_commit": self.commit}
 
-    def files_fingerprint(self) -> str | None:
-        path = Path(self.cfg["dataset_path"])
-        if not self.local:
+    @staticmethod
+    def files_fingerprint(dataset_path: str) -> str | None:
+        path = Path(dataset_path)
+        if not path.exists():
             return None
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         total = sum(file.stat().st_size for file in files)

@@ -17,6 +17,7 @@ from hub import StreamError
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
 
+FEWEST_ACTIVE = 0.1  # features per token; a mean L0 below this is worth a warning
 TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
 
 
@@ -89,7 +90,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
-    failed = []
+    failed, warned = [], set()
     bar = tqdm(
         total=last_step * cfg["batch_size"],
         initial=checkpoints.step * cfg["batch_size"],
@@ -140,6 +141,10 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 for values, more in zip(metrics, evaluated):
                     values |= more
             for run, values in zip(runs, metrics):
+                if values.get("l0_norm", FEWEST_ACTIVE) < FEWEST_ACTIVE and run.cfg["name"] not in warned:
+                    warned.add(run.cfg["name"])
+                    where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
+                    tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")
                 if values:
                     with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)

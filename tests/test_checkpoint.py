@@ -1,5 +1,6 @@
 """A checkpoint that is damaged, half-written, half-deleted or hostile is found out, and the one before it is used."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,13 +8,15 @@ import pytest
 import safetensors.torch
 import torch
 from test_resume import OFTEN, assert_as_uninterrupted, damaged, stopping_store, uninterrupted  # noqa: F401 (fixtures)
-from test_training import SAES, data, make_cfg, model, no_wandb, train  # noqa: F401 (fixtures)
+from test_training import SAES, data, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
 
 import checkpoint
 import training
-from checkpoint import damage, group_folder, groups_folder, newest_checkpoint
+from activation_store import ActivationsStore
+from checkpoint import damage, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
 from config import InputError
 from logs import run_folder
+from sae import SAE_CLASSES
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "state"])
@@ -96,6 +99,53 @@ def test_a_damaged_newer_checkpoint_is_not_kept_for_a_sound_older_one(model, mak
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(2, training.Stopped()))
     assert newest_checkpoint(cfg).name == "step_000000005" and not older.exists()
+
+
+def test_provenance_is_checked_before_anything_is_loaded(model, make_cfg, monkeypatch):  # noqa: F811
+    """A checkpoint that is refused has changed nothing in the SAE that it was to be loaded into."""
+    cfg = make_cfg(**SAES[1])
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(4, training.Stopped()))
+    made_with = training.provenance
+    monkeypatch.setattr(training, "provenance", lambda *args: made_with(*args) | {"device": "another"})
+    sae, untrained = (SAE_CLASSES[cfg["sae_type"]](cfg) for _ in range(2))
+    with pytest.raises(InputError, match="device was cpu and is another"):
+        training.train_sae_group([sae], ActivationsStore(model, cfg), model, [cfg])
+    assert same_bits(sae, untrained)
+
+
+# The weights of a saved SAE
+
+
+@pytest.fixture
+def saved(make_cfg, tmp_path):  # noqa: F811
+    cfg = make_cfg(**SAES[2])
+    save_sae(sae := SAE_CLASSES[cfg["sae_type"]](cfg), tmp_path / "sae")
+    return sae, tmp_path / "sae"
+
+
+def test_a_flipped_byte_in_the_weights_is_found(saved):
+    """Wherever it is, loading refuses the file in one line."""
+    sae, folder = saved
+    path = folder / "sae_weights.safetensors"
+    content = path.read_bytes()
+    for i in range(len(content) - 1, 0, -len(content) // 40):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(InputError, match="is corrupt") as caught:
+            load_sae(folder)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.write_bytes(content)
+    assert same_bits(load_sae(folder), sae)
+
+
+def test_the_checksum_is_no_key_of_the_config(saved):
+    """It stands in cfg.json alone; a folder from before it was there still loads."""
+    sae, folder = saved
+    cfg = json.loads((folder / "cfg.json").read_text())
+    assert cfg.pop("weights_sha256") == hashlib.sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest()
+    assert cfg == sae.cfg == load_sae(folder).cfg
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert same_bits(load_sae(folder), sae)
 
 
 def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811

@@ -4,10 +4,13 @@ The other libraries are not installed here: what they compute is written out bel
 real ones are asked by check_with_peers.py.
 """
 
+import hashlib
 import inspect
 import json
 import pickle
+import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, save_sae
-from config import InputError, get_default_cfg, post_init_cfg
+from config import InputError, get_default_cfg, post_init_cfg, run_command
 from export import export_sae, import_sae, main
 from language_model import load_model, run_bridge_to_hook
 from sae import SAE_CLASSES
@@ -195,11 +198,49 @@ def test_command_line(make_sae, acts, tmp_path, capsys):
     assert config["_provenance"] == {"imported_from": str(tmp_path / "new" / "out")}
     main([str(tmp_path / "run"), "--to", "safetensors", "--out", str(tmp_path / "own")])
     assert_same(ours(load_sae(tmp_path / "own"), acts), ours(sae, acts))
+    for folder in (tmp_path / "own", tmp_path / "back" / "sae"):
+        cfg, weights = json.loads((folder / "cfg.json").read_text()), (folder / "sae_weights.safetensors").read_bytes()
+        assert cfg["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert "weights_sha256" not in (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+    assert "weights_sha256" not in config | json.loads((tmp_path / "new" / "out" / "cfg.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "new", "own", "run"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "here"])
+def test_an_empty_folder_is_as_good_as_none(make_sae, tmp_path, monkeypatch, kind):
+    """Also where it is a link, and where it is the working directory, which stays what it was: export and import."""
+    for name in ("out", "back"):
+        (tmp_path / name).mkdir()
+    if kind == "link":
+        (tmp_path / "link").symlink_to("out")
+    monkeypatch.chdir(tmp_path / "out")
+    export_sae(make_sae("topk"), "saelens", {"folder": tmp_path / "out", "link": tmp_path / "link", "here": "."}[kind])
+    files = {"README.md", "cfg.json", "sae_weights.safetensors"}
+    assert {path.name for path in Path(".").iterdir()} == files == {path.name for path in (tmp_path / "out").iterdir()}
+    main([str(tmp_path / "out"), "--from", "saelens", "--out", str(tmp_path / "back")])
+    assert {path.name for path in (tmp_path / "back").iterdir()} == {"config.json", "sae"}
+    assert load_sae(tmp_path / "back").cfg == make_sae("topk").cfg
+
+
+def test_a_write_that_fails_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    rename, names = Path.rename, []
+
+    def full_disk(path, target):
+        names.append(path.name)
+        if len(names) == 3:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(InputError, match="cannot be written: .*No space left"):
+        export_sae(make_sae("topk"), "saelens", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_nothing_is_overwritten(make_sae, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".kept").touch()
     with pytest.raises(InputError, match="nothing is overwritten"):
         export_sae(make_sae("topk"), "saelens", tmp_path / "out")
     (tmp_path / "file").write_text("")
@@ -438,6 +479,24 @@ def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, damage,
         import_sae(folder, source)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
     assert not (tmp_path / "code_was_run").exists()
+
+
+@pytest.mark.parametrize("char", ["\x1b", "\n", "\r", "\x00", "\x7f", "\x9b"])
+@pytest.mark.parametrize("where", ["model_name", "site", "dataset_path", "tensor"])
+def test_no_control_character_reaches_the_terminal(foreign, tmp_path, monkeypatch, capsys, where, char):
+    """A config's text or a tensor's name with one is refused, in one line that shows it escaped."""
+    hostile = f"blocks.2.hook_resid_pre{char}[31mred"
+    if where == "tensor":
+        folder = foreign("published", "topk", lambda tensors: tensors.update({hostile: torch.zeros(1)}))
+    else:
+        folder = foreign("published", "topk", config=lambda config: config.update({where: hostile}))
+    monkeypatch.setattr(sys, "argv", ["export.py", str(folder), "--from", "published", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        run_command(main)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable()
+    assert hostile.encode("unicode_escape").decode() in err and not (tmp_path / "run").exists()
 
 
 def test_the_pickles_would_run_code(tmp_path, monkeypatch):

@@ -231,6 +231,19 @@ def test_command_writes_the_same_page_twice(run_folder, capsys):
     assert [page["i"] for page in page_of(run_folder)["features"]] == [9]
 
 
+def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
+    """Its page has no feature, but its metrics, and shows a dead one if asked for."""
+    sae = copy.deepcopy(group[2]["batchtopk"])
+    sae.threshold.fill_(1e9)
+    save_sae(sae, tmp_path / "sae")
+    features.main([str(tmp_path)])
+    page = page_of(tmp_path)
+    assert page["features"] == [] and page["never_active"] == sae.cfg["dict_size"]
+    assert "0 of 64 features" in capsys.readouterr().out
+    features.main([str(tmp_path), "--features", "3"])
+    assert [(page["i"], page["active"], page["examples"]) for page in page_of(tmp_path)["features"]] == [(3, 0, [])]
+
+
 def test_bad_input_is_one_line(run_folder, group, tmp_path):
     """A missing run, a feature that does not exist, a model that is not found, an SAE without threshold, damage."""
 

@@ -238,6 +238,43 @@ def test_overrides_hold_for_every_run(main_here):
     assert "merged" in err
 
 
+def test_arguments_in_any_order(main_here):
+    """Sweep, overrides and --seeds are told apart by what they are, wherever they stand."""
+    wanted = main_here("demo", "lr=1e-3", "top_k=4", "--list", "--seeds", "1", "2")
+    assert wanted[0] == 0 and len(wanted[1].splitlines()) > 16
+    for args in (
+        "demo --seeds 1 2 lr=1e-3 top_k=4 --list", "--list --seeds 1 2 demo lr=1e-3 top_k=4",
+        "lr=1e-3 demo top_k=4 --seeds 1 2 --list", "--seeds 1 lr=1e-3 2 --list top_k=4 demo",
+        "lr=1e-3 --seeds 1 --list demo --seeds 2 top_k=4",
+    ):  # fmt: skip
+        assert main_here(*args.split()) == wanted, args
+
+
+def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
+    """Where the file at dataset_path is not what finished runs were trained on, a line says so; they are left alone."""
+    import main
+
+    data, runs = tmp_path / "text.jsonl", tmp_path / "runs"
+    data.write_text("".join(json.dumps({"text": f"import module_{i} as m{i * i}"}) + "\n" for i in range(900)))
+    overrides = [*TINY, "sae_type=topk", "top_k=4", "l1_coeff=0", "num_tokens=1000"]
+    overrides += [f"dataset_path={data}", f"output_dir={runs}"]
+    code, _, err = main_here("demo", *overrides)
+    assert code == 0 and "changed" not in err, err
+    (sweep,) = runs.iterdir()
+    before, cfgs = snapshot(sweep), main.sweep_configs("demo", dict(map(main.parse_override, overrides)))
+    capfd.readouterr()
+    os.utime(data, (1, 1))
+    main.warn_of_changed_data(cfgs)
+    data.rename(tmp_path / "elsewhere.jsonl")
+    main.warn_of_changed_data(cfgs)
+    assert capfd.readouterr().err == "", "another time is not other data, and no data neither"
+    data.write_bytes((tmp_path / "elsewhere.jsonl").read_bytes().replace(b"module_7 ", b"modula_7 "))
+    code, _, err = main_here("demo", *overrides)
+    (line,) = [line for line in err.splitlines() if "changed" in line]
+    assert code == 0 and line.startswith(f"warning: dataset_path = '{data}' has changed since 1 of these runs")
+    assert snapshot(sweep) == before
+
+
 def test_sweeps_with_overrides_have_folders_of_their_own():
     """The folder changes with overrides that change results, not with those that say how runs are recorded."""
     import main
@@ -270,6 +307,11 @@ BAD_CONFIG = {
     "a key that is derived": (["demo", "name=mine"], "name cannot be set"),
     "seed twice": (["demo", "seed=1", "--seeds", "1", "2"], "seed = 1.*--seeds"),
     "a negative seed": (["demo", "--seeds", "1", "-1"], "seed = -1"),
+    "a fraction for a seed": (["demo", "--seeds", "1", "1.5"], r"--seeds '1\.5'.*integer"),
+    "a word for a seed": (["demo", "--seeds", "one"], "--seeds 'one'.*integer"),
+    "no seeds": (["demo", "--seeds"], "--seeds ''.*integer"),
+    "a bad value after seeds": (["demo", "--seeds", "1", "top_k=many"], "top_k = 'many'.*int"),
+    "two sweeps": (["demo", "paper"], "'paper'.*KEY=VALUE"),
 }
 BAD_STREAM = {
     "layer out of range": (["layer=4"], r"blocks\.4\.hook_resid_pre.*0 to 3"),

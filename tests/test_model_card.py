@@ -144,6 +144,19 @@ def test_config(tmp_path):
         assert not any("/home/me" in path.read_text(errors="ignore") for path in (tmp_path / to).iterdir())
 
 
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "x` | [click](http://evil) | `", "a\u202eb", "<!-- "])
+def test_names_are_no_markup(tmp_path, hostile):
+    """What a foreign config has for names is shown as text: the card is as it would be, but for the odd characters."""
+    names = [f"lm {hostile}", f"text {hostile}", f"blocks.8.{hostile}"]
+    harmless = ["".join(c if c.isprintable() and c not in "<>`|[]" else "\ufffd" for c in name) for name in names]
+    cards = []
+    for model_name, dataset_path, site in (names, harmless):
+        sae = make_sae("topk", model_name=model_name, dataset_path=dataset_path, site=site)
+        run = make_run(tmp_path / f"run{len(cards)}", sae, some_metrics() | {"tokens": 9})
+        cards.append(model_card.model_card(sae, "saelens", run))
+    assert cards[0] == cards[1] and all(name in cards[0] for name in harmless)
+
+
 def test_what_is_not_known_is_said(tmp_path):
     """An SAE that was trained elsewhere gets no claims from the defaults of the config."""
     export_sae(make_sae("topk"), "published", tmp_path / "theirs")

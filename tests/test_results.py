@@ -263,6 +263,70 @@ def test_figures_are_readable_in_a_paper(by_hand):
     assert all(len(set(way)) == len(results.STYLES) for way in (colours, markers, lines))
 
 
+def all_died(dict_size: int) -> tuple[dict, dict]:
+    """Result and histograms as evaluation.py writes them of an SAE without an active feature."""
+    result = dict.fromkeys(METRICS, 0.9) | {"l0": 0.0, "dead_fraction": 1.0}
+    return result, {"l0": [2048], "log10_density": [0] * 4, "log10_density_edges": EDGES, "never_active": dict_size}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sae_type, l0", [("batchtopk", 0.0), ("topk", 0.0), ("jumprelu", 0.0), ("topk", 0.002)])
+def test_a_run_whose_features_all_died(by_hand, sae_type, l0, monkeypatch, capsys):
+    """The others' figures are drawn as without it; it is marked in the table, named, and hollow in the figures."""
+    monkeypatch.setitem(plt.rcParams, "savefig.dpi", 30)
+    sweep, written, _ = by_hand
+    result, histograms = all_died(512)
+    if l0:  # or nearly all
+        result |= {"l0": l0, "dead_fraction": 0.99}
+        histograms |= {"l0": [2044, 4], "log10_density": [1, 0, 0, 0], "never_active": 511}
+    changes = dict(sae_type=sae_type, top_k=64, l1_coeff=9.0)
+    died = write_run(sweep, result, losses(np.random.default_rng(0), 4), histograms, **changes)
+    results.draw_results(sweep)
+    out, err = capsys.readouterr()
+    assert not err and len(list(sweep.glob("*.png"))) == 4
+    marked = [line for line in out.splitlines() if "†" in line]
+    assert len(marked) == 2 and re.search(r"\| +0\.0 † \|", marked[0]) and marked[1].endswith(f": {died}")
+    assert all(line in (sweep / "results.md").read_text(encoding="utf-8") for line in marked)
+
+    points = finished_points(sweep)
+    figures = [results.paper_figure(points), results.pareto_figure(points)]
+    for figure in figures:
+        inside = figure.get_tightbbox()
+        assert inside.x0 >= -0.02 and inside.x1 <= figure.get_figwidth() + 0.02, "nothing is cut off"
+        assert "features of a run died" in [text.get_text() for text in figure.legends[0].texts]
+    for axis in [*figures[0].axes[2:], *figures[1].axes]:
+        hollow = [line.get_xydata() for line in axis.lines if line.get_markerfacecolor() == "white"]
+        hollow = [xy.tolist() for xy in hollow if np.isfinite(xy).all() and len(xy)]
+        assert hollow == [[[0, 0.9]]] and axis.get_xlim()[0] > 0.5
+    front = results.front(points[points["l0"] > 1], "nmse")
+    assert any(np.array_equal(line.get_xydata(), front[["l0", "nmse"]]) for line in figures[1].axes[0].lines)
+    histograms = results.histograms_figure(points)
+    histograms.canvas.draw()
+    assert "TopK: L0 = k for 100 % of tokens" in [line.get_label() for line in histograms.axes[0].lines]
+    assert not any("k = 64" in line.get_label() for line in histograms.axes[0].lines)
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sae_type", ["batchtopk", "topk", "jumprelu", "vanilla"])
+@pytest.mark.parametrize("alive", [0, 1])
+def test_figures_of_one_type(tmp_path, sae_type, alive):
+    """All features of its only runs died, or of one of its two seeds: no warning of matplotlib's."""
+    rng, counts = np.random.default_rng(0), [0] * 20 + [9]
+    for seed in range(2):
+        result, histograms = all_died(512)
+        if seed < alive:
+            result |= {"l0": 20.0, "dead_fraction": 0.5}
+            histograms |= {"l0": counts, "log10_density": [1, 2, 3, 4], "never_active": 502}
+        write_run(tmp_path / "sweep", result, losses(rng, 4), histograms, sae_type=sae_type, top_k=20, seed=seed)
+    points, table = finished_points(tmp_path / "sweep"), results.run_table(results.local_runs(tmp_path / "sweep"))
+    for draw in (results.paper_figure, results.pareto_figure, results.histograms_figure):
+        draw(points).canvas.draw()
+    results.curves_figure(table).canvas.draw()
+    plt.close("all")
+    assert "†" in results.markdown_table(points)
+
+
 def test_unfinished_runs_are_named_and_left_out(by_hand, tmp_path):
     """`python results.py FOLDER` names the unfinished runs and how far they came; the CSV has finished ones."""
     sweep, written, unfinished = by_hand
@@ -299,6 +363,15 @@ def test_which_folder(tmp_path, monkeypatch):
     (home / "older" / "lm" / "config.json").write_text("{}")  # a folder of the same name with a language model
     for asked, found in [("older", "older"), ("runs/older", "older"), ("runs", "newer")]:
         assert results.sweep_folder(Path(asked)) == Path("runs", found)
+
+
+@pytest.mark.parametrize("config", [{"trainer": {}, "batchtopk_config": {"sae_type": "topk"}}, ["sae_type"], {}])
+def test_other_folders_beside_runs(tmp_path, config):
+    """An export that lies among the runs is none of them."""
+    name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 2))
+    (tmp_path / "sweep" / "export").mkdir()
+    (tmp_path / "sweep" / "export" / "config.json").write_text(json.dumps(config))
+    assert [run.name for run in results.local_runs(tmp_path / "sweep")] == [name]
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -361,7 +434,14 @@ def mirrored(tmp_path_factory):
     runs = [offline_run(path) for path in folder.glob("runs/*/*/wandb/offline-run-*/*.wandb")]
     assert len(runs) == 4, "one W&B run per SAE"
     other = runs[0] | {"id": "other", "group": "other", "created": "2020-01-01T00:00:00Z"}
-    server = WandbServer([*runs, other], "me", "project")
+    # Runs of other programs, newer than all of these, also in the group: the published scripts have no sweep.
+    published = {key: value for key, value in runs[0]["config"].items() if key not in ("sweep", "num_epochs")}
+    bare = {"created": "2100-01-01T00:00:00Z", "group": None, "state": "crashed", "summary": {}, "history": []}
+    others = [bare | {"config": published, "summary": runs[0]["summary"], "history": runs[0]["history"]}]
+    others += [bare | {"config": {}}, bare | {"config": {"sweep": "mine", "lr": 1}, "group": "mine"}]
+    others += [bare | {"config": {"sweep": "mine", "sae_type": "gated"}, "group": "mine"}]
+    others = [run | {"id": f"foreign{i}", "name": f"foreign{i}"} for i, run in enumerate(others)]
+    server = WandbServer([*runs, other, *others], "me", "project")
     yield folder / "runs" / "mine", server
     server.close()
 
@@ -376,6 +456,7 @@ def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path
     assert run(local, home=tmp_path).returncode == 0
     done = from_server(server, "mine", "--wandb", "me/project", home=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "Skipped runs of me/project that are not from a sweep of this program: 2" in done.stderr.splitlines()
     folder = tmp_path / "runs" / "mine"
     tables = [pd.read_csv(path / "results.csv") for path in (local, folder)]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
@@ -391,7 +472,8 @@ def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
     """Without a name the newest run's sweep is taken; no such project or sweep is one line."""
     _, server = mirrored
     done = from_server(server, "--wandb", "me/project", home=tmp_path)
-    assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout
+    assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout, done.stderr
+    assert "Skipped runs of me/project that are not from a sweep of this program: 4" in done.stderr.splitlines()
     for args, said in [
         (("mine", "--wandb", "me/missing"), "me/missing"),
         (("missing", "--wandb", "me/project"), "no runs of a sweep missing"),
@@ -399,3 +481,20 @@ def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
         done = from_server(server, *args, home=tmp_path)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_wandb_with_runs_cut_short_or_of_others_only(mirrored, tmp_path):
+    """A run of a sweep that crashed before it logged is among the unfinished; no run of a sweep at all is one line."""
+    _, server = mirrored
+    run = next(run for run in server.runs.values() if run["config"].get("sweep") == "mine")
+    crashed = run | {"id": "crashed", "name": "crashed", "summary": {}, "history": [], "state": "crashed"}
+    foreign = [run for name, run in server.runs.items() if name.startswith("foreign")]
+    for runs in ([crashed, *foreign], foreign):
+        other_server = WandbServer(runs, "me", "project")
+        done = from_server(other_server, "--wandb", "me/project", home=tmp_path)
+        other_server.close()
+        assert "Traceback" not in done.stderr and done.returncode == (0 if crashed in runs else 2)
+        if crashed in runs:
+            assert "Not finished, so only among the curves: crashed (crashed, 0 of" in done.stdout
+        else:
+            assert done.stderr.splitlines()[-1].endswith("holds no runs of a sweep")

@@ -181,6 +181,17 @@ def test_the_table_while_it_trains(model, make_cfg, capsys):
             assert float(dead.rstrip("%")) == round(100 * values["num_dead_features"] / cfg["dict_size"], 1)
 
 
+def test_a_warning_when_l0_falls_to_nearly_zero(model, make_cfg, capsys):
+    """One line for a run of which hardly a feature is active any more, at the first logged step that shows it."""
+    dying = dict(sae_type="vanilla", l1_coeff=30.0, lr=3e-2)
+    cfgs = [make_cfg(**changes, log_freq=2, perf_log_freq=5) for changes in (*SAES[:2], dying)]
+    _, results = train(model, cfgs)
+    low = [line["step"] for line in lines_of(run_folder(cfgs[2])) if line.get("l0_norm", 1) < 0.1]
+    assert results[2]["l0"] < 0.1 and low[0] > 2 and len(low) > 1
+    (line,) = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "L0 has fallen" in line]
+    assert line.startswith(f"warning: {cfgs[2]['name']}: ") and f"after step {low[0]}," in line
+
+
 @pytest.fixture
 def recorded(model, make_cfg):
     """A group of three with its records: configs, trained SAEs, results."""

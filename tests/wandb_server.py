@@ -123,7 +123,8 @@ class WandbServer:
             rows = [{key: row[key] for key in spec["keys"]} for row in rows if row.keys() >= set(spec["keys"])]
             return {"project": {"run": {"sampledHistory": [rows]}}}
         if "historyKeys }" in query:
-            return {"project": {"run": {"historyKeys": {"lastStep": run["history"][-1]["_step"]}}}}
+            last_step = run["history"][-1]["_step"] if run["history"] else -1
+            return {"project": {"run": {"historyKeys": {"lastStep": last_step}}}}
         return {"project": {"run": self.node(run, full=True)}}
 
     def names(self) -> dict:
