@@ -199,11 +199,11 @@ class BaseAutoencoder(nn.Module):
         if len(index) == 0:
             return residual.new_zeros(())
         k, pattern = min(self.cfg["top_k_aux"], len(index)), None
-        W_dec = sparse_ops.rows_at(self.W_dec, index)
+        W_dec = sparse_ops.take(self.W_dec, index, 0)
         if z is not None:
-            acts = keep_top_k(F.relu(sparse_ops.rows_at(z.T, index).T), k)
+            acts = keep_top_k(F.relu(sparse_ops.take(z, index, 1)), k)
         else:
-            W_enc = sparse_ops.rows_at(self.W_enc.T, index).T
+            W_enc = sparse_ops.take(self.W_enc.T, index, 0).T
             acts = keep_top_k(F.relu(sparse_ops.encode(x, self.b_dec, W_enc)), k)
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)

@@ -163,12 +163,13 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, most) -> torch.Tensor:
     return triton_ops.packed_index(dead, min(-(-most() // 256) * 256, len(dead)))
 
 
-def rows_at(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The rows of a matrix [F, n] at a dead_index; zeros where that is F."""
+def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
+    """The rows (dim 0) or columns (dim 1) of a matrix at a dead_index; zeros where that is F."""
     if not has_triton(matrix):
-        return matrix.index_select(0, index)
-    rows = matrix.index_select(0, index.clamp(max=len(matrix) - 1))
-    return rows * (index < len(matrix))[:, None]
+        return matrix.index_select(dim, index)
+    n = matrix.shape[dim]
+    used = index < n
+    return matrix.index_select(dim, index.clamp(max=n - 1)) * (used if dim else used[:, None])
 
 
 def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
