@@ -42,8 +42,7 @@ class SaveError(RuntimeError):
 
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
-    """Write sae_weights.safetensors and cfg.json, which has its SHA-256, to `folder`; a kill leaves the old folder or
-    the new one."""
+    """Write sae_weights.safetensors and cfg.json with its SHA-256 to `folder`; a kill leaves the old one or the new."""
     temporary, old = Path(f"{folder}.tmp"), old_of(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -326,8 +326,10 @@ def write_folder(folder: Path, files: dict) -> None:
 
 
 def move_content(source: Path, folder: Path) -> None:
-    """Move what is in `source` to an empty folder, all or nothing: the folder may be a mount point or the working
-    directory, which cannot be replaced."""
+    """Move what is in `source` to an empty folder, all or nothing.
+
+    The folder itself stays: it may be a mount point or the working directory, which cannot be replaced.
+    """
     moved = []
     try:
         for path in list(source.iterdir()):

@@ -71,7 +71,8 @@ class Run(NamedTuple):
 
 def run_configs(folder: Path) -> list[Path]:
     """The config.json of the runs in a sweep's folder; other things have a config.json too, such as language models."""
-    return [path for path in sorted(folder.glob("*/config.json")) if is_run(read(path))]
+    paths = sorted(folder.glob("*/config.json"))
+    return [path for path in paths if '"sae_type"' in path.read_text() and is_run(read(path))]
 
 
 def is_run(config) -> bool:

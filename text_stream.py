@@ -224,6 +224,7 @@ class DocumentReader:
 
     @staticmethod
     def files_fingerprint(dataset_path: str) -> str | None:
+        """None where no such file or folder is on this machine."""
         path = Path(dataset_path)
         if not path.exists():
             return None

@@ -365,12 +365,14 @@ def test_which_folder(tmp_path, monkeypatch):
         assert results.sweep_folder(Path(asked)) == Path("runs", found)
 
 
-@pytest.mark.parametrize("config", [{"trainer": {}, "batchtopk_config": {"sae_type": "topk"}}, ["sae_type"], {}])
+@pytest.mark.parametrize(
+    "config", ['{"trainer": {}, "batchtopk_config": {"sae_type": "topk"}}', '["sae_type"]', "// no JSON"]
+)
 def test_other_folders_beside_runs(tmp_path, config):
     """An export that lies among the runs is none of them."""
     name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 2))
     (tmp_path / "sweep" / "export").mkdir()
-    (tmp_path / "sweep" / "export" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "sweep" / "export" / "config.json").write_text(config)
     assert [run.name for run in results.local_runs(tmp_path / "sweep")] == [name]
 
 
