@@ -34,7 +34,7 @@ class ActivationsStore:
         self.model, self.cfg = model, cfg
         self.act_size = check_hook_point(model, cfg)
         # As it is: the bridge's own has a BOS even where the model has none.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]), trust_remote_code=False)
         if tokenizer.bos_token_id is None:
             tell(f"{cfg['model_name']} has no BOS token: documents are joined without one")
         self.seq_len = min(cfg["seq_len"], model.cfg.n_ctx)
