@@ -94,6 +94,8 @@ class ActivationsStore:
             "activation_dtype",
         )  # fmt: skip
         identity = {key: self.cfg[key] for key in determined_by}
+        if self.cfg["dataset_column"] is not None:  # else caches from before there was this key stay valid
+            identity["dataset_column"] = self.cfg["dataset_column"]
         identity |= {"act_size": self.act_size, "seq_len": self.seq_len, "buffer_rows": len(self.memory)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()

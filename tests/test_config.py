@@ -47,6 +47,7 @@ OTHER_VALUE = {
     "dataset_config": "en",
     "dataset_split": "validation",
     "dataset_revision": "main",
+    "dataset_column": "content",
     "seq_len": 64,
     "model_batch_size": 256,
     "num_batches_in_buffer": 11,
