@@ -125,6 +125,11 @@ def test_not_in_name_holds_only_what_cannot_change_the_result():
     }  # fmt: skip
 
 
+def test_keys_that_came_later_leave_earlier_names_alone():
+    """A run of the defaults has the name that it had before there were these keys."""
+    assert completed()["name"] == "batchtopk_12288_k32_seed49_fe20d5f7"
+
+
 def test_names_of_all_types_differ():
     """The same key and value in runs of different types never give the same name, and names are plain file names."""
     names = [
