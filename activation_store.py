@@ -34,7 +34,7 @@ class ActivationsStore:
         self.model, self.cfg = model, cfg
         self.act_size = check_hook_point(model, cfg)
         # As it is: the bridge's own has a BOS even where the model has none.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]), trust_remote_code=False)
         if tokenizer.bos_token_id is None:
             tell(f"{cfg['model_name']} has no BOS token: documents are joined without one")
         self.seq_len = min(cfg["seq_len"], model.cfg.n_ctx)
@@ -94,6 +94,8 @@ class ActivationsStore:
             "activation_dtype",
         )  # fmt: skip
         identity = {key: self.cfg[key] for key in determined_by}
+        if self.cfg["dataset_column"] is not None:  # else caches from before there was this key stay valid
+            identity["dataset_column"] = self.cfg["dataset_column"]
         identity |= {"act_size": self.act_size, "seq_len": self.seq_len, "buffer_rows": len(self.memory)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()

@@ -92,6 +92,7 @@ def get_default_cfg() -> dict:
         "dataset_config": None,  # configuration of a hub dataset, e.g. "en"
         "dataset_split": "train",  # split of the dataset
         "dataset_revision": None,  # branch, tag or commit of a hub dataset
+        "dataset_column": None,  # column that holds text, tokens or chats; None: tokens, input_ids or text
         "num_epochs": 1,  # times that the dataset may be gone through
         "bad_documents": "stop",  # data that cannot be read or used: "stop", or "skip" it with a line that names it
         "stream_retries": 8,  # tries to open a hub dataset again where the network fails, after 1, 2, 4, ... 60 s
@@ -125,13 +126,16 @@ NOT_IN_NAME = {
     "output_dir", "sweep", "wandb_project", "wandb_mode", "name", "hook_point", "stream_retries", "activation_cache",
 }  # fmt: skip
 
+# Keys that came later: at their default they are no part of the name either, so that earlier runs keep theirs.
+ADDED_LATER = {"dataset_column"}
+
 # Runs that agree on these keys are trained in one group: they see the same batches and report at the same steps.
 GROUP_KEYS = (
     "model_name", "site", "layer", "act_size", "model_dtype", "device", "dataset_path", "dataset_config",
-    "dataset_split", "dataset_revision", "num_epochs", "bad_documents", "stream_retries", "bos_per_context", "seq_len",
-    "model_batch_size", "num_batches_in_buffer", "activation_dtype", "activation_cache", "shuffle_seed", "batch_size",
-    "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq", "checkpoint_freq", "keep_checkpoints",
-    "save_errors", "log_freq",
+    "dataset_split", "dataset_revision", "dataset_column", "num_epochs", "bad_documents", "stream_retries",
+    "bos_per_context", "seq_len", "model_batch_size", "num_batches_in_buffer", "activation_dtype", "activation_cache",
+    "shuffle_seed", "batch_size", "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq",
+    "checkpoint_freq", "keep_checkpoints", "save_errors", "log_freq",
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
@@ -140,6 +144,7 @@ NONE_ALLOWED = {
     "act_size": int,
     "dataset_config": str,
     "dataset_revision": str,
+    "dataset_column": str,
     "activation_cache": str,
     "wandb_mode": str,
 }
@@ -255,7 +260,9 @@ def num_steps(cfg: dict) -> int:
 def run_name(cfg: dict) -> str:
     """Readable parts, then a hash over every key that changes the result."""
     sparsity = f"k{cfg['top_k']}" if cfg["sae_type"] in ("topk", "batchtopk") else f"l1_{cfg['l1_coeff']:g}"
-    counted = {key: value for key, value in sorted(cfg.items()) if key not in NOT_IN_NAME}
+    defaults = get_default_cfg()
+    left_out = NOT_IN_NAME | {key for key in ADDED_LATER if cfg[key] == defaults[key]}
+    counted = {key: value for key, value in sorted(cfg.items()) if key not in left_out}
     digest = hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:8]
     return f"{cfg['sae_type']}_{cfg['dict_size']}_{sparsity}_seed{cfg['seed']}_{digest}"
 

@@ -23,7 +23,8 @@ from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
 def load_model(cfg: dict) -> TransformerBridge:
     """The language model of a config in its model_dtype and in eval mode; `model.plain` is its form in transformers.
 
-    Raises InputError if there is no such model, it has no weights or no tokenizer, or the hub cannot be reached.
+    Code in a model's repository is never run. Raises InputError if there is no such model, it needs such code, it has
+    no weights or no tokenizer, or the hub cannot be reached.
     """
     name = hub_name(cfg["model_name"])
     where = f"model_name = {cfg['model_name']!r}"
@@ -46,9 +47,17 @@ def load_model(cfg: dict) -> TransformerBridge:
     loader = Loader()
     try:
         model = TransformerBridge.boot_transformers(
-            name, device=cfg["device"], dtype=getattr(torch, cfg["model_dtype"]), model_class=loader
+            name,
+            device=cfg["device"],
+            dtype=getattr(torch, cfg["model_dtype"]),
+            model_class=loader,
+            trust_remote_code=False,
         )
     except Exception as error:  # the libraries below raise what they like; the user gets one line
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{where} needs Python code from its own files, and such code is never run here"
+            ) from error
         hint = offline_hint(name)
         kind = StreamError if may_pass(error) and not hint else InputError
         raise kind(f"{where} cannot be loaded: {one_line(error)}{hint}") from error
@@ -70,7 +79,11 @@ class Loader:
 
     def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
         """Raises ValueError if weights are missing: transformers itself makes up what is missing."""
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        options |= {
+            "output_loading_info": True,
+            "trust_remote_code": False,
+        }  # by default a prompt asks whether to run code
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         if missing := sorted(loaded["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}

@@ -11,10 +11,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from config import NOT_IN_NAME
+from dataset import file_kind
 from evaluation import read_record, with_error
 from language_model import hub_name
 from sae import BaseAutoencoder
-from text_stream import BUILDERS
 
 KINDS = {"vanilla": "Vanilla (L1)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
 METRICS = {  # evaluation.py's, in its definitions
@@ -205,4 +205,4 @@ def may_be_on_hub(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists() and Path(name).suffix not in BUILDERS
+    return not Path(name).exists() and not file_kind(Path(name))

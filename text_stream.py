@@ -6,6 +6,10 @@ A long document goes on in the next context, a short one shares its context with
 is the beginning of the next epoch's first context. With bos_per_context every context begins with BOS: one is put
 before seq_len - 1 tokens of the stream, unless these begin with one already.
 
+Special tokens that are written out in a text (<|endoftext|>) become these tokens, as the tokenizer does by default:
+dumps of text join documents with them, and chat templates are made of them. A document that begins with BOS in this way
+gets no second one. Chats, lists of {"role", "content"}, are documents in the form of the tokenizer's chat template.
+
 Reading and tokenizing go on in a thread, ahead of the language model. A stream from the hub that breaks off is opened
 again where it was, after growing pauses. Local data that cannot be read, and documents that are none, end the program
 or are passed over (bad_documents); either way a line names the place.
@@ -27,18 +31,17 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 
 from config import InputError, one_line, tell
-from hub import StreamError, give_up_soon, hub_reachable, may_pass, offline_hint
+from dataset import COLUMNS, is_chat, load_text
+from hub import StreamError, give_up_soon, hub_reachable, may_pass
 
-COLUMNS = ("tokens", "input_ids", "text")  # what a dataset may hold, in order of preference
-BUILDERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
 DOCUMENTS_PER_LOT = 32  # documents that the tokenizer takes at once, in parallel threads of its own
 LOTS_AHEAD = 8  # lots of tokens that wait for the language model
 FINGERPRINTED, PIECE = 2**26, 2**16  # bytes of local data that its fingerprint reads (about), and reads at once
+TOKENS = ("tokens", "input_ids")  # columns that hold nothing else
 LONGEST_PAUSE = 60  # seconds before a broken stream is opened again: 1, 2, 4, ... up to this
 
 
@@ -188,30 +191,18 @@ class DocumentReader:
     def __init__(self, cfg: dict, tokenizer, d_vocab: int):
         self.cfg, self.tokenizer, self.d_vocab = cfg, tokenizer, d_vocab
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        if self.bos and self.bos[0] >= d_vocab:
+            raise InputError(
+                f"model_name = {cfg['model_name']!r}: its tokenizer's BOS token {tokenizer.bos_token!r} has the id "
+                f"{self.bos[0]}, and the model knows 0 to {d_vocab - 1}"
+            )
         self.where = f"dataset_path = {cfg['dataset_path']!r}"
         self.local = Path(cfg["dataset_path"]).exists()
         self.tell_once = functools.cache(tell)
         if not self.local:
             give_up_soon()
-        self.dataset, self.column, self.shard_names, self.commit = self.retried(self.open)
+        self.dataset, self.column, self.shard_names, self.commit = self.retried(lambda: load_text(cfg))
         self.held_out = 0  # tokens at the beginning of the stream that later epochs leave out
-
-    def open(self) -> tuple[datasets.IterableDataset, str, list[str], str | None]:
-        """The dataset, which of COLUMNS it has, its shards' names, and its commit on the hub. Its first row is
-        looked at by an iterator of its own, so that no document is lost."""
-        dataset, files, commit = load_text(self.cfg)
-        try:
-            first = next(iter(dataset), None)
-        except Exception as error:
-            raise InputError(f"{self.where} cannot be read: {one_line(error)}") from error
-        if first is None:
-            raise InputError(f"{self.where} is empty")
-        names = files if len(files) == dataset.num_shards else range(1, dataset.num_shards + 1)
-        names = [f"{name}" if names is files else f"shard {name} of {dataset.num_shards}" for name in names]
-        for column in COLUMNS:
-            if column in first:
-                return dataset, column, names, commit
-        raise InputError(f"{self.where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(first)}")
 
     def fingerprint(self) -> dict:
         """What tells this data from other data: the SHA-256 of local files, and the commit of a dataset of the hub.
@@ -268,27 +259,45 @@ class DocumentReader:
 
         Raises InputError or StreamError where the data cannot be read on.
         """
-        num_epochs = num_epochs or self.cfg["num_epochs"]
         epoch, skip = position["epoch"], position["skip"]
-        while epoch < num_epochs:
-            for shard in range(position["shard"], self.dataset.num_shards):
-                here = position if shard == position["shard"] else self.beginning
-                for row, state, documents in self.documents(shard, here["row"], here["dataset"]):
-                    tokens = self.tokens(documents, shard, row)
-                    if skip < len(tokens):
-                        at = {"epoch": epoch, "shard": shard, "row": row, "dataset": state, "skip": skip}
-                        yield at, tokens[skip:]
-                    skip = max(0, skip - len(tokens))
-            epoch, position, skip = epoch + 1, self.beginning, self.held_out
-        yield self.beginning | {"epoch": num_epochs}, np.empty(0, np.int64)
+        parts = self.parts(position, num_epochs or self.cfg["num_epochs"])
+        while True:
+            group, error = [], None
+            try:
+                while sum(len(documents) for _, documents in group) < DOCUMENTS_PER_LOT and (part := next(parts, None)):
+                    group.append(part)
+            except Exception as caught:  # raised when what came before it is handed out
+                error = caught
+            for (at, _), tokens in zip(group, self.tokens(group)):
+                if at["epoch"] > epoch:
+                    epoch, skip = at["epoch"], self.held_out
+                if skip < len(tokens):
+                    yield at | {"skip": skip}, tokens[skip:]
+                skip = max(0, skip - len(tokens))
+            if error is not None:
+                raise error
+            if not group:
+                break
+        yield self.beginning | {"epoch": num_epochs or self.cfg["num_epochs"]}, np.empty(0, np.int64)
 
-    def documents(self, shard: int, row: int, state: dict | None) -> Iterator[tuple[int, dict | None, list]]:
+    def parts(self, position: dict, num_epochs: int) -> Iterator[tuple[dict, list]]:
+        """(position of the first, documents) from the row of a position on, at most DOCUMENTS_PER_LOT of one shard."""
+        for epoch in range(position["epoch"], num_epochs):
+            for shard, data in enumerate(shards(self.dataset, position["shard"]), position["shard"]):
+                here = position if shard == position["shard"] else self.beginning
+                for row, state, documents in self.documents(data, shard, here["row"], here["dataset"]):
+                    yield {"epoch": epoch, "shard": shard, "row": row, "dataset": state, "skip": 0}, documents
+            position = self.beginning
+
+    def documents(
+        self, of_shard: datasets.IterableDataset, shard: int, row: int, state: dict | None
+    ) -> Iterator[tuple[int, dict | None, list]]:
         """(number of the first, `datasets`' state before it, documents) of a shard from a row on, in lots."""
         state_row, failures = row, 0
         while True:
             batch, error = [], None
             try:
-                data = self.dataset.shard(self.dataset.num_shards, shard)
+                data = of_shard.shard(1, 0)  # with a state of its own
                 if state is not None:
                     data.load_state_dict(state)
                 rows = iter(data)
@@ -324,112 +333,89 @@ class DocumentReader:
             raise InputError(f"{self.where} {what} (bad_documents=skip passes over {passed_over})") from error
         self.tell_once(f"{self.where} {what}; {passed_over} is passed over")
 
-    def tokens(self, documents: list, shard: int, row: int) -> np.ndarray:
-        """The documents' tokens [n] in one, BOS first in each. Documents without tokens are passed over."""
-        sound = []
-        for i, document in enumerate(documents):
-            if problem := self.problem(document) if document else None:
-                self.bad(f"cannot be used: document {row + i + 1} of {self.shard_names[shard]} {problem}", "it")
-            elif document:
-                sound.append(document)
-        if self.column == "text" and sound:
-            sound = self.tokenizer(sound, add_special_tokens=False, verbose=False, return_attention_mask=False)
-            sound = sound["input_ids"]
-        sound = [ids if ids[:1] == self.bos else self.bos + ids for ids in sound if len(ids)]
-        return np.concatenate([np.empty(0, np.int64), *(np.array(ids, np.int64) for ids in sound)])
+    def tokens(self, parts: list[tuple[dict, list]]) -> list[np.ndarray]:
+        """The tokens [n] of each part, BOS first in each document. Documents without tokens are skipped."""
+        sound = []  # (number of the part, place, text or tokens)
+        for number, (at, documents) in enumerate(parts):
+            for i, document in enumerate(documents):
+                place = f"document {at['row'] + i + 1} of {self.shard_names[at['shard']]}"
+                try:
+                    if document:
+                        sound.append((number, place, self.checked(document)))
+                except BadDocument as error:
+                    self.bad(f"cannot be used: {place} {error}", "it", error)
+        texts = [document for _, _, document in sound if isinstance(document, str)]
+        options = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
+        encoded = iter(self.tokenizer(texts, **options)["input_ids"] if texts else [])
+        tokens = [[np.empty(0, np.int64)] for _ in parts]
+        for number, place, document in sound:
+            ids = next(encoded) if isinstance(document, str) else document
+            if ids and max(ids) >= self.d_vocab:
+                token = next(token for token in ids if token >= self.d_vocab)
+                self.bad(
+                    f"cannot be used: {place} has the token {self.tokenizer.convert_ids_to_tokens(token)!r}, to which "
+                    f"the tokenizer gives the id {token}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}",
+                    "it",
+                )
+            elif ids:
+                tokens[number].append(np.array(ids if ids[:1] == self.bos else self.bos + ids, np.int64))
+        return [np.concatenate(part) for part in tokens]
 
-    def problem(self, document) -> str | None:
-        """What is wrong with a document: it is no string, or tokens that the language model does not know."""
-        if self.column == "text":
-            if not isinstance(document, str):
-                return f"has for its text {document!r} of type {type(document).__name__}; it must be a string"
-            try:
-                document.encode()
-            except UnicodeEncodeError as error:  # half of a surrogate pair
-                return f"has a text that is no Unicode: {one_line(error)}"
-            return None
-        if not isinstance(document, list):
-            return f"has for its {self.column} {document!r} of type {type(document).__name__}; it must be a list"
-        for token in document:
-            if type(token) is not int or not 0 <= token < self.d_vocab:
-                return f"has in its {self.column} {token!r}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}"
-        return None
+    def checked(self, document) -> str | list[int]:
+        """The text or the tokens of a document; a chat in the form of the tokenizer's template. Raises BadDocument."""
+        if is_chat(document) and self.column not in TOKENS:
+            return self.chat(document)
+        if isinstance(document, list) and self.column != "text":
+            for token in document:
+                if type(token) is not int or not 0 <= token < self.d_vocab:
+                    raise BadDocument(
+                        f"has in its {self.column} {token!r}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}"
+                    )
+            return document
+        if not isinstance(document, str) or self.column in TOKENS:
+            needed = "a list" if self.column in TOKENS else "a string"
+            if self.column not in COLUMNS:
+                needed = "a string, a list of tokens or a list of messages"
+            kind = type(document).__name__
+            raise BadDocument(f"has for its {self.column} {document!r} of type {kind}; it must be {needed}")
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise BadDocument(f"has a text that is no Unicode: {one_line(error)}") from error
+        return document
 
-
-# The dataset
-
-
-def load_text(cfg: dict) -> tuple[datasets.IterableDataset, list[str], str | None]:
-    """The dataset of a config as a stream of rows, the local files it comes from, in order, and its commit on the hub.
-
-    dataset_path is a local .txt (one document), .jsonl, .parquet or .arrow file, a folder of one of those kinds, a
-    saved dataset, or a hub name, which is streamed. Raises InputError if it cannot be opened.
-    """
-    path, split = Path(cfg["dataset_path"]), cfg["dataset_split"]
-    where = f"dataset_path = {cfg['dataset_path']!r}"
-    datasets.disable_progress_bars()
-    # What these log is raised too, and told in one line.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity_error()
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            if isinstance(saved, dict):
-                if split not in saved:
-                    raise InputError(f"{where} has no split {split!r}: it has {', '.join(saved)}")
-                saved = saved[split]
-            return saved.to_iterable_dataset(), [str(path)], None
-        if path.exists():
-            builder, files = local_files(path, where)
-            options = {"sample_by": "document"} if builder == "text" else {}
-            dataset = datasets.load_dataset(builder, data_files=files, split="train", streaming=True, **options)
-            return dataset, files, None
-        if (
-            path.suffix in BUILDERS
-            or cfg["dataset_path"].count("/") > 1
-            or cfg["dataset_path"].startswith((".", "/", "~"))
-        ):
-            raise InputError(f"{where}: there is no such file or folder, and it is no hub name")
-        builder = hub_dataset(cfg)
-        # The local cache, which is looked into without a network, has shards of its own: that is other data.
-        commit = builder.hash if builder.config.data_files else None
-        return builder.as_streaming_dataset(split=cfg["dataset_split"]), [], commit
-    except InputError:
-        raise
-    except StopIteration as error:  # what datasets raises for a file of no rows
-        raise InputError(f"{where} is empty") from error
-    except Exception as error:
-        hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
-        raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error
+    def chat(self, messages: list[dict]) -> str:
+        """A list of {"role", "content"} in the tokenizer's chat template. Raises InputError if it has none."""
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"{self.where} holds lists of messages in its {self.column}, and the tokenizer of "
+                f"{self.cfg['model_name']} has no chat template"
+            )
+        if not all(isinstance(message, dict) and "role" in message for message in messages):
+            raise BadDocument(
+                f"has in its {self.column} a message without a role: it must be a list of role and content"
+            )
+        # A reader that gives all messages the same keys fills them with None, and templates ask whether a key is there.
+        messages = [
+            {key: value for key, value in message.items() if value is not None or key == "content"}
+            for message in messages
+        ]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template raises what it likes
+            raise BadDocument(f"does not fit the tokenizer's chat template: {one_line(error)}") from error
 
 
-def hub_dataset(cfg: dict) -> datasets.DatasetBuilder:
-    """Its `hash` is the commit to which `datasets` resolved the name, and of which it reads all files."""
-    name, revision = cfg["dataset_path"], cfg["dataset_revision"]
-    try:
-        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision=revision)
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error) or revision is not None:
-            raise
-        tell(
-            f"{name} is only a loading script, which datasets no longer runs: reading its revision refs/convert/parquet"
-        )
-        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
+class BadDocument(Exception):
+    """What is wrong with a document, to go on from its name: it is no text, or tokens that the model does not know."""
 
 
-def local_files(path: Path, where: str) -> tuple[str, list[str]]:
-    """The `datasets` builder for a file or a folder, and its files in alphabetical order."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in BUILDERS)
-    kinds = sorted({file.suffix for file in files})
-    if len(kinds) != 1 or kinds[0] not in BUILDERS:
-        found = (
-            "several kinds of file: " + ", ".join(kinds)
-            if len(kinds) > 1
-            else "no such file"
-            if not kinds
-            else kinds[0]
-        )
-        raise InputError(
-            f"{where}: it must be, or hold, files of one of the kinds {', '.join(BUILDERS)}, and it is or holds {found}"
-        )
-    return BUILDERS[kinds[0]], [str(file) for file in files]
+def shards(dataset: datasets.IterableDataset, start: int) -> Iterator[datasets.IterableDataset]:
+    """The shards from number `start` on. Taking one costs time for each that there is; halving makes that a few."""
+    if dataset.num_shards == 1:
+        yield dataset
+        return
+    half = dataset.shard(2, 0)
+    if start < half.num_shards:
+        yield from shards(half, start)
+    yield from shards(dataset.shard(2, 1), max(0, start - half.num_shards))

@@ -52,7 +52,8 @@ def gpt2_small_shaped(folder: Path) -> Path:
 def bare_blocks(cfg: dict, layer: int) -> torch.nn.Module:
     """The transformers model with the blocks below the hook point only, and nothing after them."""
     dtype = getattr(torch, cfg["model_dtype"])
-    model = transformers.AutoModel.from_pretrained(cfg["model_name"], dtype=dtype, attn_implementation="sdpa").eval()
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+    model = transformers.AutoModel.from_pretrained(cfg["model_name"], **options).eval()
     model.h, model.ln_f = model.h[:layer], torch.nn.Identity()
     return model
 

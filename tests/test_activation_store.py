@@ -359,7 +359,7 @@ BAD_FILES = {
     "latin1.txt": ("é".encode("latin-1") * 1000, "utf-8"),
     "broken.parquet": (b"PAR1 no it is not", "cannot be"),
     "broken.arrow": (b"not an arrow file", "cannot be"),
-    "data.csv": (b"text\nhello\n", "csv"),
+    "data.pdf": (b"%PDF-1.7", "pdf"),
     "too_large.jsonl": (json.dumps({"tokens": [1, 4096]}).encode(), "tokens 4096.*4095"),
     "negative.jsonl": (json.dumps({"tokens": [5, -1, 7]}).encode(), "has in its tokens -1"),
     "words.jsonl": (json.dumps({"tokens": ["hello", "world"]}).encode(), "tokens.*(hello|str)"),

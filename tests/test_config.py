@@ -47,6 +47,7 @@ OTHER_VALUE = {
     "dataset_config": "en",
     "dataset_split": "validation",
     "dataset_revision": "main",
+    "dataset_column": "content",
     "seq_len": 64,
     "model_batch_size": 256,
     "num_batches_in_buffer": 11,
@@ -122,6 +123,11 @@ def test_not_in_name_holds_only_what_cannot_change_the_result():
         "keep_checkpoints", "save_errors",
         "device", "act_size", "name", "hook_point", "stream_retries", "activation_cache",
     }  # fmt: skip
+
+
+def test_keys_that_came_later_leave_earlier_names_alone():
+    """A run of the defaults has the name that it had before there were these keys."""
+    assert completed()["name"] == "batchtopk_12288_k32_seed49_fe20d5f7"
 
 
 def test_names_of_all_types_differ():

@@ -21,10 +21,17 @@ ONE_SMALL_RUN = dict(  # under these overrides the runs of the demo sweep are on
 )  # fmt: skip
 FIRST_WORDS = """
 import json, sys
-from text_stream import load_text
+from dataset import load_text
 from config import get_default_cfg
 for keys in json.loads(sys.argv[1]):
     print(next(iter(load_text(get_default_cfg() | keys)[0]))["text"].split()[0])
+"""
+ALL_TEXTS = """
+import json, sys
+from dataset import load_text
+from config import get_default_cfg
+for name in json.loads(sys.argv[1]):
+    print(*(row["text"].split()[0] for row in load_text(get_default_cfg() | {"dataset_path": name})[0]))
 """
 GO_ON = """
 import json, os, sys
@@ -104,6 +111,12 @@ def folder(tmp_path_factory) -> Path:
     write_parquet(folder / "card" / "german" / "one.parquet", "german_train")
     (folder / "card" / "README.md").write_text(CARD)
     write_parquet(folder / "branch" / "train.parquet", "branch")
+    for kind in ("jsonl", "parquet", "jsonl.gz"):  # other columns that come and change their type
+        (folder / f"others {kind}").mkdir()
+        for name, columns in (("a", {"meta": [None, None]}), ("b", {"meta": ["x", "y"], "more": [1, 2]})):
+            data = pandas.DataFrame({"text": [f"{name}1 = 1", f"{name}2 = 2"]} | columns)
+            file = folder / f"others {kind}" / f"{name}.{kind}"
+            data.to_parquet(file) if kind == "parquet" else data.to_json(file, orient="records", lines=True)
     return folder
 
 
@@ -116,7 +129,7 @@ def hub(folder):
         "datasets/someone/text": {"main": folder / "text"},
         "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
         "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
-    }
+    } | {f"datasets/others/{kind}": {"main": folder / f"others {kind}"} for kind in ("jsonl", "parquet", "jsonl.gz")}
     with Hub(repos) as hub:
         yield hub
 
@@ -229,3 +242,11 @@ def test_dataset_keys_reach_the_hub(tmp_path, hub):
         languages | {"dataset_config": "en", "dataset_split": "test"},
         languages | {"dataset_revision": "v2"},
     ) == ["english_train", "german_train", "english_test", "branch"]
+
+
+def test_other_columns_do_not_decide_whether_text_is_read(tmp_path, hub):
+    """Of a hub dataset too only one column is read: in other files others may be more, or have another type."""
+    names = [f"others/{kind}" for kind in ("jsonl", "parquet", "jsonl.gz")]
+    process = run_python(tmp_path, hub, "-c", ALL_TEXTS, json.dumps(names))
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines() == ["a1 a2 b1 b2"] * 3

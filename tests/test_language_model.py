@@ -26,7 +26,7 @@ from test_activation_store import (  # noqa: F401 (fixtures)
 
 from activation_store import ActivationsStore
 from config import InputError
-from language_model import check_hook_point, load_model
+from language_model import Loader, check_hook_point, load_model
 
 # Tokens -> activations
 
@@ -236,3 +236,42 @@ def test_missing_model_directory(tmp_path):
     with pytest.raises(InputError, match="no such folder") as caught:
         load_model(make_cfg(model_name=str(tmp_path / "none")))
     assert str(tmp_path / "none") in one_line(caught)
+
+
+# Code in a model's repository
+
+
+@pytest.fixture
+def with_code(tmp_path, monkeypatch):
+    """A model whose files name code of their own, which leaves a marker; whoever asks whether to run it is told yes."""
+    folder = tmp_path / "lm"
+    shutil.copytree(DEMO_LM, folder)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+
+    def change(file: str, **keys) -> Path:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+        return folder
+
+    yield change
+    assert not (tmp_path / "marker").exists(), "its code was run"
+
+
+def test_a_model_that_needs_its_own_code(with_code):
+    """It is refused in one line."""
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    folder = with_code("config.json", model_type="own", auto_map=auto_map)
+    with pytest.raises(InputError) as caught:
+        load_model(make_cfg(model_name=str(folder)))
+    assert one_line(caught).startswith(f"model_name = {str(folder)!r} needs Python code from its own files")
+
+
+def test_weights_and_tokenizer_never_run_code(with_code, model, counted):  # noqa: F811
+    """Nothing asks whether to run code either: it would, where a config is known and its class is not."""
+    folder = with_code("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "own.Own"})
+    with pytest.raises(ValueError, match="custom code"):
+        Loader().from_pretrained(str(folder))
+    with_code("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    with pytest.raises(ValueError, match="custom code"):
+        ActivationsStore(model, make_cfg(model_name=str(folder), dataset_path=counted))

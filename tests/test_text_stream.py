@@ -183,24 +183,28 @@ def test_epochs_hand_out_the_same_activations_again(model, jsonl):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
-    """The same kind of data in every form: several files of text, parquet of tokens, and a saved dataset."""
+    """The same kind of data in every form: files of text, of one document each, parquet of tokens, a saved dataset."""
     folder = tmp_path_factory.mktemp("sources")
     parts = [part for part in inspect.getsource(textwrap).split("\n\n") if part.strip()][:70]
     (folder / "text").mkdir()
     for i in range(0, len(parts), 9):
         lines = [json.dumps({"text": part}) for part in parts[i : i + 9]]
         (folder / "text" / f"{i:02}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "small").mkdir()
+    for i, part in enumerate(parts):
+        (folder / "small" / f"{i:02}.txt").write_text(part)
     tokens = datasets.Dataset.from_dict({"input_ids": documents_of_random_length(3, 3000)})
     tokens.to_parquet(folder / "tokens.parquet", batch_size=20)
     datasets.Dataset.from_dict({"text": parts}).save_to_disk(folder / "saved")
     return {
         "files of text": (str(folder / "text"), {}),
+        "a file per document": (str(folder / "small"), {"num_epochs": 2}),
         "parquet of tokens": (str(folder / "tokens.parquet"), {"num_epochs": 2}),
         "saved dataset": (str(folder / "saved"), {"bos_per_context": True, "num_epochs": 2}),
     }
 
 
-@pytest.mark.parametrize("name", ["files of text", "parquet of tokens", "saved dataset"])
+@pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
 def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
     """From a state taken after any number of contexts, at an epoch's edge too, all later contexts are the same."""
     path, changes = sources[name]
@@ -222,7 +226,7 @@ def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
 
 
 @pytest.mark.parametrize("buffer", [(3, 2), (4, 5)])
-@pytest.mark.parametrize("name", ["files of text", "parquet of tokens", "saved dataset"])
+@pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
 def test_batches_go_on_to_the_bit(model, sources, name, buffer):  # noqa: F811
     """After load_state_dict in a new store, every later batch is bit-identical: at 20 points, among them the beginning,
     the middle and the edge of a buffer, and twice in a row; the state is small and plain."""

@@ -1,0 +1,309 @@
+"""Opening a dataset: its files, its split and its column, as one stream of rows that hold that column alone.
+
+`datasets` does the reading. By itself it casts all columns of all files to the types of the first file; here every
+column but the needed one is dropped before that, so the others cannot decide whether the text can be read.
+"""
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow
+from datasets.builder import Key
+from datasets.data_files import DataFilesList, _get_data_files_patterns
+from datasets.packaged_modules.json.json import FullReadDisallowed
+from datasets.packaged_modules.json.json import Json as JsonBuilder
+from datasets.utils.file_utils import readline, xopen
+from fsspec.utils import glob_translate
+
+from config import InputError, one_line, tell
+from hub import offline_hint
+
+COLUMNS = ("tokens", "input_ids", "text")  # what is read without a dataset_column, in order of preference
+BUILDERS = {
+    ".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
+    ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+FIRST_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")  # a folder that holds one of these is read as that kind
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+COMPRESSED = ("text", "json", "csv")  # the builders that decompress
+
+
+def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str | None]:
+    """The dataset of a config as a stream of rows, their column, the names of its shards, and its commit on the hub.
+
+    dataset_path is a local file, a folder of files of one kind, a dataset saved with save_to_disk, or a hub name,
+    which is streamed. Raises InputError if it cannot be opened, is empty, or lacks the split or the column.
+    """
+    path, where = Path(cfg["dataset_path"]), f"dataset_path = {cfg['dataset_path']!r}"
+    datasets.disable_progress_bars()
+    # What these log is raised too, and told in one line.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset, column = saved_dataset(cfg, path)
+            names, commit = [str(path)], None
+        elif path.exists():
+            builder, names = local_builder(cfg, path)
+            dataset, column = one_column(builder, "train", cfg)
+            commit = None
+        elif file_kind(path) or cfg["dataset_path"].count("/") > 1 or cfg["dataset_path"].startswith((".", "/", "~")):
+            raise InputError(f"{where}: there is no such file or folder, and it is no hub name")
+        else:
+            builder = hub_builder(cfg)
+            dataset, column = one_column(builder, cfg["dataset_split"], cfg)
+            # The local cache, which is looked into without a network, has shards of its own: that is other data.
+            names, commit = [], builder.hash if builder.config.data_files else None
+    except InputError:
+        raise
+    except StopIteration as error:  # what datasets raises for a file of no rows
+        raise InputError(f"{where} is empty") from error
+    except Exception as error:
+        hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
+        raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error
+    first_row(dataset, where)
+    if len(names) != dataset.num_shards:
+        names = [f"shard {i + 1} of {dataset.num_shards}" for i in range(dataset.num_shards)]
+    return dataset, column, names, commit
+
+
+def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
+    """Read by an iterator of its own, so that no document is lost."""
+    try:
+        row = next(iter(dataset), None)
+    except Exception as error:
+        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
+    if row is None:
+        raise InputError(f"{where} is empty")
+    return row
+
+
+# Columns
+
+
+def choose_column(names, cfg: dict) -> str:
+    """dataset_column, or else the first of COLUMNS that is there; where several are, a line says which is read."""
+    where, wanted = f"dataset_path = {cfg['dataset_path']!r}", COLUMNS
+    if cfg["dataset_column"] is not None:
+        wanted = (cfg["dataset_column"],)
+    found = [name for name in wanted if name in names]
+    if not found:
+        raise InputError(
+            f"{where} has none of the columns {', '.join(wanted)}: it has {', '.join(names)} "
+            f"(dataset_column names the one to read)"
+        )
+    if len(found) > 1:
+        tell(f"{where} has the columns {', '.join(found)}: {found[0]} is read (dataset_column names another)")
+    return found[0]
+
+
+def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
+    """The rows of a split with one column, and its name."""
+    if isinstance(builder, JsonBuilder) and builder.config.field is None and builder.config.encoding == "utf-8":
+        return json_column(builder, split, cfg)
+    dataset = builder.as_streaming_dataset(split)
+    features = builder.info.features  # of text and CSV none are known before they are read
+    column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
+    if not hasattr(builder, "_cast_table"):  # such as the local cache, where all files have the same types
+        return dataset, column
+    cast = builder._cast_table
+
+    def cast_column(table: pyarrow.Table, **options) -> pyarrow.Table:
+        values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
+        return cast(pyarrow.table({column: values}), **options)
+
+    builder._cast_table = cast_column
+    if features:
+        nothing_yet = features[column] == datasets.Value("null")  # in the first file
+        builder.info.features = datasets.Features(
+            {column: datasets.Value("string") if nothing_yet else features[column]}
+        )
+        dataset = builder.as_streaming_dataset(split)
+    return dataset, column
+
+
+def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
+    """The same for JSON, which is parsed here: `datasets` types all columns, and fails on some that change.
+
+    Each value is handed on as JSON, so values of one column may differ in type. A file is read in the same parts as by
+    `datasets`, because positions in the stream count in them.
+    """
+
+    def names_of_columns(files_iterables, allow_full_read=True, **_):
+        if not allow_full_read:  # asks for the types of the columns
+            raise FullReadDisallowed
+        for file in chain.from_iterable(files_iterables):
+            for rows, by_lines in json_parts(file, builder.config.chunksize):
+                if rows:
+                    names = list(dict.fromkeys(name for row in rows for name in row))
+                    yield Key(0, 0), pyarrow.table({"names": [names], "by_lines": [by_lines]})
+                    return
+
+    def tables(files_iterables, allow_full_read=True, **_):
+        if not allow_full_read:
+            raise FullReadDisallowed
+        for shard, file in enumerate(chain.from_iterable(files_iterables)):
+            for part, (rows, _) in enumerate(json_parts(file, builder.config.chunksize)):
+                values = [row.get(column) for row in rows]
+                if typed:
+                    values = [None if value is None else json.dumps(value) for value in values]
+                    values = pyarrow.array(values, pyarrow.string()).cast(datasets.Json.pa_type)
+                yield Key(shard, part), pyarrow.table({column: values})
+
+    in_card, builder.info.features = builder.info.features, None
+    builder._generate_tables = names_of_columns
+    first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
+    column = choose_column(first["names"], cfg)
+    # `datasets` infers no types from a list, and its positions then have another form: keep it where it was in use.
+    typed = bool(in_card) or first["by_lines"] or column not in COLUMNS
+    if typed:
+        builder.info.features = datasets.Features({column: datasets.Json()})
+    builder._generate_tables = tables
+    return builder.as_streaming_dataset(split), column
+
+
+def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
+    """The rows of a JSON file, and whether each has a line of its own, in parts of about `size` bytes if it has."""
+    with xopen(file, "rb") as content:
+        first = True
+        while part := content.read(size):
+            part = part.removeprefix(codecs.BOM_UTF8) if first else part
+            if first and part.startswith(b"["):
+                rows = json.loads(part + content.read())
+                yield [row if isinstance(row, dict) else {"text": row} for row in rows], False
+                return
+            try:
+                part += content.readline()
+            except io.UnsupportedOperation:  # zstd
+                part += readline(content)
+            try:
+                rows = [json.loads(line) for line in part.splitlines() if line.strip()]
+            except ValueError as error:
+                if not first:
+                    raise
+                try:  # one object of many lines
+                    rows = [json.loads(part + content.read())]
+                except ValueError:
+                    raise error from None
+            if not all(isinstance(row, dict) for row in rows):
+                raise ValueError("a line is JSON, but no object with named columns")
+            yield rows, True
+            first = False
+
+
+def is_chat(document) -> bool:
+    """Whether a document is a list of messages."""
+    return isinstance(document, list) and bool(document) and isinstance(document[0], dict)
+
+
+# Where the data is
+
+
+def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]:
+    """A dataset that save_to_disk wrote, and the column that is read."""
+    saved, split = datasets.load_from_disk(str(path)), cfg["dataset_split"]
+    if isinstance(saved, dict):
+        saved = saved[check_split(cfg, saved)]
+    elif split != "train":
+        check_split(cfg, [str(saved.split or "train")])
+    # The stored format may give tensors, and only some of the columns.
+    saved = saved.with_format(None)
+    column = choose_column(saved.column_names, cfg)
+    return saved.select_columns(column).to_iterable_dataset(), column
+
+
+def check_split(cfg: dict, splits) -> str:
+    if cfg["dataset_split"] not in splits:
+        raise InputError(
+            f"dataset_path = {cfg['dataset_path']!r} has no split {cfg['dataset_split']!r}: it has {', '.join(splits)}"
+        )
+    return cfg["dataset_split"]
+
+
+def hub_builder(cfg: dict) -> datasets.DatasetBuilder:
+    """Its `hash` is the commit to which `datasets` resolved the name, and of which it reads all files."""
+    name, revision = cfg["dataset_path"], cfg["dataset_revision"]
+    try:
+        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision=revision)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error) or revision is not None:
+            raise
+        tell(
+            f"{name} is only a loading script, which datasets no longer runs: reading its revision refs/convert/parquet"
+        )
+        return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
+
+
+def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The `datasets` builder for a file, or for the files of a split of a folder, and these in alphabetical order."""
+    files = [path] if path.is_file() else data_files(path)
+    found = {file_kind(file) for file in files}
+    kinds = sorted(found.intersection(FIRST_KINDS) or found)
+    if len(kinds) != 1 or not kinds[0]:
+        what = path.suffix if path.is_file() else "no such file"
+        if len(kinds) > 1:
+            what = "several kinds of file: " + ", ".join(kinds)
+        raise InputError(
+            f"dataset_path = {cfg['dataset_path']!r}: it must be, or hold, files of one of the kinds "
+            f"{', '.join(BUILDERS)} (text, JSON and CSV also with {', '.join(COMPRESSIONS)}), and it is or holds {what}"
+        )
+    (kind,) = kinds
+    if others := sorted(found.difference(kinds)):
+        tell(
+            f"dataset_path = {cfg['dataset_path']!r}: its {kind} files are read, and not its {', '.join(others)} files"
+        )
+    files = [file for file in files if file_kind(file) == kind]
+    splits = {"train": files} if path.is_file() else files_by_split(path, files)
+    files = [str(file) for file in splits[check_split(cfg, splits)]]
+    options = {"sample_by": "document"} if kind.startswith(".txt") else {}
+    if kind.startswith((".csv", ".tsv")):  # all text, "123" and "null" too
+        columns = [cfg["dataset_column"]] if cfg["dataset_column"] else COLUMNS
+        options = {
+            "converters": dict.fromkeys(columns, str),
+            "keep_default_na": False,
+            "sep": "\t" if kind.startswith(".tsv") else ",",
+        }
+    builder = BUILDERS["." + kind.split(".")[1]]
+    # A DataFilesList is taken as it is; of plain names each would be looked for once more.
+    return datasets.load_dataset_builder(builder, data_files={"train": DataFilesList(files, [])}, **options), files
+
+
+def file_kind(path: Path) -> str:
+    """The ending of a file that can be read, with that of its compression: ".jsonl", ".csv.gz"; else ""."""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    ending = Path(path.stem).suffix if compression else path.suffix
+    readable = BUILDERS.get(ending) in COMPRESSED if compression else ending in BUILDERS
+    return ending + compression if readable else ""
+
+
+def data_files(folder: Path) -> list[Path]:
+    """What can be read in a folder and the folders in it; like `datasets`, nothing hidden and no __pycache__."""
+    found = []
+    for file in folder.rglob("*"):
+        *folders, name = file.relative_to(folder).parts
+        hidden = name.startswith(".") or any(part.startswith((".", "__")) for part in folders)
+        if file_kind(file) and not hidden and file.is_file():
+            found.append(file)
+    return sorted(found)
+
+
+def files_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The splits that `datasets` sees in the names of files and folders; all is "train" if it sees none."""
+
+    def matching(pattern: str) -> list[str]:
+        match = re.compile(glob_translate("data/" + pattern)).match
+        return [name for name in names if match(name)]
+
+    names = {f"data/{file.relative_to(folder).as_posix()}": file for file in files}
+    patterns = _get_data_files_patterns(matching)
+    return {
+        str(split): sorted({names[name] for pattern in patterns[split] for name in matching(pattern)})
+        for split in patterns
+    }

@@ -1,0 +1,444 @@
+"""Opening a dataset: files of every kind, splits, one column whatever the others hold, chats."""
+
+import bz2
+import cProfile
+import gzip
+import json
+import lzma
+import pstats
+from pathlib import Path
+
+import datasets
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from test_activation_store import BOS, DEMO_LM, SEQ_LEN, make_cfg
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from config import InputError
+from text_stream import TextStream
+
+TEXTS = [f"def f_{i}(x):\n    return x + {i}, 'naïve {i}'\n" * 2 for i in range(40)]
+ODD = ["123", "NA", "null", 'a "quoted", text', "{}", "[1]"]  # what a reader may take for something else
+
+
+def make_tokenizer():
+    return AutoTokenizer.from_pretrained(DEMO_LM)
+
+
+def stream_of(path: Path, tokenizer=None, **changes) -> TextStream:
+    cfg = make_cfg(dataset_path=str(path), **changes)
+    return TextStream(cfg, tokenizer or make_tokenizer(), 4096, SEQ_LEN, 3)
+
+
+def tokens_of(path: Path, tokenizer=None, **changes) -> list[int]:
+    """All tokens that a dataset gives, held-out ones first."""
+    stream = stream_of(path, tokenizer, **changes)
+    tokens = stream.held_out.flatten().tolist()
+    while len(part := stream.contexts(7)):
+        tokens += part.flatten().tolist()
+    return tokens
+
+
+def expected(texts: list[str]) -> list[int]:
+    """Plain reference: BOS and tokens of each document, joined, in whole contexts."""
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
+    tokens = [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]]
+    return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN]
+
+
+def error_of(path: Path, tokenizer=None, **changes) -> str:
+    with pytest.raises(InputError) as caught:
+        tokens_of(path, tokenizer, **changes)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# Kinds of file
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def table(texts: list[str], separator: str) -> bytes:
+    return pandas.DataFrame({"id": range(len(texts)), "text": texts}).to_csv(index=False, sep=separator).encode()
+
+
+FILES = {
+    "a.json": lambda texts: json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)], indent=1).encode(),
+    "lines.json": lines,
+    "a.ndjson": lines,
+    "a.csv": lambda texts: table(texts, ","),
+    "a.tsv": lambda texts: table(texts, "\t"),
+    "a.jsonl.gz": lambda texts: gzip.compress(lines(texts)),
+    "a.jsonl.zst": lambda texts: zstandard.compress(lines(texts)),
+    "a.jsonl.bz2": lambda texts: bz2.compress(lines(texts)),
+    "a.json.xz": lambda texts: lzma.compress(lines(texts)),
+    "a.csv.gz": lambda texts: gzip.compress(table(texts, ",")),
+}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_what_datasets_reads_is_read(tmp_path, name, folder):
+    """JSON and CSV, compressed or not, alone and in a folder: the same tokens, and each state goes on where it was."""
+    texts = TEXTS[:20] + ODD + TEXTS[20:]
+    (tmp_path / name).write_bytes(FILES[name](texts))
+    path = tmp_path if folder else tmp_path / name
+    assert tokens_of(path) == expected(texts)
+    stream = stream_of(path)
+    while True:
+        state = json.loads(json.dumps(stream.state_dict()))
+        if not len(part := stream.contexts(17)):
+            break
+        resumed = stream_of(path)
+        resumed.load_state_dict(state)
+        assert resumed.contexts(17).tolist() == part.tolist()
+
+
+def test_compressed_text_files_are_documents(tmp_path):
+    """A .txt.gz file is one document, like a .txt file."""
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i:02}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert tokens_of(tmp_path) == expected(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.xlsx", "a.jsonl.rar"])
+def test_other_files_are_refused(tmp_path, name):
+    """The line names the ending and those that can be read."""
+    (tmp_path / name).write_bytes(b"text")
+    message = error_of(tmp_path / name)
+    assert message.endswith(Path(name).suffix) and ".jsonl" in message and ".zst" in message
+
+
+def test_new_kinds_beside_the_first_ones(tmp_path, capsys):
+    """A folder of JSON lines with a .json beside them is read as before there were other kinds, and a line says so."""
+    write_lines(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
+    (tmp_path / "about.json").write_text('{"made": "by hand"}')
+    assert tokens_of(tmp_path) == expected(TEXTS)
+    assert "its .jsonl files are read, and not its .json files" in capsys.readouterr().err
+    (tmp_path / "data.jsonl").rename(tmp_path / "data.csv")
+    assert error_of(tmp_path).endswith("several kinds of file: .csv, .json")
+
+
+# Stored formats and other columns
+
+
+@pytest.mark.parametrize("split", [None, "train"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_a_stored_format_is_ignored(tmp_path, kind, split):
+    """A saved dataset gives the tokens that it gives without its format, whatever columns the format has."""
+    ids = make_tokenizer()(TEXTS, add_special_tokens=False)["input_ids"]
+    data = datasets.Dataset.from_dict({"tokens": ids, "label": list(range(len(ids)))})
+    for columns in (["tokens"], ["label"]):
+        data.set_format(kind, columns=columns)
+        (datasets.DatasetDict({split: data}) if split else data).save_to_disk(tmp_path / columns[0])
+        assert tokens_of(tmp_path / columns[0]) == expected(TEXTS)
+
+
+OTHERS = {  # another column in the first and in the second file; "gone" is no column
+    "null, string": (None, "x"),
+    "string, null": ("x", None),
+    "one key more": ("gone", "x"),
+    "one key less": ("x", "gone"),
+    "number, string": (1, "x"),
+    "string, number": ("x", 1),
+    "struct, other struct": ({"a": 1}, {"b": "x"}),
+    "list, string": ([1, 2], "x"),
+    "empty struct, string": ({}, "x"),
+}
+WRITERS = {
+    "jsonl": lambda path, rows: write_lines(path, rows),
+    "parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    "arrow": lambda path, rows: write_arrow(path, rows),
+}
+
+
+def write_arrow(path: Path, rows: list[dict]) -> None:
+    data = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, data.schema) as writer:
+        writer.write_table(data)
+
+
+@pytest.mark.parametrize(
+    "kind, others",
+    [
+        (k, o) for k in WRITERS for o in OTHERS if (k, o) != ("parquet", "empty struct, string")
+    ],  # it has no such structs
+)
+def test_other_columns_do_not_decide_whether_text_is_read(tmp_path, kind, others):
+    """Where another column has another type in the second file, or is in one file only, all text is read."""
+    for name, texts, other in zip("ab", (TEXTS[:20], TEXTS[20:]), OTHERS[others]):
+        rows = [{"text": text} | ({} if other == "gone" else {"meta": other}) for text in texts]
+        WRITERS[kind](tmp_path / f"{name}.{kind}", rows)
+    assert tokens_of(tmp_path) == expected(TEXTS)
+
+
+@pytest.mark.parametrize("noise", [10, 6_000_000])
+def test_other_columns_may_change_within_a_file(tmp_path, noise):
+    """Other columns may come, go and change their type, within a part of a file that is read at once and after it."""
+    others = [None, 1, "x", [1], {"a": None}, {"a": {"b": 1}}, {"c": [{}]}, [["x"], 1], "gone", True, 2**70]
+    rows = []
+    for i, text in enumerate(TEXTS):
+        other = others[i % len(others)] if i >= 18 or noise == 10 else None
+        rows.append({"text": text} | ({} if other == "gone" else {"meta": other}) | {"noise": "x" * 10})
+    for i in (5, 17, 30):
+        rows[i]["noise"] = "x" * noise
+    assert tokens_of(write_lines(tmp_path / "a.jsonl", rows)) == expected(TEXTS)
+
+
+def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
+    """Documents without text are passed over, also where the first file has nothing but such."""
+    write_lines(tmp_path / "a.jsonl", [{"text": None, "id": i} for i in range(3)])
+    write_lines(tmp_path / "b.jsonl", [{"text": text} for text in TEXTS])
+    write_lines(tmp_path / "c.jsonl", [{"id": 1}])
+    assert tokens_of(tmp_path) == expected(TEXTS)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_text_that_is_no_text_in_one_place(tmp_path, later):
+    """A number among the texts ends the program with a line that names it, and turns no other text into JSON."""
+    rows = [{"text": text, "noise": "x" * (11_000_000 if later and i == 30 else 1)} for i, text in enumerate(TEXTS)]
+    rows[35]["text"] = 5
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert "document 36 of" in error_of(path)
+    assert tokens_of(path, bad_documents="skip") == expected(TEXTS[:35] + TEXTS[36:])
+
+
+# Splits
+
+
+LAYOUTS = [
+    ["train-0.jsonl", "test-0.jsonl"],
+    ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/extra-00000-of-00001.jsonl"],
+    ["train/a.jsonl", "train/b.jsonl", "valid/c.jsonl", "eval/d.jsonl"],
+    ["my_training.set.jsonl", "dev.jsonl", "training_test.jsonl"],
+    ["b.jsonl", "a.jsonl", "deeper/c.jsonl", "trainer.jsonl"],
+    [".hidden/x.jsonl", "__pycache__/y.jsonl", ".z.jsonl", "a.jsonl"],
+    ["test.jsonl", "other.jsonl"],
+    ["a/validation/b.jsonl", "a/train/b.jsonl"],
+]
+
+
+@pytest.mark.parametrize("odd_name", ["folder", "train [1]"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
+def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, monkeypatch, layout, odd_name):
+    """Each split has the files that `datasets` itself finds for it; a split that is not there is one line."""
+    texts = {name: TEXTS[i * 4 : i * 4 + 4] for i, name in enumerate(layout)}
+    for name in layout:
+        write_lines(tmp_path / odd_name / name, [{"text": text} for text in texts[name]])
+    (tmp_path / odd_name / "README.md").write_text("train and test")
+    (tmp_path / odd_name).rename(tmp_path / "plain")
+    splits = datasets.load_dataset_builder(str(tmp_path / "plain")).config.data_files
+    found = {
+        str(split): {Path(file).relative_to(tmp_path / "plain").as_posix() for file in files}
+        for split, files in splits.items()
+    }
+    (tmp_path / "plain").rename(tmp_path / odd_name)
+    assert found
+    for split, names in found.items():
+        in_order = sorted(names, key=lambda name: Path(name).parts)
+        documents = [text for name in in_order for text in texts[name]]
+        assert tokens_of(tmp_path / odd_name, dataset_split=split, eval_tokens=16) == expected(documents)
+    message = error_of(tmp_path / odd_name, dataset_split="nonsense")
+    assert f"has no split 'nonsense': it has {', '.join(found)}" in message
+
+
+def test_one_file_and_one_saved_dataset_are_the_split_train(tmp_path):
+    """Another split of them is refused in one line; the name of a single file does not count."""
+    path = write_lines(tmp_path / "test-0.jsonl", [{"text": text} for text in TEXTS])
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"text": TEXTS}, split="validation").save_to_disk(tmp_path / "validation")
+    for data in (path, tmp_path / "saved"):
+        assert tokens_of(data) == expected(TEXTS)
+        assert error_of(data, dataset_split="test").endswith("has no split 'test': it has train")
+    for split in ("train", "validation"):
+        assert tokens_of(tmp_path / "validation", dataset_split=split) == expected(TEXTS)
+    assert error_of(tmp_path / "validation", dataset_split="x").endswith("has no split 'x': it has validation")
+
+
+# Columns
+
+
+def test_a_column_of_another_name(tmp_path):
+    """dataset_column names a column of text or of tokens; one that is not there is a line with those that are."""
+    ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
+    path = write_lines(tmp_path / "a.jsonl", [{"content": text, "ids": i} for text, i in zip(TEXTS, ids)])
+    (tmp_path / "csv").mkdir()
+    pandas.DataFrame({"prompt": TEXTS + ODD}).to_csv(tmp_path / "csv" / "a.csv", index=False)
+    datasets.Dataset.from_dict({"content": TEXTS}).save_to_disk(tmp_path / "saved")
+    assert tokens_of(path, dataset_column="content") == expected(TEXTS)
+    assert tokens_of(path, dataset_column="ids") == expected(TEXTS[::-1])
+    assert tokens_of(tmp_path / "csv", dataset_column="prompt") == expected(TEXTS + ODD)
+    assert tokens_of(tmp_path / "saved", dataset_column="content") == expected(TEXTS)
+    for column, wanted in ((None, "tokens, input_ids, text"), ("body", "body")):
+        message = error_of(path, dataset_column=column)
+        assert f"has none of the columns {wanted}: it has content, ids" in message and "dataset_column" in message
+    write_lines(path, [{"content": 5}] * 9)
+    assert "has for its content 5 of type int; it must be a string, a list" in error_of(path, dataset_column="content")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_tokens_and_text_side_by_side(tmp_path, capsys, saved):
+    """The tokens are read, a line says so, and dataset_column=text reads the text."""
+    ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
+    if saved:
+        path = tmp_path
+        datasets.Dataset.from_dict({"text": TEXTS, "tokens": ids}).save_to_disk(path)
+    else:
+        path = write_lines(tmp_path / "a.jsonl", [{"text": text, "tokens": i} for text, i in zip(TEXTS, ids)])
+    assert tokens_of(path) == expected(TEXTS[::-1])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "columns" in line)
+    assert "has the columns tokens, text: tokens is read (dataset_column names another)" in line
+    assert tokens_of(path, dataset_column="text") == expected(TEXTS)
+    assert "columns" not in capsys.readouterr().err
+
+
+# Chats
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots\nhere') }}{% endif %}"
+    "<|endoftext|>{{ m.role }}{% if 'tools' in m %} with {{ m.tools }}{% endif %}: "
+    "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}\n{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": f"What is {i} + 1?"}, {"role": "assistant", "content": f"{i + 1}."}]
+    + ([{"role": "user", "content": "Thanks", "tools": f"a calculator {i}"}] if i % 3 == 1 else [])
+    for i in range(30)
+]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "In parts"}]}, {"role": "assistant", "content": "Yes."}]
+
+
+def rendered(chats: list) -> list[str]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer.apply_chat_template(chats, tokenize=False)
+
+
+def chat_tokens(chats: list) -> list[int]:
+    """The template's BOS is the document's."""
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
+    tokens = [token for text in rendered(chats) for token in tokenizer.encode(text, add_special_tokens=False).ids]
+    return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN]
+
+
+@pytest.fixture
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "saved"])
+def test_chats_go_through_the_chat_template(tmp_path, chat_tokenizer, kind):
+    """A column of messages, whose keys may differ, gives the tokens of the template, BOS once."""
+    path, chats = tmp_path / f"a.{kind}", CHATS
+    rows = [{"id": i, "messages": chat} for i, chat in enumerate(chats)]
+    if kind in ("jsonl", "json"):
+        chats = [*CHATS, PARTS]
+        rows = [{"messages": chat} for chat in chats]
+        path.write_text(json.dumps(rows) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    else:
+        WRITERS[kind](path, rows)
+    assert tokens_of(path, chat_tokenizer, dataset_column="messages") == chat_tokens(chats)
+
+
+def test_chats_without_a_template(tmp_path):
+    """A tokenizer without a chat template is refused in one line, whatever bad_documents says."""
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS])
+    for bad_documents in ("stop", "skip"):
+        message = error_of(path, dataset_column="messages", bad_documents=bad_documents)
+        assert "messages" in message and message.endswith(f"the tokenizer of {DEMO_LM} has no chat template")
+
+
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        ([{"role": "robot", "content": "x"}], "does not fit the tokenizer's chat template: no robots"),
+        ([{"from": "human", "value": "x"}], "has in its messages a message without a role"),
+    ],
+)
+def test_bad_chats(tmp_path, chat_tokenizer, capsys, bad, what):
+    """A chat that the template refuses, or that is none, is named; with bad_documents=skip the others are read."""
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": chat} for chat in [*CHATS[:20], bad, *CHATS[20:]]])
+    message = error_of(path, chat_tokenizer, dataset_column="messages")
+    assert "document 21 of " in message and what in message
+    tokens = tokens_of(path, chat_tokenizer, dataset_column="messages", bad_documents="skip")
+    assert tokens == chat_tokens(CHATS) and what in capsys.readouterr().err
+
+
+# Tokens that the model lacks, and special tokens
+
+
+def with_token(token: str, **options) -> AutoTokenizer:
+    """A tokenizer with a token more than the model knows, of id 4096."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(options or {"pad_token": token})
+    assert tokenizer.convert_tokens_to_ids(token) == 4096
+    return tokenizer
+
+
+def test_tokens_that_the_model_lacks(tmp_path, capsys):
+    """A document in which the tokenizer finds an added token is named, with the token and its id, or skipped."""
+    texts = [*TEXTS[:35], "x [PAD] y", *TEXTS[35:]]
+    path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    message = error_of(path, with_token("[PAD]"))
+    assert "document 36 of " in message and "'[PAD]'" in message and "id 4096" in message and "0 to 4095" in message
+    assert tokens_of(path, with_token("[PAD]"), bad_documents="skip") == expected(TEXTS)
+    assert "document 36 of " in capsys.readouterr().err
+
+
+def test_a_bos_that_the_model_lacks(tmp_path):
+    """It would begin every document: refused in one line, which names it."""
+    path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    message = error_of(path, with_token("[BOS]", bos_token="[BOS]"), bad_documents="skip")
+    assert "BOS token '[BOS]'" in message and "id 4096" in message and "0 to 4095" in message
+
+
+def test_special_tokens_in_the_text_are_those_tokens(tmp_path):
+    """<|endoftext|> in a text is the token, not its letters; at the beginning it is the document's BOS."""
+    texts = ["<|endoftext|>a = 1", "b<|endoftext|>c", *TEXTS]
+    tokens = tokens_of(write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts]))
+    encode = make_tokenizer().convert_tokens_to_ids
+    assert tokens[: tokens.index(encode("c")) + 1].count(BOS) == 3
+    assert tokens == expected(["a = 1", "b", "c", *TEXTS])
+
+
+# Many files
+
+
+def test_many_small_files(tmp_path):
+    """The tokenizer takes documents of several files at once, each file has a position of its own, and what a file
+    costs does not grow with their number."""
+    costs, lots = [], []
+    for count in (64, 512):
+        folder = tmp_path / f"{count}"
+        folder.mkdir()
+        for i in range(count):
+            (folder / f"{i:04}.txt").write_text(TEXTS[i % len(TEXTS)])
+        reader = stream_of(folder).reader
+        calls, tokenizer = [], reader.tokenizer
+        reader.tokenizer = lambda texts, calls=calls, of=tokenizer, **options: (
+            calls.append(len(texts)) or of(texts, **options)
+        )
+        profile = cProfile.Profile()
+        lots = profile.runcall(lambda reader=reader: list(reader.lots(reader.beginning)))
+        costs.append(pstats.Stats(profile).total_calls / count)
+        assert calls == [32] * (count // 32)
+        assert [at["shard"] for at, _ in lots[:-1]] == list(range(count))
+        assert all(at["row"] == at["skip"] == 0 for at, _ in lots)
+    assert costs[1] < 1.3 * costs[0]
