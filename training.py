@@ -13,6 +13,7 @@ from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
 from config import InputError, num_steps, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
+from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
 
@@ -54,6 +55,9 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     are trained, if NaN or infinity stopped an SAE; StreamError if the network stays down, SaveError if the disk does,
     Stopped on Ctrl-C or SIGTERM. What was trained is saved first.
     """
+    cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
+    for sae, cfg in zip(saes, cfgs):
+        sae.cfg = cfg
     cfg = cfgs[0]
     made_with = provenance(model, activation_store)
     with ExitStack() as stack:
