@@ -29,9 +29,16 @@ def tell(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, or the machine's, where torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def run_command(main, interrupted: str = "Stopped") -> None:
     """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
-    Ctrl-C with the line `interrupted` and code 4.
+    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -40,6 +47,9 @@ def run_command(main, interrupted: str = "Stopped") -> None:
         print(interrupted, file=sys.stderr)
         sys.exit(4)
     except Exception as error:
+        if out_of_memory(error):
+            print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
+            sys.exit(3)
         if not hasattr(error, "exit_code"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import traceback
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
-from config import InputError, num_steps, tell
+from config import InputError, num_steps, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -53,7 +54,8 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     Raises InputError if a run is over or in use, if its checkpoint was made with something else (versions, threads,
     device, model, data; unless resume_anyway), if the dataset ends before num_tokens or holds NaN, and, when the others
     are trained, if NaN or infinity stopped an SAE; StreamError if the network stays down, SaveError if the disk does,
-    Stopped on Ctrl-C or SIGTERM. What was trained is saved first.
+    Stopped on Ctrl-C or SIGTERM; torch.OutOfMemoryError, MemoryError or torch's RuntimeError where memory runs out.
+    What was trained is saved first.
     """
     cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
     for sae, cfg in zip(saes, cfgs):
@@ -101,9 +103,10 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
         desc=f"training {len(runs)} SAEs",
         smoothing=0.05,
     )
-    with bar, StopSignals() as signals:
+    with bar, StopSignals() as signals, SavedWithoutMemory(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
             position = activation_store.state_dict()
+            outputs = memory.begin(step, position)
             try:
                 x = signals.stop_at_once_in(activation_store.next_batch)
                 if not x.isfinite().all():
@@ -116,9 +119,12 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
-            outputs = []
             for run in runs[:]:
+                if run.cfg["name"] in checkpoints.ahead:
+                    outputs.append(as_output(checkpoints.ahead.pop(run.cfg["name"])))
+                    continue
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
+                memory.touched = False
                 try:
                     outputs.append(scalars(training_step(run.sae, run.optimizer, x, run.cfg)))
                 except FloatingPointError as error:  # raised before the weights are touched
@@ -142,6 +148,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
                 for values, more in zip(metrics, evaluated):
                     values |= more
+            memory.position = None  # what follows only writes
             for run, values in zip(runs, metrics):
                 if values:
                     with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
@@ -152,6 +159,52 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return failed
+
+
+class SavedWithoutMemory:
+    """Saves what was trained where memory runs out in a step. Some SAEs may have taken this step and others not, so the
+    checkpoint is that of the step before, and says which SAEs are ahead of it, with the numbers of their outputs.
+    """
+
+    def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
+        self.runs, self.checkpoints, self.last_step, self.position = runs, checkpoints, last_step, None
+        for run in runs:
+            run.optimizer.register_step_pre_hook(self.touch)
+
+    def touch(self, *_):
+        """An SAE's weights are about to be changed."""
+        self.touched = True
+
+    def __enter__(self):
+        return self
+
+    def begin(self, step: int, position: dict) -> list[dict]:
+        """A step begins, with the stream at `position`. Returns the list for the outputs of the SAEs that take it."""
+        self.step, self.position, self.outputs, self.touched = step, position, [], False
+        return self.outputs
+
+    def __exit__(self, kind, error, frames):
+        if error is None or self.position is None or not out_of_memory(error):
+            return
+        traceback.clear_frames(frames)  # they hold what took the memory
+        if self.touched and len(self.outputs) < len(self.runs):
+            name = self.runs[len(self.outputs)].cfg["name"]
+            tell(f"Out of memory while the weights of {name} were changed: the last checkpoint is kept")
+            return
+        ahead = {
+            run.cfg["name"]: {key: value.item() for key, value in output.items()}
+            for run, output in zip(self.runs, self.outputs)
+        }
+        self.checkpoints.save(self.step - 1, self.position, ahead)
+        tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
+
+
+def as_output(numbers: dict) -> dict:
+    """The numbers that a checkpoint has of an output, as scalars() gives them."""
+    return {
+        key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        for key, value in numbers.items()
+    }
 
 
 class StopSignals:
