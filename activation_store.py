@@ -9,13 +9,12 @@ import hashlib
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from activation_cache import ActivationCache
 from config import InputError, num_steps, tell
-from language_model import Harvester, check_hook_point, hub_name, model_fingerprint
+from language_model import Harvester, check_hook_point, complete_cfg, model_fingerprint
 from text_stream import TextStream
 
 MAX_COUNTED = 20_000_000  # tokens of a local dataset that are counted before training: about a second per million
@@ -24,30 +23,28 @@ MAX_COUNTED = 20_000_000  # tokens of a local dataset that are counted before tr
 class ActivationsStore:
     """The shared stream: `next_batch()` gives [batch_size, d] shuffled activations of tokens seen once per epoch.
 
-    `model` is a TransformerBridge (language_model.load_model), `cfg` a completed config. `eval_contexts` [n, seq_len]
-    are held out and never trained on. Raises InputError for a dataset that cannot be read, has none of the columns, is
-    empty, or is too short for num_tokens. In memory are one buffer of activations (num_batches_in_buffer ·
-    model_batch_size · seq_len rows of d numbers of activation_dtype) and what one forward takes.
+    `model` is a TransformerBridge (language_model.load_model), `cfg` a completed config; the store's own `cfg` has
+    what the model says too (complete_cfg). `eval_contexts` [n, seq_len] are held out and never trained on. Tokens of
+    exclude_tokens are in the contexts, but in no batch. Raises InputError for a dataset that cannot be read, has none
+    of the columns, is empty, or is too short for num_tokens. In memory are one buffer of activations
+    (num_batches_in_buffer · model_batch_size · seq_len rows of d numbers of activation_dtype) and what one forward
+    takes.
     """
 
     def __init__(self, model: TransformerBridge, cfg: dict):
-        self.model, self.cfg = model, cfg
+        self.model, self.cfg = model, (cfg := complete_cfg(cfg, model))
         self.act_size = check_hook_point(model, cfg)
-        # As it is: the bridge's own has a BOS even where the model has none.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(hub_name(cfg["model_name"]), trust_remote_code=False)
-        if tokenizer.bos_token_id is None:
+        if not cfg.get("has_bos", True):
             tell(f"{cfg['model_name']} has no BOS token: documents are joined without one")
-        self.seq_len = min(cfg["seq_len"], model.cfg.n_ctx)
-        if self.seq_len < cfg["seq_len"]:
+        self.seq_len = cfg["seq_len"]
+        if "seq_len" in cfg.get("asked", {}):
             tell(f"contexts are cut to {self.seq_len} tokens, what {cfg['model_name']} can take")
-        if cfg["eval_skip_positions"] > self.seq_len - 2:
-            raise InputError(
-                f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate in contexts of "
-                f"{self.seq_len} tokens: at most {self.seq_len - 2}"
-            )
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
-        self.stream = TextStream(cfg, tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out)
+        self.stream = TextStream(cfg, model.plain_tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out)
         self.eval_contexts = self.stream.held_out
+        self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
+        if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():
+            raise InputError(f"exclude_tokens = {cfg['exclude_tokens']} leaves no held-out token to evaluate on")
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
         self.check_length()
@@ -69,12 +66,19 @@ class ActivationsStore:
             return
         enough = min(self.tokens_needed, MAX_COUNTED)
         held_out, epochs = self.stream.reader.held_out, self.cfg["num_epochs"]
-        per_context = self.seq_len - self.stream.bos_per_context  # tokens of the text in a context, at the least
-        usable = total = 0
+        with_bos = self.stream.bos_per_context
+        per_context = self.seq_len - with_bos  # tokens of the text in a context, at the least
+        bos_rows = with_bos and int(self.kept(torch.tensor(self.stream.reader.bos)))  # of each context, at the most
+        usable = total = num_kept = 0
+        last = np.empty(0, bool)  # which of the last tokens, no more than a context has, are kept
         with tqdm(total=enough, unit="tok", unit_scale=True, desc="counting tokens", leave=False, delay=2) as bar:
             for _, tokens in self.stream.reader.lots(self.stream.reader.beginning, num_epochs=1):
-                total += len(tokens)
-                usable = max(total - held_out, 0) * epochs // per_context * self.seq_len
+                kept = self.kept(torch.from_numpy(tokens[max(0, held_out - total) :])).numpy()
+                total, num_kept = total + len(tokens), num_kept + int(kept.sum())
+                last = np.concatenate([last, kept])[-self.seq_len :]
+                contexts, left_over = divmod(max(total - held_out, 0) * epochs, per_context)
+                left_over = 0 if with_bos else int(last[len(last) - left_over :].sum())  # at the least
+                usable = min(num_kept * epochs - left_over + contexts * bos_rows, contexts * self.seq_len)
                 bar.update(len(tokens))
                 if usable >= enough:
                     return
@@ -82,6 +86,7 @@ class ActivationsStore:
 
     def too_short(self, usable: int) -> InputError:
         epochs = f" in num_epochs = {self.cfg['num_epochs']}" if self.cfg["num_epochs"] > 1 else ""
+        epochs += " without exclude_tokens" if len(self.excluded) else ""
         return InputError(
             f"dataset_path = {self.cfg['dataset_path']!r} is too short: {usable:,} tokens to train on{epochs} beside "
             f"the {self.eval_contexts.numel():,} held out, and num_tokens = {self.cfg['num_tokens']:,} were asked"
@@ -99,6 +104,8 @@ class ActivationsStore:
         identity |= {"act_size": self.act_size, "seq_len": self.seq_len, "buffer_rows": len(self.memory)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()
+        if self.cfg["exclude_tokens"] is not None:
+            identity["exclude_tokens"] = self.cfg["exclude_tokens"]
         return ActivationCache(self.cfg["activation_cache"], identity, len(self.memory), self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:
@@ -114,6 +121,16 @@ class ActivationsStore:
     def get_activations(self, tokens: torch.Tensor) -> torch.Tensor:
         """Activations [contexts, seq_len, d] at the hook point, float32; the layers above it are not run."""
         return self.harvest(tokens.to(self.cfg["device"])).float()
+
+    def kept(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens are not of exclude_tokens: a bool tensor of the same shape."""
+        return ~torch.isin(tokens, self.excluded.to(tokens.device))
+
+    def next_rows(self) -> torch.Tensor:
+        """The activations [n, d] of the next forward, in the order of the text, without those of exclude_tokens."""
+        tokens = self.get_batch_tokens()
+        rows = self.get_activations(tokens).flatten(0, 1)
+        return rows[self.kept(tokens).flatten().to(rows.device)] if len(self.excluded) else rows
 
     def next_batch(self) -> torch.Tensor:
         """[batch_size, d] activations of the next tokens in the shuffled order, float32, in the stream's own units.
@@ -150,7 +167,7 @@ class ActivationsStore:
             self.left_over = self.memory[:0]
             if here["inside"]:
                 self.harvested = here["rows"]
-                self.left_over = self.get_activations(self.get_batch_tokens()).flatten(0, 1)[here["inside"] :]
+                self.left_over = self.next_rows()[here["inside"] :]
         forward_at, inside, rows, filled = here["stream"], here["inside"], self.left_over, 0
         while True:
             part = rows[: len(buffer) - filled]
@@ -160,7 +177,7 @@ class ActivationsStore:
                 break
             self.harvested = here["rows"] + filled
             forward_at, inside = self.stream.state_dict(), 0
-            rows = self.get_activations(self.get_batch_tokens()).flatten(0, 1)
+            rows = self.next_rows()
         self.left_over = rows[len(part) :]
         if len(self.left_over) == 0:
             forward_at, inside = self.stream.state_dict(), 0

@@ -126,7 +126,8 @@ def described(tensor) -> str:
 class Checkpoints:
     """The checkpoints of a group of runs (training.Run). If there is one that holds them all, it is loaded.
 
-    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of the newest. Raises InputError
+    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of the newest; `ahead` has the
+    runs, by name, that have taken one step more, each with the numbers of that step's output. Raises InputError
     if what they were made with differs from `provenance`, unless resume_anyway, or if all that there are are damaged.
     """
 
@@ -142,6 +143,7 @@ class Checkpoints:
         if path:
             state = json.loads((path / "state.json").read_text())
         self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
+        self.ahead = state.get("ahead", {})
         if path:
             check_provenance(state["provenance"], provenance, path, resume_anyway)
             load_checkpoint(path, state, runs)
@@ -154,13 +156,15 @@ class Checkpoints:
         pause = max(LONGEST_PAUSE, 50 * self.took)
         return step % self.cfg["checkpoint_freq"] == 0 or time.time() - self.saved_at > pause
 
-    def save(self, step: int, stream: dict) -> None:
-        """Save the runs as they are after `step`, unless they have been. Raises SaveError as save_errors says."""
+    def save(self, step: int, stream: dict, ahead: dict | None = None) -> None:
+        """Save the runs as they are after `step` (those in `ahead`, after the next one), unless a checkpoint of `step`
+        is there. Raises SaveError as save_errors says.
+        """
         if step <= self.step or not self.runs:
             return
         begun = time.time()
         state = {"step": step, "seconds": self.elapsed(), "stream": stream, "provenance": self.provenance}
-        state["logged"] = {run.cfg["name"]: run.log.last_step for run in self.runs}
+        state |= {"logged": {run.cfg["name"]: run.log.last_step for run in self.runs}, "ahead": ahead or {}}
         with disk(self.cfg, f"the checkpoint after step {step}"):
             for run in self.runs:
                 run.log.sync()

@@ -31,9 +31,16 @@ def tell(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, or the machine's, where torch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
 def run_command(main, interrupted: str = "Stopped") -> None:
     """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
-    Ctrl-C with the line `interrupted` and code 4.
+    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -42,6 +49,9 @@ def run_command(main, interrupted: str = "Stopped") -> None:
         print(interrupted, file=sys.stderr)
         sys.exit(4)
     except Exception as error:
+        if out_of_memory(error):
+            print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
+            sys.exit(3)
         if not hasattr(error, "exit_code"):
             raise
         # What a file holds, such as a tensor's name, may be in the message: no control sequence reaches the terminal.
@@ -81,7 +91,7 @@ def get_default_cfg() -> dict:
         "beta2": 0.99,  # Adam's decay of the mean squared gradient
         "max_grad_norm": 100_000.0,  # the norm of the whole gradient is clipped to this
         # The language model and where it is read
-        "model_name": "gpt2-small",  # hub name or local Hugging Face directory
+        "model_name": "gpt2-small",  # hub name, short name of transformer_lens, or local Hugging Face directory
         "site": "resid_pre",  # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name
         "layer": 8,  # block whose site is read (a full hook name overrides it)
         "act_size": 768,  # d, width of the activations; None: read it from the model
@@ -103,6 +113,7 @@ def get_default_cfg() -> dict:
         "activation_dtype": "float32",  # they wait in the buffer as "float32", "bfloat16" or "float16"
         "activation_cache": None,  # folder that keeps the activations, so that later runs need not harvest them
         "shuffle_seed": 49,  # of that shuffle; runs share a stream only if they agree on it
+        "exclude_tokens": None,  # tokens left out of training and evaluation: "bos", "special", or a list of ids
         # Evaluation: the first documents of the dataset are held out and never trained on
         "eval_tokens": 65_536,  # held-out tokens, rounded up to whole contexts
         "eval_skip_positions": 1,  # first positions of a context that evaluation leaves alone (attention sink)
@@ -126,20 +137,23 @@ NOT_IN_NAME = {
     "output_dir", "sweep", "wandb_project", "wandb_mode", "name", "hook_point", "stream_retries", "activation_cache",
 }  # fmt: skip
 
-# Keys that came later: at their default they are no part of the name either, so that earlier runs keep theirs.
-ADDED_LATER = {"dataset_column"}
+# Keys that came after runs had been named: part of a name only where they differ from their default.
+ADDED_LATER = {"dataset_column", "exclude_tokens"}
 
 # Runs that agree on these keys are trained in one group: they see the same batches and report at the same steps.
 GROUP_KEYS = (
     "model_name", "site", "layer", "act_size", "model_dtype", "device", "dataset_path", "dataset_config",
     "dataset_split", "dataset_revision", "dataset_column", "num_epochs", "bad_documents", "stream_retries",
     "bos_per_context", "seq_len", "model_batch_size", "num_batches_in_buffer", "activation_dtype", "activation_cache",
-    "shuffle_seed", "batch_size", "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq",
+    "shuffle_seed", "exclude_tokens", "batch_size", "num_tokens", "eval_tokens", "eval_skip_positions", "perf_log_freq",
     "checkpoint_freq", "keep_checkpoints", "save_errors", "log_freq",
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
-RECORDED = ("_provenance",)  # what a run's config.json holds beside its config
+# What saved configs may hold beside these keys. language_model.complete_cfg adds `asked`, what was asked for where the
+# model changes it (the name is that of the run as asked for), and has_bos = False.
+RECORDED = ("_provenance", "asked", "has_bos")
+SET_BY_MODEL = ("seq_len", "bos_per_context", "exclude_tokens")  # the keys that `asked` may hold
 NONE_ALLOWED = {
     "act_size": int,
     "dataset_config": str,
@@ -147,6 +161,7 @@ NONE_ALLOWED = {
     "dataset_column": str,
     "activation_cache": str,
     "wandb_mode": str,
+    "exclude_tokens": list,
 }
 DTYPES = ("float32", "bfloat16", "float16")
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
@@ -173,7 +188,8 @@ POSITIVE = ("lr", "bandwidth", "max_grad_norm")
 def post_init_cfg(cfg: dict) -> dict:
     """Check a config and return a completed copy: missing keys get their default, `hook_point` and `name` are derived.
 
-    Pure and idempotent. Two configs that differ in a key that changes the result get different names.
+    Pure and idempotent. Two configs that differ in a key that changes the result get different names. What
+    language_model.complete_cfg recorded is kept, `asked` only while the name follows from it.
     Raises InputError for an unknown key, a wrong type or an impossible value.
     """
     defaults = get_default_cfg()
@@ -182,13 +198,15 @@ def post_init_cfg(cfg: dict) -> dict:
             nearest = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(defaults)}"
             raise InputError(f"unknown config key {key!r}; {hint}")
+    asked, name, has_bos = cfg.get("asked"), cfg.get("name"), cfg.get("has_bos", True)
     cfg = {key: check_value(key, cfg.get(key, default), default) for key, default in defaults.items()}
 
     if cfg["top_k"] > cfg["dict_size"] and cfg["sae_type"] in ("topk", "batchtopk"):
         raise InputError(f"top_k = {cfg['top_k']} is impossible: at most dict_size = {cfg['dict_size']}")
     if cfg["eval_skip_positions"] > cfg["seq_len"] - 2:
         raise InputError(
-            f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate: at most seq_len - 2"
+            f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate in contexts of seq_len = "
+            f"{cfg['seq_len']} tokens: at most {cfg['seq_len'] - 2}"
         )
     if cfg["lr_warmup_steps"] + cfg["lr_decay_steps"] > num_steps(cfg):
         raise InputError(
@@ -205,13 +223,17 @@ def post_init_cfg(cfg: dict) -> dict:
     else:
         cfg["hook_point"] = f"blocks.{cfg['layer']}.hook_{cfg['site']}"
     cfg["name"] = run_name(cfg)
-    return cfg
+    if asked and isinstance(asked, dict) and asked.keys() <= set(SET_BY_MODEL) and run_name(cfg | asked) == name:
+        cfg |= {"asked": asked, "name": name}
+    return cfg if has_bos else cfg | {"has_bos": False}
 
 
 def check_value(key: str, value, default):
     """The value in the type of its key, or InputError naming the key, the value and what is allowed."""
     if value is None and key in NONE_ALLOWED:
         return None
+    if key == "exclude_tokens":
+        return check_exclude_tokens(value)
     kind = NONE_ALLOWED.get(key, type(default))
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # num_tokens = 1e9
@@ -248,6 +270,18 @@ def check_value(key: str, value, default):
     return value
 
 
+def check_exclude_tokens(value) -> str | list[int]:
+    """The words as they are; ids, or a single one, as a sorted list."""
+    ids = list(value) if isinstance(value, list | tuple) else [value]
+    if value in ("bos", "special"):
+        return value
+    if not ids or any(type(i) is not int or i < 0 for i in ids):
+        raise InputError(
+            f"exclude_tokens = {value!r} is not allowed: it must be None, 'bos', 'special' or a list of token ids"
+        )
+    return sorted(set(ids))
+
+
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
@@ -261,8 +295,8 @@ def run_name(cfg: dict) -> str:
     """Readable parts, then a hash over every key that changes the result."""
     sparsity = f"k{cfg['top_k']}" if cfg["sae_type"] in ("topk", "batchtopk") else f"l1_{cfg['l1_coeff']:g}"
     defaults = get_default_cfg()
-    left_out = NOT_IN_NAME | {key for key in ADDED_LATER if cfg[key] == defaults[key]}
-    counted = {key: value for key, value in sorted(cfg.items()) if key not in left_out}
+    unused = NOT_IN_NAME | {key for key in ADDED_LATER if cfg[key] == defaults[key]}
+    counted = {key: value for key, value in sorted(cfg.items()) if key not in unused}
     digest = hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:8]
     return f"{cfg['sae_type']}_{cfg['dict_size']}_{sparsity}_seed{cfg['seed']}_{digest}"
 

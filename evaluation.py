@@ -21,14 +21,16 @@ With x an activation and r its reconstruction, both in the residual stream's own
                     (CE ablated − CE reconstructed) / (CE ablated − CE original): 1 is perfect
     threshold       BatchTopK's; l0 is what it gives
 
-The first eval_skip_positions of a context are left alone: the model keeps its own activations there, and they
-count in no metric, nor do the predictions made from them. Everything is measured in eval(); the same metrics
-of a BatchTopK's batch top-k have the suffix _batch.
+The first eval_skip_positions of a context, and tokens of exclude_tokens, are left alone: the model keeps its own
+activations there, and they count in no metric, nor do the predictions made from them. Everything is measured in eval();
+the same metrics of a BatchTopK's batch top-k have the suffix _batch.
 
 Each metric has a standard error over contexts, <metric>_se (from two contexts on): of a mean over tokens that of the
 mean of the contexts' means; of a ratio by the delta method, std(a − ratio·b) / (mean(b)·√n) with a context's a over b;
 of the shares of features, which are of the set as a whole, by the jackknife that leaves out one of MOST_PARTS parts of
-it in turn. It tells how far other contexts would move the figure, not how far another seed would.
+it in turn. It tells how far other contexts would move the figure, not how far another seed would. It treats contexts as
+independent. Contexts cut from one long document are not: where the held-out set has few documents, the standard errors
+are too small. And the document at the end of the held-out set continues in the training set.
 
 On the whole held-out set there are also `histograms`, of the SAE in eval():
 
@@ -49,11 +51,12 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
 from config import InputError, best_device, one_line, run_command, tell
 from hub import stay_offline_without_network
-from language_model import load_model
+from language_model import complete_cfg, load_model
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
 MOST_PARTS = 64  # consecutive contexts each; fewer where there are fewer contexts
+IGNORED = -100  # in place of a target whose prediction does not count
 CHUNK = 2**24  # pre-activations in memory at a time in calibrate_threshold, [tokens, F]
 
 
@@ -65,13 +68,13 @@ def heldout_baseline(model, activation_store) -> dict:
     cfg = activation_store.cfg
     total, count = 0, 0
     for tokens in eval_batches(activation_store):
-        acts = heldout_activations(activation_store, tokens)
-        total, count = total + acts.flatten(0, 1).double().sum(0), count + acts.shape[0] * acts.shape[1]
+        x = heldout_activations(activation_store, tokens)[kept(activation_store, tokens)]
+        total, count = total + x.double().sum(0), count + len(x)
     mean = (total / count).float()
     ce = {"ce_original": None, "ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
-    batches = eval_batches(activation_store)
+    batches = [(tokens, kept(activation_store, tokens)) for tokens in eval_batches(activation_store)]
     return {"mean": mean} | {
-        key: torch.cat([prediction_losses(predict(model, tokens, cfg, value), tokens)[0] for tokens in batches])
+        key: torch.cat([prediction_losses(predict(model, b, cfg, value, keep), b, keep)[0] for b, keep in batches])
         for key, value in ce.items()
     }
 
@@ -89,7 +92,7 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
     variants += [(i, "_batch", True) for i, sae in enumerate(saes) if sae.cfg["sae_type"] == "batchtopk"]
     per_context = {variant: [] for variant in variants}  # of each batch, the means of its contexts [8, contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
-    tokens_per_context = activation_store.seq_len - cfg["eval_skip_positions"]
+    keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
     part = torch.arange(contexts, device=cfg["device"]) * min(contexts, MOST_PARTS) // contexts  # of each context
     times_active = {variant: 0 for variant in variants}  # in each part, of each feature [parts, F]
     token_l0 = {variant: [] for variant in variants}
@@ -97,11 +100,12 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
     done = 0
     for tokens in eval_batches(activation_store, num_contexts):
         acts = heldout_activations(activation_store, tokens)
-        x = acts.flatten(0, 1)
+        here = keep[done : done + len(tokens)]
+        x = acts[here]
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
         log_p = predict(model, tokens, cfg).float().log_softmax(-1)
-        parts = part[done : done + len(tokens)]
+        parts = part[done : done + len(tokens), None].expand_as(here)[here]
         done += len(tokens)
         for variant in variants:
             sae = saes[variant[0]]
@@ -109,48 +113,54 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)
             active = features > 0
+            del features
             l0 = active.sum(1)
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
-                counts = active.view(*acts.shape[:2], -1).sum(1, dtype=torch.int32)
-                zeros = counts.new_zeros(min(contexts, MOST_PARTS), counts.shape[1])
-                times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, counts)
+                zeros = parts.new_zeros(min(contexts, MOST_PARTS), active.shape[1], dtype=torch.int32)
+                times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
                 token_l0[variant].append(l0)
-            del features, active
-            losses = prediction_losses(predict(model, tokens, cfg, reconstruction.view_as(acts)), tokens, log_p)
-            per_context[variant].append(torch.cat([per_token.view(5, *acts.shape[:2]).mean(-1), losses.double()]).cpu())
+            del active
+            spliced = acts.masked_scatter(here[..., None], reconstruction)
+            losses = prediction_losses(predict(model, tokens, cfg, spliced, here), tokens, here, log_p)
+            means = per_token.new_zeros(5, *here.shape).masked_scatter_(here, per_token).mean(-1)
+            per_context[variant].append(torch.cat([means, losses.double()]).cpu())
 
     metrics = [{} for _ in saes]
     ces = {key: values[:contexts].double().cpu() for key, values in baseline.items() if key != "mean"}
     original, zero, mean = ces["ce_original"], ces["ce_zero_ablated"], ces["ce_mean_ablated"]
-    one = torch.ones(contexts, dtype=torch.float64)
+    # Of each context, the share of its tokens and of its predictions that count: 1 without exclude_tokens.
+    tokens, predictions = keep.double().mean(-1).cpu(), keep[:, :-1].double().mean(-1).cpu()
     for variant in variants:
         i, suffix, training = variant
         nmse, error, variance, cosine, l0, ce, kl = torch.cat(per_context[variant], 1)
         ratios = {
-            "nmse": (nmse, one), "fvu": (error, variance), "cosine_similarity": (cosine, one), "l0": (l0, one),
-            "ce_reconstructed": (ce, one), "ce_degradation": (ce - original, one), "kl_divergence": (kl, one),
+            "nmse": (nmse, tokens), "fvu": (error, variance), "cosine_similarity": (cosine, tokens),
+            "l0": (l0, tokens), "ce_reconstructed": (ce, predictions), "ce_degradation": (ce - original, predictions),
+            "kl_divergence": (kl, predictions),
             "recovery_from_zero": (zero - ce, zero - original), "recovery_from_mean": (mean - ce, mean - original),
         }  # fmt: skip
         for key, (a, b) in ratios.items():
             metrics[i] |= ratio_with_error(key + suffix, a, b)
         if num_contexts is None:
-            tokens_in_part = part.bincount() * tokens_per_context
+            tokens_in_part = part.new_zeros(min(contexts, MOST_PARTS)).index_add_(0, part, keep.sum(1))
             metrics[i] |= shares_with_errors(suffix, times_active[variant], tokens_in_part)
             if not training:
                 l0 = torch.cat(token_l0[variant])
                 metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0))
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
-            values |= ratio_with_error(key, ce, one)
+            values |= ratio_with_error(key, ce, predictions)
         if sae.cfg["sae_type"] == "batchtopk":
             values["threshold"] = sae.threshold.item()
     return metrics
 
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
-    """Σa / Σb over contexts [n], b = 1 for a mean, and its standard error by the delta method."""
+    """Σa / Σb over contexts [n] and its standard error by the delta method. For a mean over tokens a is a context's
+    mean with 0 for tokens that are left out, and b the share of its tokens that are not.
+    """
     ratio = a.sum() / b.sum()
     values = {key: ratio.item()}
     if len(a) > 1:
@@ -196,32 +206,44 @@ def heldout_activations(activation_store, tokens: torch.Tensor) -> torch.Tensor:
     return activation_store.get_activations(tokens)[:, activation_store.cfg["eval_skip_positions"] :]
 
 
-def predict(model, tokens: torch.Tensor, cfg: dict, replacement: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits [n, predictions, d_vocab] of the predictions made from the positions that evaluation does not skip, with
-    the activations there, at the hook point, replaced if asked (by what [n, seq_len - skip, d] broadcasts from).
+def kept(activation_store, tokens: torch.Tensor) -> torch.Tensor:
+    """Of contexts [n, seq_len], which of the positions that evaluation does not skip are not of exclude_tokens either:
+    [n, seq_len - skip], bool."""
+    return activation_store.kept(tokens[:, activation_store.cfg["eval_skip_positions"] :])
+
+
+def predict(model, tokens: torch.Tensor, cfg: dict, replacement: torch.Tensor | None = None, keep=None) -> torch.Tensor:
+    """Logits [n, predictions, d_vocab] of the predictions made from the positions that evaluation does not skip. With
+    a replacement (what [n, seq_len - skip, d] broadcasts from) it takes the place of the activations at the hook point
+    wherever `keep` [n, seq_len - skip] is True.
     """
     skip = cfg["eval_skip_positions"]
 
     def splice(acts, hook):
-        acts = acts.clone()
-        acts[:, skip:] = replacement.to(acts.dtype)
-        return acts
+        replaced = torch.where(keep[..., None], replacement.to(acts.dtype), acts[:, skip:])
+        return torch.cat([acts[:, :skip], replaced], 1)
 
     hooks = [] if replacement is None else [(cfg["hook_point"], splice)]
     return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)[:, skip:-1]
 
 
-def prediction_losses(logits: torch.Tensor, tokens: torch.Tensor, log_p: torch.Tensor | None = None) -> torch.Tensor:
+def prediction_losses(
+    logits: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor, log_p: torch.Tensor | None = None
+) -> torch.Tensor:
     """CE of each context, and with log_p [n, predictions, d_vocab] the KL divergence from it: [1 or 2, n], in nats.
+    They are means over all predictions, with 0 for those that are not made from positions that `keep` [n, predictions
+    + 1] has.
 
     A context at a time: what is as large as its logits fits the memory beside those of the batch.
     """
     losses = []
     for i, targets in enumerate(tokens[:, -logits.shape[1] :]):
-        log_q = logits[i].float().log_softmax(-1)
-        losses.append([F.nll_loss(log_q, targets)])
+        log_q, counts = logits[i].float().log_softmax(-1), keep[i, :-1]
+        targets = targets.where(counts, IGNORED)
+        losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORED) / len(targets)])
         if log_p is not None:
-            losses[-1].append(F.kl_div(log_q, log_p[i], reduction="none", log_target=True).sum(-1).mean())
+            kl = F.kl_div(log_q, log_p[i], reduction="none", log_target=True).sum(-1)
+            losses[-1].append(kl.where(counts, 0).mean())
     return torch.stack([torch.stack(of_context) for of_context in losses], 1)
 
 
@@ -294,6 +316,7 @@ def open_run(run: Path) -> tuple:
         )
     stay_offline_without_network(sae.cfg["model_name"], sae.cfg["dataset_path"])
     model = load_model(sae.cfg)
+    sae.cfg = complete_cfg(sae.cfg, model)
     little = {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
     activation_store = ActivationsStore(model, sae.cfg | little)
     activation_store.cfg = sae.cfg  # the evaluation's batches are as large as those of the training

@@ -104,12 +104,13 @@ def saelens_files(sae: BaseAutoencoder) -> dict:
     if config["architecture"] == "topk":
         config |= {"k": cfg["top_k"], "rescale_acts_by_decoder_norm": False}
     metadata = {
-        "sae_lens_version": "6.0.0", "model_name": cfg["model_name"], "model_class_name": "HookedTransformer",
+        "sae_lens_version": "6.0.0", "model_name": hub_name(cfg["model_name"]), "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": {"center_writing_weights": False},  # trained on the model as it is
         "hook_name": cfg["hook_point"], "hook_layer": cfg["layer"], "hook_head_index": None,
-        "context_size": cfg["seq_len"], "prepend_bos": cfg["bos_per_context"], "sequence_separator_token": "bos",
-        "disable_concat_sequences": False, "exclude_special_tokens": False, "dataset_path": cfg["dataset_path"],
-        OURS: portable_cfg(sae),
+        "context_size": cfg["seq_len"], "prepend_bos": cfg["bos_per_context"],
+        "sequence_separator_token": "bos" if cfg.get("has_bos", True) else None,
+        "disable_concat_sequences": False, "exclude_special_tokens": cfg["exclude_tokens"] or False,
+        "dataset_path": cfg["dataset_path"], OURS: portable_cfg(sae),
     }  # fmt: skip
     config |= {
         "d_in": cfg["act_size"], "d_sae": cfg["dict_size"], "dtype": cfg["dtype"], "device": "cpu",

@@ -3,7 +3,7 @@
     python features.py RUN [--num N] [--features I I ...]      RUN is a run's folder, runs/<sweep>/<name>
 
 Writes RUN/features.html with the N most interesting features, and those asked for first. Activations are those of
-the held-out tokens, with the SAE as it is used, in eval(); positions that evaluation skips have none.
+the held-out tokens, with the SAE as it is used, in eval(); positions and tokens that evaluation leaves out have none.
 
 Interesting are the features that put most energy, Σ f² ‖W_dec row‖², into the reconstructions of the held-out tokens.
 Those active on fewer than RARE tokens or on more than DENSE of them come after all others.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import SITES, InputError, run_command
-from evaluation import DENSE, heldout_activations, open_run, read_record
+from evaluation import DENSE, heldout_activations, kept, open_run, read_record
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown of each, and how many of them come before its peak
@@ -65,6 +65,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     for tokens in contexts.split(max(1, CHUNK // (dict_size * seq_len))):
         x = heldout_activations(activation_store, tokens)
         acts = sae.encode(x.flatten(0, 1)).float()
+        acts[~kept(activation_store, tokens).flatten().to(device)] = 0
         energy += acts.pow(2).sum(0)
         per_context = acts.view(len(tokens), -1, dict_size)
 
@@ -141,9 +142,8 @@ def rounded(values: torch.Tensor) -> list:
 @torch.no_grad()
 def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
     """What the page shows of these features, in plain values; tokens are indices into its `vocab`."""
-    cfg, skip = sae.cfg, activation_store.cfg["eval_skip_positions"]
-    contexts = activation_store.eval_contexts
-    num_tokens = len(contexts) * (contexts.shape[1] - skip)
+    cfg, contexts = sae.cfg, activation_store.eval_contexts
+    num_tokens = int(kept(activation_store, contexts).sum())
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
     unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
     pages = []
@@ -226,8 +226,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--num 0 without --features leaves nothing to show")
 
     statistics = feature_statistics(sae, activation_store)
-    contexts = activation_store.eval_contexts
-    num_tokens = len(contexts) * (contexts.shape[1] - sae.cfg["eval_skip_positions"])
+    num_tokens = int(kept(activation_store, activation_store.eval_contexts).sum())
     ranked = most_interesting(statistics, sae.W_dec, num_tokens)
     chosen = list(dict.fromkeys(args.features))
     features = chosen + [i for i in ranked if i not in chosen][:num]

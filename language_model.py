@@ -8,6 +8,7 @@ form has no such module, or gives something else there, the bridge is run instea
 
 import copy
 import hashlib
+import os
 import re
 from itertools import chain
 from pathlib import Path
@@ -15,13 +16,16 @@ from pathlib import Path
 import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import MODEL_ALIASES
 
-from config import InputError, one_line, tell
+from config import SET_BY_MODEL, InputError, one_line, post_init_cfg, tell
 from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
+from sparse_ops import screen_dtype
 
 
 def load_model(cfg: dict) -> TransformerBridge:
-    """The language model of a config in its model_dtype and in eval mode; `model.plain` is its form in transformers.
+    """The language model of a config in its model_dtype and in eval mode; `model.plain` is its form in transformers,
+    `model.plain_tokenizer` its tokenizer as saved (the bridge's own has a BOS even where the model has none).
 
     Code in a model's repository is never run. Raises InputError if there is no such model, it needs such code, it has
     no weights or no tokenizer, or the hub cannot be reached.
@@ -44,15 +48,19 @@ def load_model(cfg: dict) -> TransformerBridge:
         never_wait_for_ever()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
+        tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times as fast")
     loader = Loader()
+    source = os.path.join(".", name) if Path(name).is_dir() else name  # "./", so that no folder is taken for an alias
     try:
         model = TransformerBridge.boot_transformers(
-            name,
+            source,
             device=cfg["device"],
             dtype=getattr(torch, cfg["model_dtype"]),
             model_class=loader,
             trust_remote_code=False,
         )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the libraries below raise what they like; the user gets one line
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -66,12 +74,55 @@ def load_model(cfg: dict) -> TransformerBridge:
     model.requires_grad_(False).eval()
     # Not a submodule: its parameters are the bridge's own.
     object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
+    object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model
 
 
+def slow_dtype(device: str, dtype: str) -> str | None:
+    """Why a dtype is slow on this device, or None: a CPU without instructions for it converts every number."""
+    if not device.startswith("cpu"):
+        return None
+    if dtype == "bfloat16" and screen_dtype(torch.device("cpu")) != torch.bfloat16:
+        return "which has no bf16 instructions"
+    if dtype == "float16" and not getattr(torch.cpu, "get_capabilities", dict)().get("avx512_fp16"):
+        return "which has no fp16 instructions"
+    return None
+
+
 def hub_name(model_name: str) -> str:
-    """What the hub calls a model."""
-    return {"gpt2-small": "gpt2"}.get(model_name, model_name)
+    """What the hub calls a model, also one given by a short name of transformer_lens. A local folder keeps its name."""
+    if Path(model_name).exists():
+        return model_name
+    return next((name for name, aliases in MODEL_ALIASES.items() if model_name in aliases), model_name)
+
+
+def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
+    """A completed config with what only the model can tell: seq_len and bos_per_context as they will be, exclude_tokens
+    as a list of ids, and has_bos = False where there is no BOS. `asked` keeps the values that this changes; the name
+    stays that of the run as it was asked for.
+
+    Raises InputError if exclude_tokens names tokens that the model does not have, or if nothing is left to evaluate.
+    """
+    has_bos = model.plain_tokenizer.bos_token_id is not None
+    values = min(cfg["seq_len"], model.cfg.n_ctx), cfg["bos_per_context"] and has_bos, excluded_ids(cfg, model)
+    effective = dict(zip(SET_BY_MODEL, values))
+    asked = {key: cfg[key] for key in effective if cfg[key] != effective[key]} | cfg.get("asked", {})
+    return post_init_cfg(cfg | effective | {"has_bos": has_bos, "asked": asked})
+
+
+def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
+    """The token ids that exclude_tokens of a completed config names."""
+    excluded, tokenizer = cfg["exclude_tokens"], model.plain_tokenizer
+    if excluded == "bos":
+        excluded = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    elif excluded == "special":
+        excluded = sorted({i for i in tokenizer.all_special_ids if i < model.cfg.d_vocab})
+    if excluded is None:
+        return None
+    if not excluded or max(excluded) >= model.cfg.d_vocab:
+        has = "has none" if not excluded else f"has tokens 0 to {model.cfg.d_vocab - 1}"
+        raise InputError(f"exclude_tokens = {cfg['exclude_tokens']!r} is not possible: {cfg['model_name']} {has}")
+    return excluded
 
 
 class Loader:

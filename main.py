@@ -18,10 +18,20 @@ from pathlib import Path
 import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint, remove_checkpoints
-from config import GROUP_KEYS, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, run_command, tell
+from config import (
+    DERIVED,
+    GROUP_KEYS,
+    NOT_IN_NAME,
+    RECORDED,
+    InputError,
+    get_default_cfg,
+    post_init_cfg,
+    run_command,
+    tell,
+)  # fmt: skip
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
-from language_model import check_hook_point, load_model
+from language_model import check_hook_point, complete_cfg, load_model
 from logs import is_finished, is_over, read_json, run_folder, why_stopped
 from plan import duration, plan_group, tell_time
 from results import draw_results
@@ -129,7 +139,7 @@ def parse_override(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"{text!r} is not of the form KEY=VALUE")
-    if key in ("hook_point", "name", "sweep"):
+    if key in (*DERIVED, *RECORDED, "sweep"):
         raise InputError(
             f"{key} cannot be set: it follows from the sweep and its overrides (hook_point from site and layer)"
         )
@@ -172,7 +182,7 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     """
     groups, failed = {}, []
     for cfg in cfgs:
-        key = newest_checkpoint(cfg), *(cfg[key] for key in GROUP_KEYS)
+        key = newest_checkpoint(cfg), json.dumps([cfg[key] for key in GROUP_KEYS])
         groups.setdefault(key, []).append(cfg)
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:
@@ -184,10 +194,10 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         if loaded_as(group[0]) not in models:
             models[loaded_as(group[0])] = load_model(group[0])
-    for (checkpoint, *_), group in groups.items():  # all plans, before the first is carried out
+    for (checkpoint, _), group in groups.items():  # all plans, before the first is carried out
         model = models[loaded_as(group[0])]
         width = check_hook_point(model, group[0])
-        group = [post_init_cfg(cfg | {"act_size": width}) for cfg in group]
+        group = [complete_cfg(cfg | {"act_size": width}, model) for cfg in group]
         steps_done = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
         planned += [(part, model, steps_done) for part in plan_group(group, model, steps_done, force)]
     if len(planned) > 1:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from config import NOT_IN_NAME
+from config import NOT_IN_NAME, RECORDED
 from dataset import file_kind
 from evaluation import read_record, with_error
 from language_model import hub_name
@@ -75,7 +75,7 @@ CARD = """---
 # {kind} SAE of {dict_size} features, {hook_point} of {model_name}
 
 A sparse autoencoder ([arXiv 2412.06410](https://arxiv.org/abs/2412.06410)) of the activations x of width {act_size} at
-the hook point `{hook_point}` (as transformer_lens names it) of `{model_name}`. Its features f, {dict_size} of them and
+the hook point `{hook_point}` (as transformer_lens names it) of `{hub_name}`. Its features f, {dict_size} of them and
 few of them not 0 at a time, and its reconstruction r of x:
 
 {equations}
@@ -125,10 +125,12 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     keys = {"sae_type", "act_size", "dict_size", "input_unit_norm", "dtype", "model_name", "hook_point"}
     training = "How it was trained is not recorded here, and the config in this folder may not be what it was."
     if num_tokens:
-        keys |= cfg.keys() - NOT_IN_NAME - {"bad_documents", "site", "layer"} - UNUSED[cfg["sae_type"]]
-        training = f"It was trained on {num_tokens:,} tokens of `{cfg['dataset_path']}`, in contexts of "
-        training += f"{cfg['seq_len']} tokens"
-        training += ", each beginning with BOS." if cfg["bos_per_context"] else " (documents joined, BOS before each)."
+        keys |= cfg.keys() - NOT_IN_NAME - {*RECORDED, "bad_documents", "site", "layer"} - UNUSED[cfg["sae_type"]]
+        training = f"It was trained on {num_tokens:,} tokens of `{dataset}`, in contexts of {cfg['seq_len']} tokens"
+        separator = "BOS before each" if cfg.get("has_bos", True) else "without BOS, which the model does not have"
+        training += ", each beginning with BOS." if cfg["bos_per_context"] else f" (documents joined, {separator})."
+        if cfg["exclude_tokens"] is not None:
+            training += f" Tokens with the ids {cfg['exclude_tokens']} were left out."
     if cfg["sae_type"] == "batchtopk" and not in_batch:
         training += f" In training, f kept the {cfg['top_k']}·B largest z > 0 of each batch of B tokens."
     needs, imports, loading = (text.format(**cfg, class_name=type(sae).__name__) for text in LOADING[to])
@@ -137,7 +139,9 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
         imports += "\nfrom huggingface_hub import snapshot_download"
         where = f'folder = snapshot_download("{repo}")'
     return CARD.format(
-        **{key: cfg[key] for key in ("dict_size", "act_size", "hook_point", "model_name")},
+        **{key: cfg[key] for key in ("dict_size", "act_size", "hook_point")},
+        model_name=cfg["model_name"],
+        hub_name=model_name,
         metadata=metadata.to_yaml(),
         kind=KINDS[cfg["sae_type"]],
         equations="\n".join(f"    {line}" for line in equations(sae, in_batch)),
@@ -182,6 +186,7 @@ def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
     num_tokens = metrics.get("eval_tokens", -(-cfg["eval_tokens"] // cfg["seq_len"]) * cfg["seq_len"])
     skip = cfg["eval_skip_positions"]
     skipped = f", at their positions from {skip} on" if skip else ""
+    skipped += " but for the tokens left out in training" if cfg["exclude_tokens"] is not None else ""
     return (
         f"On the contexts of the first {num_tokens:,} tokens of `{cfg['dataset_path']}`, on which it was not trained"
         f"{skipped}; "

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from config import InputError, gib, num_steps, tell
-from evaluation import eval_batches, heldout_activations, predict, prediction_losses
+from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
 from training import make_optimizer, training_step
@@ -132,7 +132,8 @@ def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> 
     per_token = seconds(lambda: store.get_activations(tokens), device) / tokens.numel()
     harvest = per_token * cfg["batch_size"]
     predict(model, tokens, cfg)
-    forward = seconds(lambda: prediction_losses(predict(model, tokens, cfg), tokens), device)
+    keep = kept(store, tokens)
+    forward = seconds(lambda: prediction_losses(predict(model, tokens, cfg), tokens, keep), device)
     step = evaluation = 0.0
     for run_cfg in group:
         its_step, its_reconstruction = times_of(run_cfg, x)

@@ -149,7 +149,8 @@ def run_table(runs: list[Run]) -> pd.DataFrame:
     rows = []
     for run in runs:
         metrics = {k: v for k, v in run.summary.items() if isinstance(v, int | float) and not k.startswith("_")}
-        rows.append({"tokens": 0} | metrics | run.config | {"name": run.name, "state": run.state, "run": run})
+        config = {k: str(v) if isinstance(v, list) else v for k, v in run.config.items()}  # pandas groups by no lists
+        rows.append({"tokens": 0} | metrics | config | {"name": run.name, "state": run.state, "run": run})
     table = pd.DataFrame(rows)
     first = ["name", "state", *SWEPT, "seed", *(key for key in COLUMNS if key in table)]
     return table[[*first, *sorted(set(table) - set(first))]].sort_values("name", ignore_index=True, kind="stable")
@@ -157,7 +158,8 @@ def run_table(runs: list[Run]) -> pd.DataFrame:
 
 def point_keys(table: pd.DataFrame) -> list[str]:
     """The config keys that runs must agree on to be one point."""
-    return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
+    recorded = {"asked", "has_bos"}  # beside the config, by language_model.complete_cfg
+    return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT - recorded)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

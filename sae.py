@@ -124,17 +124,26 @@ class BaseAutoencoder(nn.Module):
     def splice(self, model):
         """While active, `model` (a TransformerBridge, as of language_model.load_model) computes with this SAE's
         reconstructions in place of its activations at cfg["hook_point"], but for the first eval_skip_positions of each
-        context, which it keeps. Whole contexts only: generate with use_past_kv_cache=False.
+        context, and tokens of exclude_tokens, which it keeps. Whole contexts only: generate with
+        use_past_kv_cache=False.
         """
-        skip = self.cfg["eval_skip_positions"]
+        from language_model import excluded_ids  # which imports this module
+
+        skip, seen = self.cfg["eval_skip_positions"], []
+        excluded = torch.tensor(excluded_ids(self.cfg, model) or [], dtype=torch.int64)
 
         def replace(acts, hook):
-            x = acts[:, skip:]
-            reconstruction = self.reconstruct(x)[0].to(acts)
-            return torch.cat([acts[:, :skip], reconstruction], 1)
+            x, tokens = acts[:, skip:], seen.pop()[:, skip:]
+            keep = ~torch.isin(tokens, excluded.to(tokens.device))
+            reconstruction = self.reconstruct(x[keep])[0].to(acts)
+            return torch.cat([acts[:, :skip], x.masked_scatter(keep[..., None], reconstruction)], 1)
 
-        with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]):
-            yield model
+        handle = model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]):
+                yield model
+        finally:
+            handle.remove()
 
     @full_precision()
     def forward(self, x: torch.Tensor, wait: bool = True) -> dict:

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+import traceback
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ from tqdm import tqdm
 
 import sparse_ops
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
-from config import InputError, num_steps, tell
+from config import InputError, num_steps, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
+from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder
 
@@ -54,8 +56,12 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     Raises InputError if a run is over or in use, if its checkpoint was made with something else (versions, threads,
     device, model, data; unless resume_anyway), if the dataset ends before num_tokens or holds NaN, and, when the others
     are trained, if NaN or infinity stopped an SAE; StreamError if the network stays down, SaveError if the disk does,
-    Stopped on Ctrl-C or SIGTERM. What was trained is saved first.
+    Stopped on Ctrl-C or SIGTERM; torch.OutOfMemoryError, MemoryError or torch's RuntimeError where memory runs out.
+    What was trained is saved first.
     """
+    cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
+    for sae, cfg in zip(saes, cfgs):
+        sae.cfg = cfg
     cfg = cfgs[0]
     made_with = provenance(model, activation_store)
     with ExitStack() as stack:
@@ -99,12 +105,16 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
         desc=f"training {len(runs)} SAEs",
         smoothing=0.05,
     )
-    with bar, StopSignals() as signals:
+    with bar, StopSignals() as signals, SaveWithoutMemory(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
             position = activation_store.state_dict()
+            outputs = memory.begin(step, position)
+            for run in runs:
+                run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
                 x = signals.stop_at_once_in(activation_store.next_batch)
-                if not x.isfinite().all():
+                group_step(runs, x, outputs, checkpoints.ahead)
+                if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
             except (InputError, StreamError, Stopped) as error:  # also: the data ended early, or the network is down
                 checkpoints.save(step - 1, position)
@@ -114,9 +124,6 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
-            for run in runs:
-                run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
-            outputs = group_step(runs, x)
             for run, output in list(zip(runs, outputs)):
                 if isinstance(output, FloatingPointError):  # raised before the weights are touched
                     runs.remove(run)
@@ -130,7 +137,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 break
             bar.update(len(x))
 
-            # Records. Only here does a number leave the device.
+            # Records. Apart from group_step's failures, numbers leave the device only here.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
@@ -140,6 +147,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
                 for values, more in zip(metrics, evaluated):
                     values |= more
+            memory.position = None  # what follows only writes
             for run, values in zip(runs, metrics):
                 if values.get("l0_norm", FEWEST_ACTIVE) < FEWEST_ACTIVE and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
@@ -154,6 +162,47 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return failed
+
+
+class SaveWithoutMemory:
+    """Saves what was trained where memory runs out in a step. Some SAEs may have taken this step and others not, so the
+    checkpoint is that of the step before, and says which SAEs are ahead of it, with the numbers of their outputs.
+    """
+
+    def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
+        self.runs, self.checkpoints, self.last_step, self.position = runs, checkpoints, last_step, None
+
+    def __enter__(self):
+        return self
+
+    def begin(self, step: int, position: dict) -> list[dict]:
+        """A step begins, with the stream at `position`. Returns the list for the outputs of the SAEs that take it."""
+        self.step, self.position, self.outputs = step, position, []
+        return self.outputs
+
+    def __exit__(self, kind, error, frames):
+        if error is None or self.position is None or not out_of_memory(error):
+            return
+        traceback.clear_frames(frames)  # they hold what took the memory
+        if half_updated := [run.cfg["name"] for run in self.runs if getattr(run.optimizer, "is_updating", False)]:
+            tell(f"Out of memory while the weights of {half_updated[0]} were changed: the last checkpoint is kept")
+            return
+        failed = read_failures([run.sae for run in self.runs], self.outputs)
+        ahead = {
+            run.cfg["name"]: {key: value.item() for key, value in output.items()}
+            for run, output, again in zip(self.runs, self.outputs, failed)
+            if not again and not isinstance(output, FloatingPointError)
+        }
+        self.checkpoints.save(self.step - 1, self.position, ahead)
+        tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
+
+
+def as_output(numbers: dict) -> dict:
+    """The numbers that a checkpoint has of an output, as scalars() gives them."""
+    return {
+        key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        for key, value in numbers.items()
+    }
 
 
 class StopSignals:
@@ -219,8 +268,9 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
     return output
 
 
-def group_step(runs: list[Run], x: torch.Tensor) -> list[dict | FloatingPointError]:
-    """A training step of each run on the same batch: the scalars of its output, or the error that kept it from a step.
+def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
+    """A training step of each run on the same batch. As each is done, the scalars of its output, or the error that kept
+    it from a step, are added to `outputs`. Runs in `ahead` have taken this step before, with the numbers there.
 
     On CUDA the host waits for the device once, when the steps of all runs are queued.
     """
@@ -231,9 +281,12 @@ def group_step(runs: list[Run], x: torch.Tensor) -> list[dict | FloatingPointErr
         except FloatingPointError as error:
             return error
 
-    outputs = [attempt(run) for run in runs]
-    failures = read_failures([run.sae for run in runs], outputs)
-    return [attempt(run, wait=True) if failed else o for run, o, failed in zip(runs, outputs, failures)]
+    for run in runs:
+        name = run.cfg["name"]
+        outputs.append(as_output(ahead.pop(name)) if name in ahead else attempt(run))
+    for i, failed in enumerate(read_failures([run.sae for run in runs], outputs)):
+        if failed:
+            outputs[i] = attempt(runs[i], wait=True)
 
 
 @sparse_ops.full_precision()
@@ -248,6 +301,7 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
     else:
         update_weights(sae, optimizer, cfg)
         sae.update_statistics(output)
+    optimizer.is_updating = False  # if memory runs out before this, the SAE cannot be saved
     optimizer.zero_grad()
     sae.zero_grad()
     return output
@@ -259,6 +313,7 @@ def update_weights(sae, optimizer, cfg: dict) -> None:
     if not norm.isfinite():
         sae.zero_grad()
         raise FloatingPointError("NaN or infinity in the gradient")
+    optimizer.is_updating = True
     sae.make_decoder_weights_and_grad_unit_norm()
     share_gradients(sae, optimizer)
     optimizer.step()
@@ -270,6 +325,7 @@ def update_on_device(sae, optimizer, cfg: dict, output: dict, wait: bool) -> Non
     import triton_ops
 
     share_gradients(sae, optimizer)
+    optimizer.is_updating = True
     failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
     failure = triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
     before = [buffer.clone() for buffer in sae.buffers()]
@@ -294,7 +350,7 @@ def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[
 
     Waits for the device once.
     """
-    failed, queued = [False] * len(saes), {}
+    failed, queued = [False] * len(outputs), {}
     for i, output in enumerate(outputs):
         if isinstance(output, dict) and "failure" in output:
             queued[i] = torch.cat([output.pop("failure")[None], saes[i].counts_on_device()])

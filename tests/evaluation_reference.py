@@ -31,20 +31,28 @@ def forward_by_hand(hf_model, tokens: list[int], replace=None) -> tuple[torch.Te
     return seen[0], [-log_p[t, tokens[t + 1]].item() for t in range(len(tokens) - 1)], log_p
 
 
-def ce_by_hand(hf_model, tokens: list[int], skip: int, rows: list | None = None) -> tuple[float, float]:
-    """Over the predictions made from positions `skip` on, whose activations are replaced by `rows`: mean −log p, and
-    mean Σ p (log p − log q), q with and p without the replacement.
+def kept_positions(tokens: list[int], skip: int, excluded: tuple) -> list[int]:
+    return [t for t in range(skip, len(tokens)) if tokens[t] not in excluded]
+
+
+def ce_by_hand(
+    hf_model, tokens: list[int], skip: int, rows: list | None = None, excluded: tuple = ()
+) -> tuple[float, float]:
+    """Over the predictions made from positions `skip` on that hold no excluded token, whose activations are replaced by
+    `rows`: mean −log p, and mean Σ p (log p − log q), q with and p without the replacement. 0 where there are none.
     """
+    kept = kept_positions(tokens, skip, excluded)
 
     def replace(hidden):
-        for t in range(skip, len(tokens)):
-            hidden[t] = rows[t - skip]
+        for t, row in zip(kept, rows):
+            hidden[t] = row
         return hidden
 
     _, losses, log_q = forward_by_hand(hf_model, tokens, replace if rows is not None else None)
     _, _, log_p = forward_by_hand(hf_model, tokens)
     divergences = [(log_p[t].exp() * (log_p[t] - log_q[t])).sum().item() for t in range(len(losses))]
-    return sum(losses[skip:]) / len(losses[skip:]), sum(divergences[skip:]) / len(divergences[skip:])
+    losses, divergences = ([values[t] for t in kept if t < len(values)] for values in (losses, divergences))
+    return sum(losses) / max(1, len(losses)), sum(divergences) / max(1, len(divergences))
 
 
 @torch.no_grad()
@@ -99,19 +107,24 @@ def share_by_hand(of, parts: list[list]) -> tuple[float, float]:
     return of([context for part in parts for context in part]), math.sqrt((n - 1) / n * squares)
 
 
-def metrics_by_hand(hf_model, sae, contexts: list[list[int]], skip: int, batch_top_k: bool, measured: int) -> dict:
+def metrics_by_hand(
+    hf_model, sae, contexts: list[list[int]], skip: int, batch_top_k: bool, measured: int, excluded: tuple = ()
+) -> dict:
     """All metrics, (value, standard error), on the first `measured` contexts; the held-out mean is over all."""
-    acts = [list(forward_by_hand(hf_model, tokens)[0][skip:]) for tokens in contexts]
+    kept = [kept_positions(tokens, skip, excluded) for tokens in contexts]
+    acts = [[forward_by_hand(hf_model, tokens)[0][t] for t in at] for tokens, at in zip(contexts, kept)]
     held_out = [x.double() for rows in acts for x in rows]
-    x_mean, length = sum(held_out) / len(held_out), SEQ_LEN - skip
+    x_mean = sum(held_out) / len(held_out)
     sums = {key: [0.0] * measured for key in ("nmse", "error", "variance", "cosine", "l0")}  # of each context
     times_active = [[0] * sae.cfg["dict_size"] for _ in range(measured)]
     ce = {key: [] for key in ("original", "reconstructed", "zero", "mean", "kl")}
+    each_prediction = []
     for start in range(0, measured, CONTEXTS_PER_BATCH):
         part = acts[start : min(start + CONTEXTS_PER_BATCH, measured)]
         reconstructions, features = reconstruct_by_hand(sae, [x for rows in part for x in rows], batch_top_k)
+        context_of = [start + n for n, rows in enumerate(part) for _ in rows]
         for i, x in enumerate(x for rows in part for x in rows):
-            x, r, context = x.double(), reconstructions[i].double(), start + i // length
+            x, r, context = x.double(), reconstructions[i].double(), context_of[i]
             error = ((x - r) ** 2).sum().item()
             sums["nmse"][context] += error / ((x - x.mean()) ** 2).sum().item()
             sums["error"][context] += error
@@ -121,27 +134,31 @@ def metrics_by_hand(hf_model, sae, contexts: list[list[int]], skip: int, batch_t
                 sums["l0"][context] += 1
                 times_active[context][j] += 1
         for i in range(len(part)):
-            tokens = contexts[start + i]
-            reconstructed, kl = ce_by_hand(hf_model, tokens, skip, reconstructions[i * length : (i + 1) * length])
-            ce["reconstructed"].append(reconstructed)
-            ce["kl"].append(kl)
-            ce["original"].append(ce_by_hand(hf_model, tokens, skip)[0])
-            ce["zero"].append(ce_by_hand(hf_model, tokens, skip, [torch.zeros(128)] * length)[0])
-            ce["mean"].append(ce_by_hand(hf_model, tokens, skip, [x_mean.float()] * length)[0])
+            tokens, length = contexts[start + i], len(part[i])
+            predictions = sum(t < len(tokens) - 1 for t in kept[start + i])
+            rows, reconstructions = reconstructions[:length], reconstructions[length:]
+            of_rows = {"original": None, "zero": [torch.zeros(128)] * length, "mean": [x_mean.float()] * length}
+            for key, replacement in ({"reconstructed": rows} | of_rows).items():
+                mean, kl = ce_by_hand(hf_model, tokens, skip, replacement, excluded)
+                ce[key].append(predictions * mean)
+                if key == "reconstructed":
+                    ce["kl"].append(predictions * kl)
+            each_prediction.append(predictions)
 
     def dead(counts):
-        return sum(sum(column) == 0 for column in zip(*counts)) / sae.cfg["dict_size"]
+        return sum(sum(column) == 0 for column in zip(*(times for times, _ in counts))) / sae.cfg["dict_size"]
 
     def dense(counts):
-        return sum(sum(column) > 0.1 * len(counts) * length for column in zip(*counts)) / sae.cfg["dict_size"]
+        tokens = sum(length for _, length in counts)
+        return sum(sum(c) > 0.1 * tokens for c in zip(*(times for times, _ in counts))) / sae.cfg["dict_size"]
 
     def lost(key, other="original"):
         return [x - y for x, y in zip(ce[key], ce[other])]
 
-    one, each = [1.0] * measured, [length] * measured
+    each = [len(rows) for rows in acts[:measured]]
     parts = [[] for _ in range(min(measured, evaluation.MOST_PARTS))]
     for i in range(measured):
-        parts[i * len(parts) // measured].append(times_active[i])
+        parts[i * len(parts) // measured].append((times_active[i], each[i]))
     return {
         "nmse": ratio_by_hand(sums["nmse"], each),
         "fvu": ratio_by_hand(sums["error"], sums["variance"]),
@@ -149,12 +166,12 @@ def metrics_by_hand(hf_model, sae, contexts: list[list[int]], skip: int, batch_t
         "l0": ratio_by_hand(sums["l0"], each),
         "dead_fraction": share_by_hand(dead, parts),
         "dense_fraction": share_by_hand(dense, parts),
-        "ce_original": ratio_by_hand(ce["original"], one),
-        "ce_zero_ablated": ratio_by_hand(ce["zero"], one),
-        "ce_mean_ablated": ratio_by_hand(ce["mean"], one),
-        "ce_reconstructed": ratio_by_hand(ce["reconstructed"], one),
-        "ce_degradation": ratio_by_hand(lost("reconstructed"), one),
-        "kl_divergence": ratio_by_hand(ce["kl"], one),
+        "ce_original": ratio_by_hand(ce["original"], each_prediction),
+        "ce_zero_ablated": ratio_by_hand(ce["zero"], each_prediction),
+        "ce_mean_ablated": ratio_by_hand(ce["mean"], each_prediction),
+        "ce_reconstructed": ratio_by_hand(ce["reconstructed"], each_prediction),
+        "ce_degradation": ratio_by_hand(lost("reconstructed"), each_prediction),
+        "kl_divergence": ratio_by_hand(ce["kl"], each_prediction),
         "recovery_from_zero": ratio_by_hand(lost("zero", "reconstructed"), lost("zero")),
         "recovery_from_mean": ratio_by_hand(lost("mean", "reconstructed"), lost("mean")),
     }

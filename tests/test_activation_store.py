@@ -286,6 +286,69 @@ def test_batches_are_shuffled_and_deterministic(model, counted):
     assert (np.diff(places) == 1).mean() < 0.1, "neighbours in the text are not neighbours in a batch"
 
 
+# Tokens that are left out
+
+
+def kept_rows(store, excluded: list[int]) -> torch.Tensor:
+    """The activations [n, d] to train on, in the order of the text, without those of excluded tokens."""
+    fresh = ActivationsStore(store.model, store.cfg | {"exclude_tokens": None, "activation_cache": None})
+    contexts = all_contexts(fresh)
+    rows = torch.cat([store.get_activations(part) for part in contexts.split(store.cfg["model_batch_size"])])
+    return rows.flatten(0, 1)[[token not in excluded for token in contexts.flatten().tolist()]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bos_per_context": True}, {"model_batch_size": 1, "num_epochs": 2}])
+def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
+    """Batches are whole, and over all of them every other token comes once, in the buffers' order; no row is lost."""
+    excluded = [BOS, 3, 200, 201]
+    cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=excluded, **changes)
+    rows = kept_rows(ActivationsStore(model, cfg), excluded)
+    num_tokens = len(rows) // 40 * 40
+    store = ActivationsStore(model, cfg | {"num_tokens": num_tokens})
+    batches = torch.cat([store.next_batch() for _ in range(num_tokens // 40)])
+    size = len(store.memory)
+    assert size % 40 == 0 and len(batches) == num_tokens
+    for i in range(0, num_tokens, size):
+        assert np.array_equal(sorted_rows(batches[i : i + size]), sorted_rows(rows[i : min(i + size, num_tokens)]))
+    ActivationsStore(model, cfg | {"num_tokens": len(rows), "batch_size": 1})  # just enough is enough
+    usable = f"{len(rows):,}" if "bos_per_context" not in changes else r"[\d,]+"  # an upper bound
+    with pytest.raises(InputError, match=f"too short: {usable} tokens to train on.* without exclude_tokens"):
+        store = ActivationsStore(model, cfg | {"num_tokens": len(rows) // 40 * 40 + 40})
+        while True:
+            store.next_batch()
+
+
+def test_a_stream_with_excluded_tokens_resumes_to_the_bit(model, jsonl, texts, tmp_path):
+    """From any batch on, live and from the cache, which belongs to these tokens alone."""
+    cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=[BOS, 3], num_batches_in_buffer=3)
+    store = ActivationsStore(model, cfg)
+    batches, states = [], []
+    for _ in range(10):
+        states.append(json.loads(json.dumps(store.state_dict())))
+        batches.append(store.next_batch())
+    assert {state["inside"] for state in states} > {0}
+    for changes in ({}, {"activation_cache": str(tmp_path / "cache")}, {"activation_cache": str(tmp_path / "cache")}):
+        store = ActivationsStore(model, cfg | changes)
+        for i in (0, 9, 4, 7, 1):
+            store.load_state_dict(states[i])
+            assert all(torch.equal(store.next_batch(), batch) for batch in batches[i:])
+    for excluded in ([BOS], None):
+        ActivationsStore(model, cfg | changes | {"exclude_tokens": excluded}).next_batch()
+    identities = [json.loads(path.read_text())["identity"] for path in tmp_path.glob("cache/*/manifest.json")]
+    assert len(identities) == 3 and sum("exclude_tokens" in identity for identity in identities) == 2
+
+
+def test_what_exclude_tokens_can_be(model, counted):
+    """Ids, or the words for what the tokenizer has; the config then has ids, and the run the name of what was asked."""
+    for asked, ids in (("bos", [BOS]), ("special", [BOS]), ([9, 5, 9], [5, 9]), (5, [5])):
+        cfg = make_cfg(dataset_path=counted, exclude_tokens=asked, num_tokens=40)
+        assert ActivationsStore(model, cfg).cfg["exclude_tokens"] == ids
+        assert ActivationsStore(model, cfg).cfg["name"] == cfg["name"] != make_cfg(dataset_path=counted)["name"]
+    assert "4095" in store_error(model, dataset_path=counted, exclude_tokens=[5, 4096])
+    message = store_error(model, dataset_path=counted, exclude_tokens=list(range(4096)))
+    assert "leaves no held-out token" in message
+
+
 def test_seed_of_the_weights_does_not_touch_the_stream(model, counted):
     """Runs of different seeds see the same batches."""
     assert torch.equal(stream_of(model, counted, seed=1)[0], stream_of(model, counted, seed=2)[0])

@@ -52,6 +52,7 @@ OTHER_VALUE = {
     "model_batch_size": 256,
     "num_batches_in_buffer": 11,
     "shuffle_seed": 50,
+    "exclude_tokens": [0, 3],
     "eval_tokens": 65_537,
     "eval_skip_positions": 2,
     "log_freq": 51,
@@ -198,6 +199,7 @@ def wrong_types():
             float: [True, "0.1", [0.1]],
             bool: [1, 0, "True", 1.0],
             str: [3, True, 1.0, ["cpu"]],
+            list: ["eos", True, 1.5, [], [1.5], [-1], [True], ["bos"], {"ids": [1]}],  # exclude_tokens
         }[kind]
         yield from ((key, value) for value in wrong)
         if key not in NONE_ALLOWED:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from evaluation_reference import (
     SEQ_LEN,
     ce_by_hand,
     forward_by_hand,
+    kept_positions,
     metrics_by_hand,
     reconstruct_by_hand,
 )
@@ -117,6 +119,33 @@ def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
             assert result["threshold"] == sae.threshold.item() > 0
         else:
             assert not any("_batch" in key for key in result)
+
+
+def excluding(store, *ids: int):
+    """The same store under exclude_tokens, with a context of nothing but such tokens."""
+    store = copy.copy(store)
+    store.cfg, store.excluded = post_init_cfg(store.cfg | {"exclude_tokens": ids}), torch.tensor(ids)
+    store.eval_contexts = store.eval_contexts.clone()
+    store.eval_contexts[CONTEXTS_PER_BATCH] = ids[-1]
+    return store
+
+
+def most_frequent(tokens: torch.Tensor, n: int) -> list[int]:
+    return tokens.flatten().bincount().topk(n).indices.tolist()
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
+    """They keep the model's activations, and neither they nor the predictions made from them count."""
+    ids = (0, *most_frequent(group[0].eval_contexts, 3))
+    store, saes = excluding(with_skip(group[0], skip), *ids), group[1]
+    contexts = store.eval_contexts.tolist()
+    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    for (name, sae), result in zip(saes.items(), results):
+        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS, ids))
+        assert sum(result["histograms"]["l0"]) == sum(token not in ids for c in contexts for token in c[skip:])
+        if name.startswith("batchtopk"):
+            assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS, ids), "_batch")
 
 
 def test_histograms_equal_a_plain_reference(model, hf_model, group):
@@ -369,22 +398,24 @@ def test_calibration_on_bad_input(demo_halves):
 # In the model
 
 
-@pytest.mark.parametrize("name", SAES)
-@pytest.mark.parametrize("skip", [0, 1, 3])
+@pytest.mark.parametrize("name, skip", [*itertools.product(SAES, [0, 1, 3]), ("batchtopk, exclude_tokens", 1)])
 def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, skip):
     """While it is active the model computes with reconstructions from position `skip` on, as by hand, and only then."""
+    name, excludes = name.removesuffix(", exclude_tokens"), name.endswith("exclude_tokens")
     store, sae = group[0], copy.deepcopy(group[1][name]).eval()
-    sae.cfg = post_init_cfg(sae.cfg | {"eval_skip_positions": skip})
     tokens = store.eval_contexts[:3]
+    ids = most_frequent(tokens, 2) if excludes else []
+    sae.cfg = post_init_cfg(sae.cfg | {"eval_skip_positions": skip, "exclude_tokens": ids or None})
     with torch.no_grad():
         before = model(tokens)
         with sae.splice(model):
             spliced = model(tokens)
         assert torch.equal(model(tokens), before)
         for context, logits in zip(tokens.tolist(), spliced):
+            kept = kept_positions(context, skip, ids)
 
-            def replace(hidden):
-                hidden[skip:] = torch.stack(reconstruct_by_hand(sae, list(hidden[skip:]), False)[0])
+            def replace(hidden, kept=kept):
+                hidden[kept] = torch.stack(reconstruct_by_hand(sae, list(hidden[kept]), False)[0])
                 return hidden
 
             log_p = forward_by_hand(hf_model, context, replace)[2]

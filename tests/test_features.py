@@ -67,11 +67,13 @@ def group(tmp_path_factory):
 # The figures
 
 
-@pytest.mark.parametrize("name", SAES)
-@pytest.mark.parametrize("contexts_at_a_time", [1, 7])
-def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, monkeypatch):
+@pytest.mark.parametrize(
+    "name, contexts_at_a_time, excluded", [(name, n, []) for name in SAES for n in (1, 7)] + [("batchtopk", 7, [0, 4])]
+)
+def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, excluded, monkeypatch):
     """Counts, energy, histograms and the top contexts with their shading, a context and a feature at a time."""
-    store, sae = group[1], group[2][name]
+    store, sae = copy.copy(group[1]), group[2][name]
+    store.excluded = torch.tensor(excluded, dtype=torch.int64)
     seq_len, skip, dict_size = store.seq_len, store.cfg["eval_skip_positions"], sae.cfg["dict_size"]
     monkeypatch.setattr(features, "CHUNK", contexts_at_a_time * dict_size * seq_len)
     got = features.feature_statistics(sae, store)
@@ -79,6 +81,11 @@ def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, monk
         parts = [store.get_activations(part)[:, skip:] for part in store.eval_contexts.split(contexts_at_a_time)]
         acts = torch.cat([sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1) for x in parts]).numpy()
     acts = np.pad(acts, ((0, 0), (skip, 0), (0, 0)))
+    left_out = np.isin(store.eval_contexts.numpy(), excluded)
+    assert left_out.any() == bool(excluded)
+    acts[left_out] = 0
+    data = features.page_data(sae, group[0], store, got, [0])
+    assert data["num_tokens"] == (~left_out[:, skip:]).sum()
     for i in range(dict_size):
         positive = acts[:, :, i][acts[:, :, i] > 0]
         assert got["active"][i] == len(positive)

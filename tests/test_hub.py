@@ -126,6 +126,7 @@ def hub(folder):
         "models/gpt2": "models/openai-community/gpt2",  # it has moved there, on the hub too
         "models/openai-community/gpt2": {"main": LM},
         "models/someone/lm": {"main": LM},
+        "models/EleutherAI/pythia-70m": {"main": LM},
         "datasets/someone/text": {"main": folder / "text"},
         "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
         "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
@@ -186,6 +187,22 @@ def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, l
     asked = "\n".join(hub.requests)
     assert "/gpt2/resolve/" in asked and "gpt2-small" not in asked
     assert not list(tmp_path.rglob("*.parquet")), "the dataset was downloaded, not streamed"
+
+
+def test_a_short_name_of_transformer_lens(tmp_path, hub, folder):
+    """Model and tokenizer come from the hub under the name that it has there."""
+    code = """
+import sys
+from activation_store import ActivationsStore
+from config import get_default_cfg, post_init_cfg
+from language_model import load_model
+from main import DEMO_BASE
+cfg = get_default_cfg() | DEMO_BASE | {"model_name": "pythia-70m", "dataset_path": sys.argv[1], "device": "cpu"}
+cfg = post_init_cfg(cfg | {"num_tokens": 1024, "batch_size": 256, "eval_tokens": 512})
+print(ActivationsStore(load_model(cfg), cfg).next_batch().shape)
+"""
+    process = run_python(tmp_path, hub, "-c", code, folder / "text" / "train.parquet")
+    assert process.stdout == "torch.Size([256, 128])\n", process.stderr
 
 
 def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):

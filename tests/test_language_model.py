@@ -23,10 +23,15 @@ from test_activation_store import (  # noqa: F401 (fixtures)
     texts,
     tokens,
 )
+from transformer_lens.supported_models import MODEL_ALIASES
 
+import language_model
 from activation_store import ActivationsStore
+from checkpoint import load_sae, save_sae
 from config import InputError
-from language_model import Loader, check_hook_point, load_model
+from export import export_sae
+from language_model import Loader, check_hook_point, complete_cfg, hub_name, load_model
+from sae import SAE_CLASSES
 
 # Tokens -> activations
 
@@ -157,18 +162,23 @@ def test_other_architectures(tmp_path, jsonl, texts, tokens, family):  # noqa: F
     assert store.next_batch().shape == (40, 32)
 
 
-@pytest.mark.parametrize("other_name", [False, True])
-def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):  # noqa: F811
-    """A model without BOS gets none: documents are joined as they are, and the log says so."""
-    folder = copy_of_demo_lm(tmp_path / "lm")
-    if other_name:  # nor has it the token that is often put in its place
-        path = folder / "tokenizer.json"
-        path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|sep|>"), encoding="utf-8")
+def lm_without_bos(folder: Path) -> Path:
+    copy_of_demo_lm(folder)
     for name in ("config.json", "tokenizer_config.json"):
         content = json.loads((folder / name).read_text())
         for key in ("bos_token", "eos_token", "unk_token", "bos_token_id", "eos_token_id"):
             content.pop(key, None)
         (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("other_name", [False, True])
+def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):  # noqa: F811
+    """A model without BOS gets none: documents are joined as they are, and the log says so."""
+    folder = lm_without_bos(tmp_path / "lm")
+    if other_name:  # nor has it the token that is often put in its place
+        path = folder / "tokenizer.json"
+        path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|sep|>"), encoding="utf-8")
     cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts))
     store = ActivationsStore(load_model(cfg), cfg)
     assert "no BOS" in capsys.readouterr().err
@@ -177,6 +187,79 @@ def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_n
     assert torch.equal(all_contexts(store), rest)
     store = ActivationsStore(store.model, cfg)
     assert torch.isfinite(store.next_batch()).all()
+
+
+def exports_of(sae, tmp_path: Path) -> tuple[dict, str]:
+    """The metadata of its SAELens export, and the model card of a run that trained it."""
+    run = tmp_path / "run"
+    save_sae(sae, run / "sae")
+    (run / "result.json").write_text(json.dumps({"tokens": 400, "nmse": 0.5}))
+    export_sae(load_sae(run), "saelens", tmp_path / "out", run)
+    metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
+    return metadata, (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("bos_per_context", [False, True])
+def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts, bos_per_context):  # noqa: F811
+    """Config, SAELens export and model card have no BOS that was never there; the run's name is that of its config."""
+    folder = str(lm_without_bos(tmp_path / "lm"))
+    cfg = make_cfg(sae_type="topk", model_name=folder, dataset_path=jsonl(texts), bos_per_context=bos_per_context)
+    complete = complete_cfg(cfg, load_model(cfg))
+    assert complete["name"] == cfg["name"] and complete["bos_per_context"] is False
+    metadata, card = exports_of(SAE_CLASSES["topk"](complete), tmp_path)
+    assert metadata["prepend_bos"] is False and metadata["sequence_separator_token"] is None
+    assert "(documents joined, without BOS, which the model does not have)" in card
+    assert "| `bos_per_context` | `False` |" in card
+
+
+def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):  # noqa: F811
+    cfg = complete_cfg(make_cfg(sae_type="topk", dataset_path=counted), model)
+    assert cfg == make_cfg(sae_type="topk", dataset_path=counted), "there is nothing to change"
+    metadata, card = exports_of(SAE_CLASSES["topk"](cfg), tmp_path)
+    assert metadata["sequence_separator_token"] == "bos" and "(documents joined, BOS before each)" in card
+
+
+# Names
+
+
+def test_every_name_of_transformer_lens_is_known():
+    """Each short name of its table gives the name on the hub, which itself stays as it is; so do others."""
+    for official, aliases in MODEL_ALIASES.items():
+        assert {hub_name(alias) for alias in aliases} <= MODEL_ALIASES.keys() and hub_name(official) == official
+    assert (hub_name("gpt2-small"), hub_name("pythia-70m")) == ("gpt2", "EleutherAI/pythia-70m")
+    assert hub_name("someone/lm") == "someone/lm"
+
+
+def test_a_local_folder_is_not_taken_for_a_short_name(tmp_path, monkeypatch, counted):  # noqa: F811
+    """A folder that is called as a model of transformer_lens is read where it is, as any other."""
+    copy_of_demo_lm(tmp_path / "pythia-70m")
+    monkeypatch.chdir(tmp_path)
+    cfg = make_cfg(model_name="pythia-70m", dataset_path=counted)
+    assert ActivationsStore(load_model(cfg), cfg).next_batch().shape == (40, 128)
+
+
+def test_exports_name_the_model_as_the_hub_does(tmp_path):
+    sae = SAE_CLASSES["topk"](make_cfg(sae_type="topk", model_name="pythia-70m"))
+    metadata, card = exports_of(sae, tmp_path)
+    assert metadata["model_name"] == "EleutherAI/pythia-70m"
+    assert "base_model: EleutherAI/pythia-70m\n" in card and "of `EleutherAI/pythia-70m`." in card
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype, fast, lines", [("float32", False, 0), ("bfloat16", True, 0), ("bfloat16", False, 1)])
+def test_a_precision_that_the_cpu_has_no_instructions_for_is_said(monkeypatch, capsys, dtype, fast, lines):
+    monkeypatch.setattr(language_model, "screen_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
+    assert load_model(make_cfg(model_dtype=dtype)).cfg.dtype == getattr(torch, dtype)
+    assert capsys.readouterr().err.count("model_dtype = bfloat16 is slow on this CPU") == lines
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_float16_on_a_cpu_without_instructions_for_it_is_said(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fast}, raising=False)
+    assert (language_model.slow_dtype("cpu", "float16") is None) == fast
+    assert language_model.slow_dtype("cuda", "float16") is None
 
 
 # Bad input

@@ -88,6 +88,16 @@ def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: 
     assert plan.plan_group(cfgs[1:2], model, 0, force=True) == [cfgs[1:2]]
 
 
+def test_the_plan_counts_with_the_contexts_that_the_model_can_take(make_cfg, model, monkeypatch):  # noqa: F811
+    """main.py plans with the seq_len that is trained on, not with the one that was asked for."""
+    monkeypatch.setattr(main, "load_model", lambda cfg: model)
+    planned = []
+    monkeypatch.setattr(main, "plan_group", lambda group, *_: planned.append(group) or [])
+    main.train([make_cfg(sae_type="topk", top_k=2, seq_len=seq_len) for seq_len in (128, 1000)], False, False)
+    (right,), (cut,) = planned
+    assert plan.memory_needed([cut], model) == plan.memory_needed([right], model) and cut["name"] != right["name"]
+
+
 def test_split_or_not_the_bits_are_the_same(make_cfg, model, monkeypatch, capsys):  # noqa: F811
     """main.py trains the parts one after the other, and each SAE comes to what it is in one group."""
     cfgs = [make_cfg("parts", **changes) for changes in SAES[:4]]

@@ -128,6 +128,17 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsy
     assert re.search(r"differ in lr\b", capsys.readouterr().out)
 
 
+def test_values_that_are_no_single_one(tmp_path, capsys):
+    """A list of token ids parts points as any value does; what the model made of a config does not part seeds."""
+    for exclude_tokens in (None, [0], [0, 5]):
+        for seed in (1, 2):
+            more = {"asked": {"seq_len": 1000}, "has_bos": False} if seed == 1 else {}
+            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5), exclude_tokens=exclude_tokens, seed=seed, **more)
+    assert finished_points(tmp_path / "sweep")["seeds"].tolist() == [2, 2, 2]
+    results.draw_results(tmp_path / "sweep")
+    assert re.search(r"differ in exclude_tokens\b", capsys.readouterr().out)
+
+
 def test_what_does_not_change_a_result_does_not_part_seeds():
     """Keys that are no part of a run's name are none of a point, but for those that follow from others."""
     assert NOT_IN_NAME - {"act_size", "hook_point"} <= results.NOT_IN_POINT

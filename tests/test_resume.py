@@ -1,5 +1,6 @@
 """Checkpoints and exact resume: whatever stops a run, the same call goes on, and comes to the same bits."""
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from kill_and_resume import REPO, command, digests, environment, kill_and_resume
@@ -20,10 +22,11 @@ import main
 import training
 from activation_store import ActivationsStore
 from checkpoint import SaveError, groups_folder, load_sae, newest_checkpoint
-from config import InputError
+from config import InputError, run_command
 from hub import StreamError
 from logs import RunLog, is_finished, is_over, run_folder, why_stopped
 from sae import SAE_CLASSES
+from training import train_sae_group
 
 OFTEN = dict(log_freq=2, perf_log_freq=4)
 
@@ -94,6 +97,92 @@ def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uni
     )
 
 
+def out_of_cuda_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+OUT_OF_MEMORY = {  # the real errors of torch on a CPU and of numpy; a CUDA one is the same class wherever it is raised
+    "cuda": out_of_cuda_memory,
+    "cpu": lambda: torch.empty(2**62, dtype=torch.uint8),
+    "numpy": lambda: np.empty(2**62, np.uint8),
+}
+
+
+def raising_at(call: int, function, then=lambda: None):
+    """`function`, but call number `call` of this process raises what `then` raises."""
+    calls = itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            then()
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("of, kind", [(0, "numpy"), (3, "cuda"), (len(SAES) - 1, "cpu")])
+def test_out_of_memory_in_a_step_the_bits_are_the_same(model, make_cfg, uninterrupted, monkeypatch, of, kind):  # noqa: F811
+    """In the forward of any SAE of the group at step 7: the step that others have taken is not taken twice."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    monkeypatch.setattr(saes[of], "forward", raising_at(7, saes[of].forward, OUT_OF_MEMORY[kind]))
+    with pytest.raises((torch.OutOfMemoryError, RuntimeError, MemoryError)):
+        train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
+    path = newest_checkpoint(cfgs[0])
+    state = json.loads((path / "state.json").read_text())
+    assert state["step"] == 6 and list(state["ahead"]) == [cfg["name"] for cfg in cfgs[:of]]
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+@pytest.mark.parametrize("place", ["harvest", "evaluation"])
+def test_out_of_memory_elsewhere_the_bits_are_the_same(model, make_cfg, uninterrupted, monkeypatch, place):  # noqa: F811
+    """In the language model's forward, and in the evaluation after step 8, whose line is logged once."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        if place == "evaluation":
+            patch.setattr(training, "evaluate", raising_at(2, training.evaluate, out_of_cuda_memory))
+            train(model, cfgs)
+        else:
+            train(model, cfgs, stopping_store(8, torch.OutOfMemoryError("CUDA out of memory.")))
+    assert newest_checkpoint(cfgs[0]).name == "step_000000007"
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_out_of_memory_in_the_middle_of_an_update(model, make_cfg, uninterrupted, monkeypatch, capsys):  # noqa: F811
+    """An SAE that is half changed is not saved: training resumes from the checkpoint before, to the same bits."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=3) for changes in SAES]
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    normalise = saes[2].normalize_decoder
+    monkeypatch.setattr(saes[2], "normalize_decoder", raising_at(5, normalise, out_of_cuda_memory))
+    with pytest.raises(torch.OutOfMemoryError):
+        train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
+    assert "the last checkpoint is kept" in capsys.readouterr().err
+    assert newest_checkpoint(cfgs[0]).name == "step_000000003"
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_out_of_memory_again_at_the_same_step(model, make_cfg, uninterrupted, monkeypatch):  # noqa: F811
+    """A second time, later in the same step: what is there is kept, and is still resumed from."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    for of, call in ((1, 7), (4, 1)):
+        saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+        monkeypatch.setattr(saes[of], "forward", raising_at(call, saes[of].forward, out_of_cuda_memory))
+        with pytest.raises(torch.OutOfMemoryError):
+            train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
+        state = json.loads((newest_checkpoint(cfgs[0]) / "state.json").read_text())
+        assert state["step"] == 6 and len(state["ahead"]) == 1
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_out_of_memory_is_one_line_and_exit_code_3(monkeypatch, capsys, kind):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(lambda argv: OUT_OF_MEMORY[kind]())
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 3 and len(lines) == 1 and lines[0].startswith("error: out of memory: ")
+
+
 def test_warmup_and_decay_go_on_where_they_were(model, make_cfg):  # noqa: F811
     """The learning rate follows from the step: stopped in the rise, between, and in the fall, the bits are the same."""
     changes = dict(SAES[2], lr_warmup_steps=5, lr_decay_steps=4)
@@ -104,6 +193,22 @@ def test_warmup_and_decay_go_on_where_they_were(model, make_cfg):  # noqa: F811
             train(model, [cfg], stopping_store(batches, training.Stopped()))
     cut, _ = train(model, [cfg])
     assert same_bits(whole[0], cut[0])
+
+
+def test_a_cut_seq_len_resumes_as_the_run_that_it_was(model, make_cfg):  # noqa: F811
+    """Also where the record is from before the cut was recorded: the name, and so the checkpoint, is the same."""
+    changes = dict(sae_type="topk", top_k=4, seq_len=1000, eval_tokens=200)
+    whole, _ = train(model, [make_cfg("whole", **changes)])
+    cfg = make_cfg("cut", **changes)
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(6, training.Stopped()))
+    path = run_folder(cfg) / "config.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["seq_len"] == 128
+    path.write_text(json.dumps(cfg | {"_provenance": recorded["_provenance"]}))
+    assert newest_checkpoint(cfg).name == "step_000000005"
+    resumed, _ = train(model, [cfg])
+    assert same_bits(whole[0], resumed[0]) and json.loads(path.read_text())["seq_len"] == 128
 
 
 def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeypatch):  # noqa: F811

@@ -14,6 +14,7 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae
 from config import InputError, get_default_cfg, post_init_cfg
 from evaluation import evaluate, heldout_baseline
+from export import export_sae
 from language_model import load_model
 from logs import is_finished, run_folder
 from sae import SAE_CLASSES
@@ -261,6 +262,26 @@ def test_a_recorded_config_is_a_config(recorded):
     """config.json is completed to the same config again: its _provenance is ignored."""
     for cfg in recorded[0]:
         assert post_init_cfg(json.loads((run_folder(cfg) / "config.json").read_text())) == cfg
+
+
+def test_a_seq_len_that_the_model_cannot_take_is_one_value_everywhere(model, make_cfg, tmp_path):
+    """The contexts are as long as the model allows; records, exports and card say so, and the run keeps its name."""
+    cfg = make_cfg(sae_type="topk", top_k=4, seq_len=1000, eval_tokens=200)
+    (sae,), _ = train(model, [cfg])
+    run = run_folder(cfg)
+    assert is_finished(cfg)
+    recorded = post_init_cfg(json.loads((run / "config.json").read_text()))
+    for found in (recorded, post_init_cfg(recorded), load_sae(run).cfg, sae.cfg):
+        assert (found["seq_len"], found["name"], found["asked"]) == (128, cfg["name"], {"seq_len": 1000})
+    export_sae(load_sae(run), "saelens", tmp_path / "saelens", run)
+    assert json.loads((tmp_path / "saelens" / "cfg.json").read_text())["metadata"]["context_size"] == 128
+    card = (tmp_path / "saelens" / "README.md").read_text(encoding="utf-8")
+    assert "in contexts of 128 tokens" in card and "first 256 tokens" in card and "| `seq_len` | `128` |" in card
+
+    # A config that is changed afterwards is another run, of contexts as long as it says.
+    changed = post_init_cfg(recorded | {"lr": 1e-4})
+    assert changed["name"] == make_cfg(sae_type="topk", top_k=4, seq_len=128, eval_tokens=200, lr=1e-4)["name"]
+    assert "asked" not in changed
 
 
 def test_a_finished_run_is_refused(model, recorded):
