@@ -350,11 +350,15 @@ def test_a_model_that_needs_its_own_code(with_code):
     assert one_line(caught).startswith(f"model_name = {str(folder)!r} needs Python code from its own files")
 
 
-def test_weights_and_tokenizer_never_run_code(with_code, model, counted):  # noqa: F811
+def test_weights_never_run_code(with_code):
     """Nothing asks whether to run code either: it would, where a config is known and its class is not."""
     folder = with_code("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "own.Own"})
     with pytest.raises(ValueError, match="custom code"):
         Loader().from_pretrained(str(folder))
-    with_code("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
-    with pytest.raises(ValueError, match="custom code"):
-        ActivationsStore(model, make_cfg(model_name=str(folder), dataset_path=counted))
+
+
+def test_the_tokenizer_never_runs_code(with_code):
+    auto_map = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    folder = with_code("tokenizer_config.json", tokenizer_class="Own", auto_map=auto_map)
+    with pytest.raises(InputError, match="needs Python code from its own files"):
+        load_model(make_cfg(model_name=str(folder)))

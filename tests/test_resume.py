@@ -227,7 +227,7 @@ def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeyp
         train(model, cfgs)
     assert list(map(is_finished, cfgs)) == [True, True] + [False] * (len(cfgs) - 2)
     before = digests(Path(cfgs[0]["output_dir"]))
-    monkeypatch.setattr(training, "training_step", None)
+    monkeypatch.setattr(training, "start_step", None)
     saes, results = train(model, cfgs[2:])
     assert_as_uninterrupted([part[2:] for part in uninterrupted], cfgs[2:], saes, results)
     after = digests(Path(cfgs[0]["output_dir"]))
@@ -247,7 +247,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, un
     """The step is finished and a checkpoint saved; the same again stops in the midst of that. Either way it goes on."""
     cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
     before = signal.getsignal(number)
-    step, calls = training.training_step, []
+    step, calls = training.start_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -263,7 +263,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, un
     for save in (signalled_again, checkpoint.save_checkpoint):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-            patch.setattr(training, "training_step", signalled)
+            patch.setattr(training, "start_step", signalled)
             patch.setattr(checkpoint, "save_checkpoint", save)
             train(model, cfgs)
         assert signal.getsignal(number) == before
@@ -446,7 +446,7 @@ def test_a_store_that_was_used_begins_at_the_beginning(model, make_cfg):  # noqa
 
 def test_a_stop_in_the_last_step_is_a_stop(model, make_cfg, monkeypatch):  # noqa: F811
     cfg = make_cfg(**SAES[1], checkpoint_freq=1000)
-    step, calls = training.training_step, []
+    step, calls = training.start_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -455,7 +455,7 @@ def test_a_stop_in_the_last_step_is_a_stop(model, make_cfg, monkeypatch):  # noq
         return step(*args)
 
     with monkeypatch.context() as patch, pytest.raises(training.Stopped):
-        patch.setattr(training, "training_step", signalled)
+        patch.setattr(training, "start_step", signalled)
         train(model, [cfg])
     assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
 
@@ -467,9 +467,9 @@ def test_a_stop_in_the_last_step_is_a_stop(model, make_cfg, monkeypatch):  # noq
 def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, where, capsys):  # noqa: F811
     """Before its weights are touched; the others come to the same bits, and the record names step and reason."""
     cfgs = [make_cfg("with", **changes) for changes in SAES[:3]]
-    real, seen = training.training_step, []
+    real, seen = training.start_step, []
 
-    def poisoned(sae, optimizer, x, cfg):
+    def poisoned(sae, optimizer, x, cfg, wait=False):
         if cfg["sae_type"] == "topk":
             seen.append({name: value.clone() for name, value in sae.state_dict().items()})
             if len(seen) == 5 and where == "weights":
@@ -478,9 +478,9 @@ def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, wher
                     seen[-1]["W_enc"][3, 7] = torch.nan
             if len(seen) == 5 and where == "gradient":
                 sae.W_dec.register_hook(lambda grad: grad * torch.inf)
-        return real(sae, optimizer, x, cfg)
+        return real(sae, optimizer, x, cfg, wait)
 
-    monkeypatch.setattr(training, "training_step", poisoned)
+    monkeypatch.setattr(training, "start_step", poisoned)
     with pytest.raises(InputError, match=f"1 of 3 SAEs.*{cfgs[1]['name']}: step 5: NaN or infinity"):
         train(model, cfgs)
     monkeypatch.undo()
