@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from activation_cache import ActivationCache
 from config import InputError, num_steps, tell
-from language_model import Harvester, check_hook_point, complete_cfg, model_fingerprint
+from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint
 from text_stream import TextStream
 
 MAX_COUNTED = 20_000_000  # tokens of a local dataset that are counted before training: about a second per million
@@ -48,7 +48,7 @@ class ActivationsStore:
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
         self.check_length()
-        self.harvest = Harvester(model, cfg["hook_point"])
+        self.harvest, self.predict = Harvester(model, cfg["hook_point"]), Predictor(model, cfg["hook_point"])
 
         rows = cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * self.seq_len
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)

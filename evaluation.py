@@ -61,26 +61,27 @@ CHUNK = 2**24  # pre-activations in memory at a time in calibrate_threshold, [to
 
 
 @torch.no_grad()
-def heldout_baseline(model, activation_store) -> dict:
+def heldout_baseline(activation_store) -> dict:
     """What no SAE changes: the held-out mean activation [d], and per context [n] the CE of the model as it is
     (ce_original), with its activations set to 0 (ce_zero_ablated) and to the mean (ce_mean_ablated), in nats per token.
     """
-    cfg = activation_store.cfg
     total, count = 0, 0
     for tokens in eval_batches(activation_store):
         x = heldout_activations(activation_store, tokens)[kept(activation_store, tokens)]
         total, count = total + x.double().sum(0), count + len(x)
     mean = (total / count).float()
-    ce = {"ce_original": None, "ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
-    batches = [(tokens, kept(activation_store, tokens)) for tokens in eval_batches(activation_store)]
-    return {"mean": mean} | {
-        key: torch.cat([prediction_losses(predict(model, b, cfg, value, keep), b, keep)[0] for b, keep in batches])
-        for key, value in ce.items()
-    }
+    replacements = {"ce_original": None, "ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
+    ce = {key: [] for key in replacements}
+    for tokens in eval_batches(activation_store):
+        acts, keep = activation_store.get_activations(tokens), kept(activation_store, tokens)
+        for key, replacement in replacements.items():
+            logits = predict(activation_store, tokens, acts, replacement, keep)
+            ce[key].append(prediction_losses(logits, tokens, keep)[0])
+    return {"mean": mean} | {key: torch.cat(losses) for key, losses in ce.items()}
 
 
 @torch.no_grad()
-def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
+def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
     """The metrics above for each SAE, on the first `num_contexts` held-out contexts (all of them by default; the
     shares of dead and dense features and the histograms are told of all only). Leaves the SAEs as they were.
 
@@ -99,12 +100,12 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
 
     done = 0
     for tokens in eval_batches(activation_store, num_contexts):
-        acts = heldout_activations(activation_store, tokens)
+        acts = activation_store.get_activations(tokens)
         here = keep[done : done + len(tokens)]
-        x = acts[here]
+        x = acts[:, cfg["eval_skip_positions"] :][here]
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
-        log_p = predict(model, tokens, cfg).float().log_softmax(-1)
+        log_p = predict(activation_store, tokens, acts).float().log_softmax(-1)
         parts = part[done : done + len(tokens), None].expand_as(here)[here]
         done += len(tokens)
         for variant in variants:
@@ -122,8 +123,9 @@ def evaluate(saes: list, model, activation_store, baseline: dict, num_contexts: 
                 times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
                 token_l0[variant].append(l0)
             del active
-            spliced = acts.masked_scatter(here[..., None], reconstruction)
-            losses = prediction_losses(predict(model, tokens, cfg, spliced, here), tokens, here, log_p)
+            spliced = x.new_empty(*here.shape, x.shape[1]).masked_scatter_(here[..., None], reconstruction)
+            logits = predict(activation_store, tokens, acts, spliced, here)
+            losses = prediction_losses(logits, tokens, here, log_p)
             means = per_token.new_zeros(5, *here.shape).masked_scatter_(here, per_token).mean(-1)
             per_context[variant].append(torch.cat([means, losses.double()]).cpu())
 
@@ -212,19 +214,17 @@ def kept(activation_store, tokens: torch.Tensor) -> torch.Tensor:
     return activation_store.kept(tokens[:, activation_store.cfg["eval_skip_positions"] :])
 
 
-def predict(model, tokens: torch.Tensor, cfg: dict, replacement: torch.Tensor | None = None, keep=None) -> torch.Tensor:
-    """Logits [n, predictions, d_vocab] of the predictions made from the positions that evaluation does not skip. With
-    a replacement (what [n, seq_len - skip, d] broadcasts from) it takes the place of the activations at the hook point
-    wherever `keep` [n, seq_len - skip] is True.
+def predict(activation_store, tokens: torch.Tensor, acts: torch.Tensor, replacement=None, keep=None) -> torch.Tensor:
+    """Logits [n, predictions, d_vocab] of the predictions made from the positions that evaluation does not skip.
+
+    `acts` [n, seq_len, d] are the model's activations at the hook point. A replacement (what [n, seq_len - skip, d]
+    broadcasts from) takes their place wherever `keep` [n, seq_len - skip] is True. The model is computed from the hook
+    point on (language_model.Predictor).
     """
-    skip = cfg["eval_skip_positions"]
-
-    def splice(acts, hook):
-        replaced = torch.where(keep[..., None], replacement.to(acts.dtype), acts[:, skip:])
-        return torch.cat([acts[:, :skip], replaced], 1)
-
-    hooks = [] if replacement is None else [(cfg["hook_point"], splice)]
-    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)[:, skip:-1]
+    skip = activation_store.cfg["eval_skip_positions"]
+    if replacement is not None:
+        acts = torch.cat([acts[:, :skip], torch.where(keep[..., None], replacement, acts[:, skip:])], 1)
+    return activation_store.predict(tokens, acts)[:, skip:-1]
 
 
 def prediction_losses(
@@ -362,7 +362,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
     parser.add_argument("--eval-tokens", type=int, metavar="N", help="measure on the first N held-out tokens alone")
     args = parser.parse_args(argv)
-    sae, model, activation_store = open_run(args.run)
+    sae, _, activation_store = open_run(args.run)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
     if args.eval_tokens is not None:
         most = contexts.numel()
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> None:
                 f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {most}, what is held out"
             )
         contexts = activation_store.eval_contexts = contexts[: -(-args.eval_tokens // seq_len)]
-    (metrics,) = evaluate([sae], model, activation_store, heldout_baseline(model, activation_store))
+    (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     print(f"{sae.cfg['name']} on {len(contexts)} held-out contexts of {seq_len} tokens")
     print(table(metrics))
     try:

@@ -1,9 +1,9 @@
 """The language model: loaded by hub name or from a local directory, and run up to one hook point.
 
-There are two forms of it, with the same weights. transformer_lens' TransformerBridge names the hook points and splices
-reconstructions in (evaluation.py), but its attention is written out for its hooks. Harvesting needs one tensor only, so
-it runs the model as transformers has it, with fused attention, up to the module that the hook point names; where that
-form has no such module, or gives something else there, the bridge is run instead.
+There are two forms of it, with the same weights. transformer_lens' TransformerBridge names the hook points, but its
+attention is written out for its hooks. Harvesting needs one tensor only, so it runs the model as transformers has it,
+with fused attention, up to the module that the hook point names. Evaluation runs that form from the hook point on.
+Where it has no such module, or gives something else there, the bridge is run instead.
 """
 
 import copy
@@ -222,17 +222,86 @@ class Harvester:
 
     @torch.no_grad()
     def plain_form_agrees(self) -> bool:
-        """Whether both forms give the same activations on some tokens, up to what fused attention rounds otherwise."""
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.model.cfg.d_vocab, (2, min(16, self.model.cfg.n_ctx)), generator=generator)
-        tokens = tokens.to(next(self.model.parameters()).device)
+        """Whether both forms give the same activations on some tokens."""
+        tokens = some_tokens(self.model)
         try:
             plain = self.run_plain(tokens)
         except Exception:  # another architecture's module may be called in another way: then the bridge knows how
             return False
-        bridge = run_bridge_to_hook(self.model, tokens, self.hook_point)
-        tolerance = max(1e-4, 6 * torch.finfo(bridge.dtype).eps)  # another place in the model differs by about 1
-        return plain.shape == bridge.shape and bool((plain - bridge).norm() <= tolerance * bridge.norm())
+        return nearly_equal(plain, run_bridge_to_hook(self.model, tokens, self.hook_point))
+
+
+class Predictor:
+    """Logits with given activations at a hook point: `predictor(tokens [n, seq_len], acts [n, seq_len, d])` ->
+    [n, seq_len, d_vocab].
+
+    At the residual stream before or after a block, the blocks below are not computed: each of them gives `acts`.
+    Elsewhere, or where the model's form in transformers does not agree, the bridge computes all of the model.
+    """
+
+    def __init__(self, model: TransformerBridge, hook_point: str):
+        self.model, self.hook_point, self.below = model, hook_point, []
+        module, side = plain_module(model, hook_point)
+        if module is not None:
+            blocks = list(model.plain.get_submodule(model.adapter.component_mapping["blocks"].name))
+            if module in blocks:
+                self.below = blocks[: blocks.index(module) + (side == "out")]
+        if self.below and not self.agrees():
+            self.below = []
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+        acts = acts.to(self.model.cfg.dtype)
+        if not self.below:
+            hooks = [(self.hook_point, lambda _, hook: acts)]
+            return self.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        try:
+            for block in self.below:
+                block.forward = lambda *args, **kwargs: self.as_output(acts)
+            return self.model.plain(tokens, use_cache=False).logits
+        finally:
+            for block in self.below:
+                del block.forward
+
+    def as_output(self, acts: torch.Tensor):
+        return (acts,) if self.returns_tuple else acts
+
+    @torch.no_grad()
+    def agrees(self) -> bool:
+        """Whether the blocks above give the bridge's logits on some tokens."""
+        tokens = some_tokens(self.model)
+        outputs = []
+        handle = self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            self.model.plain(tokens, use_cache=False)
+            self.returns_tuple = isinstance(outputs[0], tuple)
+            logits = self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
+        except Exception:  # another architecture's blocks may be called in another way
+            return False
+        finally:
+            handle.remove()
+        return nearly_equal(logits, self.model(tokens, return_type="logits"))
+
+
+def some_tokens(model: TransformerBridge) -> torch.Tensor:
+    """Two short contexts to compare the forms of the model on."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.cfg.d_vocab, (2, min(16, model.cfg.n_ctx)), generator=generator)
+    return tokens.to(next(model.parameters()).device)
+
+
+def nearly_equal(plain: torch.Tensor, bridge: torch.Tensor) -> bool:
+    """Equal but for what fused attention and the products' precision round; another place differs by about 1."""
+    eps = torch.finfo(bridge.dtype).eps
+    if bridge.is_cuda and bridge.dtype == torch.float32 and tf32_is_on():
+        eps = 2.0**-10
+    return plain.shape == bridge.shape and bool((plain - bridge).norm() <= max(1e-4, 6 * eps) * bridge.norm())
+
+
+def tf32_is_on() -> bool:
+    """Whether the user lets float32 products on CUDA be computed in TF32."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch before 2.9 has none
+    return precision == "tf32" if precision else torch.get_float32_matmul_precision() != "highest"
 
 
 def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Module | None, str]:

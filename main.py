@@ -217,7 +217,7 @@ def loaded_as(cfg: dict) -> tuple:
 def train_planned(group: list[dict], model, steps_done: int, force: bool, resume_anyway: bool) -> None:
     """Train one group: a function, so that its SAEs and its stream are gone before the next is built."""
     store = ActivationsStore(model, group[0])
-    tell_time(group, model, store, steps_done, force)
+    tell_time(group, store, steps_done, force)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)

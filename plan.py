@@ -119,10 +119,10 @@ def matmul_flops(device: str) -> float:
     return 5 * 2 * 2048**3 / seconds(lambda: [a @ a for _ in range(5)], device)
 
 
-def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> None:
+def tell_time(group: list[dict], store, steps_done: int, force: bool) -> None:
     """Tell how long training and evaluation take, by a few steps of throw-away SAEs on held-out activations.
 
-    Leaves store and model as they were. Raises InputError, unless `force`, if it is more than LONGEST_DAYS.
+    Leaves the store as it was. Raises InputError, unless `force`, if it is more than LONGEST_DAYS.
     """
     cfg, device = group[0], group[0]["device"]
     tokens = eval_batches(store)[0]
@@ -131,9 +131,9 @@ def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> 
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = seconds(lambda: store.get_activations(tokens), device) / tokens.numel()
     harvest = per_token * cfg["batch_size"]
-    predict(model, tokens, cfg)
-    keep = kept(store, tokens)
-    forward = seconds(lambda: prediction_losses(predict(model, tokens, cfg), tokens, keep), device)
+    acts, keep = store.get_activations(tokens), kept(store, tokens)
+    predict(store, tokens, acts)
+    forward = seconds(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     step = evaluation = 0.0
     for run_cfg in group:
         its_step, its_reconstruction = times_of(run_cfg, x)
@@ -143,7 +143,7 @@ def tell_time(group: list[dict], model, store, steps_done: int, force: bool) -> 
     batches = len(eval_batches(store))
     periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
     training = steps * (step + harvest)
-    evaluating = (batches + periodic) * (evaluation + harvest) + batches * (3 * forward + harvest)
+    evaluating = (batches + periodic) * (evaluation + harvest + forward) + batches * (3 * forward + 2 * harvest)
     tell(
         f"It takes about {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "
         f"{steps:,} steps of {step + harvest:.2g} s (the language model's part: {harvest:.2g} s), "

@@ -71,13 +71,13 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         activation_store.load_state_dict(checkpoints.stream or activation_store.beginning)
         for run in runs:
             run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
-        baseline = heldout_baseline(model, activation_store)
+        baseline = heldout_baseline(activation_store)
 
-        failed = train_steps(runs, activation_store, model, baseline, checkpoints)
+        failed = train_steps(runs, activation_store, baseline, checkpoints)
         seconds = checkpoints.elapsed()
 
         num_tokens = activation_store.tokens_needed
-        results = evaluate([run.sae for run in runs], model, activation_store, baseline) if runs else []
+        results = evaluate([run.sae for run in runs], activation_store, baseline) if runs else []
         with disk(cfg | {"save_errors": "stop"}, "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run.log.folder / "sae")
@@ -91,7 +91,7 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     return results
 
 
-def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkpoints: Checkpoints) -> list[str]:
+def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: Checkpoints) -> list[str]:
     """All steps after that of the checkpoint. Runs that NaN stops leave `runs`; a line for each comes back."""
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
@@ -143,7 +143,7 @@ def train_steps(runs: list[Run], activation_store, model, baseline: dict, checkp
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
                 bar.set_postfix_str(summary(metrics))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
-                evaluated = evaluate([run.sae for run in runs], model, activation_store, baseline, eval_contexts)
+                evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
                 tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
                 for values, more in zip(metrics, evaluated):
                     values |= more

@@ -108,7 +108,7 @@ def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
     store, saes = with_skip(group[0], skip), group[1]
     contexts = store.eval_contexts.tolist()
     assert len(contexts) == CONTEXTS
-    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
         assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS))
         if name.startswith("batchtopk"):
@@ -140,7 +140,7 @@ def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
     ids = (0, *most_frequent(group[0].eval_contexts, 3))
     store, saes = excluding(with_skip(group[0], skip), *ids), group[1]
     contexts = store.eval_contexts.tolist()
-    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
         assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS, ids))
         assert sum(result["histograms"]["l0"]) == sum(token not in ids for c in contexts for token in c[skip:])
@@ -156,7 +156,7 @@ def test_histograms_equal_a_plain_reference(model, hf_model, group):
         for sae in saes.values():
             sae.W_enc[:, :2] = 0  # features that are hardly ever active
     rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in store.eval_contexts.tolist()])
-    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for sae, result in zip(saes.values(), results):
         active = (sae.encode(rows) > 0).numpy()
         counted = result["histograms"]
@@ -185,7 +185,7 @@ def test_histogram_bins_hold_every_density():
 def test_metrics_on_the_first_contexts(model, hf_model, group):
     """Evaluations during training are the same metrics on the first contexts, without the shares of features."""
     store, saes = group
-    results = evaluate(list(saes.values()), model, store, heldout_baseline(model, store), num_contexts=3)
+    results = evaluate(list(saes.values()), store, heldout_baseline(store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
         assert not {"dead_fraction", "dense_fraction", "histograms"} & result.keys()
         reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, 3)
@@ -196,7 +196,7 @@ def test_metrics_on_the_first_contexts(model, hf_model, group):
 def test_baseline_is_of_the_held_out_set(model, hf_model, group):
     """The mean activation and the CEs without an SAE are those of the held-out contexts, one by one."""
     store, _ = group
-    baseline = heldout_baseline(model, store)
+    baseline = heldout_baseline(store)
     contexts = store.eval_contexts.tolist()
     rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in contexts])
     torch.testing.assert_close(baseline["mean"], rows.mean(0), rtol=1e-4, atol=1e-4)
@@ -208,7 +208,7 @@ def test_baseline_is_of_the_held_out_set(model, hf_model, group):
 def test_the_demo_language_model_has_something_to_lose(model, group):
     """The signs: ablation hurts the language model, so a reconstruction's degradation and recovery mean something."""
     store, saes = group
-    for result in evaluate(list(saes.values()), model, store, heldout_baseline(model, store)):
+    for result in evaluate(list(saes.values()), store, heldout_baseline(store)):
         assert result["ce_zero_ablated"] - result["ce_original"] > 0.5
         assert result["ce_degradation"] > 0
         assert result["recovery_from_zero"] < 1
@@ -239,7 +239,7 @@ def test_evaluation_has_no_side_effects(model, group, training):
     for sae in saes.values():
         sae.train(training)
     before = [state_of(model, sae) for sae in saes.values()]
-    first = evaluate(list(saes.values()), model, store, heldout_baseline(model, store))
+    first = evaluate(list(saes.values()), store, heldout_baseline(store))
     for sae, state in zip(saes.values(), before):
         for now, then in zip(state_of(model, sae), state, strict=True):
             if isinstance(then, dict):
@@ -247,7 +247,7 @@ def test_evaluation_has_no_side_effects(model, group, training):
             else:
                 assert np.array_equal(now, then)
     assert torch.equal(store.eval_contexts, contexts)
-    assert evaluate(list(saes.values()), model, store, heldout_baseline(model, store)) == first
+    assert evaluate(list(saes.values()), store, heldout_baseline(store)) == first
 
 
 def test_evaluation_takes_nothing_from_the_stream(model, group):
@@ -257,7 +257,7 @@ def test_evaluation_takes_nothing_from_the_stream(model, group):
         store = ActivationsStore(model, group[0].cfg)
         store.next_batch()
         if evaluated:
-            evaluate(list(group[1].values()), model, store, heldout_baseline(model, store))
+            evaluate(list(group[1].values()), store, heldout_baseline(store))
         batches.append(store.next_batch())
     assert torch.equal(*batches)
 
@@ -265,10 +265,10 @@ def test_evaluation_takes_nothing_from_the_stream(model, group):
 def test_metrics_do_not_depend_on_the_group(model, group):
     """An SAE evaluated among others gets the figures that it gets alone."""
     store, saes = group
-    baseline = heldout_baseline(model, store)
-    together = evaluate(list(saes.values()), model, store, baseline)
+    baseline = heldout_baseline(store)
+    together = evaluate(list(saes.values()), store, baseline)
     for sae, result in zip(saes.values(), together):
-        assert evaluate([sae], model, store, baseline) == [result]
+        assert evaluate([sae], store, baseline) == [result]
 
 
 def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
@@ -276,8 +276,8 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
     store, saes = group
     smaller = copy.copy(store)
     smaller.cfg = post_init_cfg(store.cfg | {"batch_size": SEQ_LEN})
-    baseline = heldout_baseline(model, store)
-    results = [evaluate(list(saes.values()), model, s, baseline) for s in (store, smaller)]
+    baseline = heldout_baseline(store)
+    results = [evaluate(list(saes.values()), s, baseline) for s in (store, smaller)]
     for usual, other in zip(*results):
         assert usual.pop("histograms") == other.pop("histograms")
         assert {k: v for k, v in usual.items() if "_batch" not in k} == pytest.approx(
@@ -291,7 +291,7 @@ def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
     """With more contexts than MOST_PARTS the jackknife leaves out consecutive contexts together."""
     monkeypatch.setattr(evaluation, "MOST_PARTS", 4)
     store, sae = group[0], group[1]["topk"]
-    (result,) = evaluate([sae], model, store, heldout_baseline(model, store))
+    (result,) = evaluate([sae], store, heldout_baseline(store))
     reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
     assert_equal_metrics(result, reference)
     assert result["dead_fraction_se"] > 0 and result["dense_fraction_se"] > 0
@@ -300,21 +300,27 @@ def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
 def test_one_context_has_no_error(model, group):
     """A standard error over contexts takes two of them; the figures are there all the same, and finite."""
     store, sae = group[0], group[1]["batchtopk"]
-    (result,) = evaluate([sae], model, store, heldout_baseline(model, store), num_contexts=1)
+    (result,) = evaluate([sae], store, heldout_baseline(store), num_contexts=1)
     assert {"nmse", "kl_divergence", "recovery_from_mean_batch"} <= result.keys()
     assert not any(key.endswith("_se") for key in result) and all(map(math.isfinite, result.values()))
 
 
 def test_the_model_is_not_run_more_often_than_needed(model, group):
-    """In evaluate: once as it is, for all SAEs, and once for each SAE and each batch top-k, per batch of contexts."""
+    """In evaluate, per batch of contexts: what is below the hook point once for all SAEs; what is above it once as it
+    is, and once for each SAE and each batch top-k.
+    """
     store, saes = group
-    baseline, forwards = heldout_baseline(model, store), []
-    model.hook_dict["unembed.hook_out"].add_perma_hook(lambda acts, hook: forwards.append(len(acts)))
+    baseline, below, above = heldout_baseline(store), [], []
+    count = lambda forwards: lambda module, args, output: forwards.append(len(args[0]))  # noqa: E731
+    handles = [model.plain.transformer.h[0].ln_1.register_forward_hook(count(below))]
+    handles += [model.plain.lm_head.register_forward_hook(count(above))]
     try:
-        evaluate(list(saes.values()), model, store, baseline)
+        evaluate(list(saes.values()), store, baseline)
     finally:
-        model.reset_hooks(including_permanent=True)
-    assert forwards == [4] * (1 + len(saes) + 2) + [2] * (1 + len(saes) + 2)
+        for handle in handles:
+            handle.remove()
+    assert below == [4, 2]
+    assert above == [4] * (1 + len(saes) + 2) + [2] * (1 + len(saes) + 2)
 
 
 # The threshold
@@ -460,7 +466,7 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
         evaluation.main([str(run_folder), *arguments])
         store = copy.copy(group[0])
         store.eval_contexts = store.eval_contexts[:contexts]
-        (expected,) = evaluate([sae], model, store, heldout_baseline(model, store))
+        (expected,) = evaluate([sae], store, heldout_baseline(store))
         written = json.loads((run_folder / "evaluation.json").read_text())
         assert written.pop("eval_tokens") == contexts * SEQ_LEN
         assert written.pop("histograms") == expected.pop("histograms")

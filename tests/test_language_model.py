@@ -30,7 +30,15 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, save_sae
 from config import InputError
 from export import export_sae
-from language_model import Loader, check_hook_point, complete_cfg, hub_name, load_model
+from language_model import (
+    Loader,
+    Predictor,
+    check_hook_point,
+    complete_cfg,
+    hub_name,
+    load_model,
+    run_bridge_to_hook,
+)
 from sae import SAE_CLASSES
 
 # Tokens -> activations
@@ -319,6 +327,39 @@ def test_missing_model_directory(tmp_path):
     with pytest.raises(InputError, match="no such folder") as caught:
         load_model(make_cfg(model_name=str(tmp_path / "none")))
     assert str(tmp_path / "none") in one_line(caught)
+
+
+# From the hook point on
+
+
+@pytest.mark.parametrize(
+    "hook_point, below",
+    [("blocks.2.hook_resid_pre", 2), ("blocks.1.hook_resid_post", 2), ("blocks.3.hook_resid_post", 4)]
+    + [("blocks.0.hook_resid_pre", 0), ("blocks.2.hook_mlp_out", 0), ("blocks.1.hook_resid_mid", 0)],
+)
+def test_predictions_from_the_hook_point_on_are_those_of_the_whole_model(model, hook_point, below):  # noqa: F811
+    """With the model's own activations and with others, in its own place; the model is left as it was."""
+    ids = torch.randint(model.cfg.d_vocab, (3, 20), generator=torch.Generator().manual_seed(1))
+    acts, predictor = run_bridge_to_hook(model, ids, hook_point), Predictor(model, hook_point)
+    assert len(predictor.below) == below
+    others = acts * 0.7 + torch.randn(acts.shape, generator=torch.Generator().manual_seed(2))
+    whole = model.run_with_hooks(ids, return_type="logits", fwd_hooks=[(hook_point, lambda _, hook: others)])
+    torch.testing.assert_close(predictor(ids, others), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(predictor(ids, acts), model(ids), rtol=1e-4, atol=1e-4)
+    assert (whole - model(ids)).abs().max() > 0.1
+    torch.testing.assert_close(model.plain(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_that_give_something_else_are_not_relied_on(model, monkeypatch):  # noqa: F811
+    """Then the bridge computes the whole model, with the same result."""
+    hook_point = "blocks.2.hook_resid_pre"
+    ids = torch.arange(12).view(2, 6)
+    acts = run_bridge_to_hook(model, ids, hook_point)
+    expected = Predictor(model, hook_point)(ids, acts * 0.5)
+    monkeypatch.setattr(Predictor, "as_output", lambda self, acts: acts * 1.01)
+    predictor = Predictor(model, hook_point)
+    assert not predictor.below
+    torch.testing.assert_close(predictor(ids, acts * 0.5), expected, rtol=1e-4, atol=1e-4)
 
 
 # Code in a model's repository

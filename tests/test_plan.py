@@ -23,7 +23,7 @@ import plan, training
 from test_training import *
 cfgs = [post_init_cfg(cfg) for cfg in {cfgs!r}]
 model = load_model(cfgs[0])
-__import__("evaluation").predict(model, torch.zeros(1, 16, dtype=torch.int64), cfgs[0])
+model(torch.zeros(1, 16, dtype=torch.int64))
 before = psutil.Process().memory_info().rss
 train(model, cfgs)
 status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -119,7 +119,7 @@ def test_time_is_told_and_nothing_is_changed_by_it(make_cfg, model, capsys):  # 
     for s in (store, asked):
         s.next_batch()
     before, random = asked.state_dict(), torch.get_rng_state()
-    plan.tell_time(cfgs, model, asked, steps_done=4, force=False)
+    plan.tell_time(cfgs, asked, steps_done=4, force=False)
     assert re.search(r"It takes about \d+ seconds .* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
     assert asked.state_dict() == before and torch.equal(torch.get_rng_state(), random)
     for _ in range(8):
@@ -133,7 +133,7 @@ def test_what_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: 
     store = ActivationsStore(model, cfgs[0])
     for refuses in (
         lambda force: plan.plan_group(cfgs, model, 0, force),
-        lambda force: plan.tell_time(cfgs, model, store, 0, force),
+        lambda force: plan.tell_time(cfgs, store, 0, force),
     ):
         with pytest.raises(InputError, match=r"it would take .* days.*--force"):
             refuses(False)

@@ -228,7 +228,7 @@ def test_a_run_is_recorded_completely(model, recorded):
 
         loaded = load_sae(folder)
         assert same_bits(loaded, sae) and loaded.cfg == cfg and not loaded.training
-        again = evaluate([loaded], model, store, heldout_baseline(model, store))[0]
+        again = evaluate([loaded], store, heldout_baseline(store))[0]
         assert again == {key: result[key] for key in again}, "the saved SAE has the figures of its record"
 
 
