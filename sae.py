@@ -13,13 +13,19 @@ less, else None.
 """
 
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import sparse_ops
-from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, full_precision, keep_top_k
+from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, keep_top_k, sae_arithmetic
+
+
+class Counts(NamedTuple):
+    until_sparse: int  # batches until the sparse form is taken
+    most_dead: int  # features that can be dead in the next batch, at most
 
 
 class BaseAutoencoder(nn.Module):
@@ -87,7 +93,7 @@ class BaseAutoencoder(nn.Module):
         """[B, d] back in the residual stream's units."""
         return reconstruction if mean is None else torch.addcmul(mean, reconstruction, std)
 
-    @full_precision()
+    @sae_arithmetic
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Feature activations [..., F], dense, of residual-stream vectors [..., d].
 
@@ -97,7 +103,7 @@ class BaseAutoencoder(nn.Module):
         tokens = self.preprocess_input(x.reshape(-1, x.shape[-1]))[0]
         return self.activation(self.pre_activation(tokens)).view(*x.shape[:-1], -1)
 
-    @full_precision()
+    @sae_arithmetic
     def decode(self, acts: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
         """Reconstruction [..., d] of feature activations [..., F].
 
@@ -112,7 +118,7 @@ class BaseAutoencoder(nn.Module):
             else self.postprocess_output(reconstruction, *self.preprocess_input(like)[1:])
         )
 
-    @full_precision()
+    @sae_arithmetic
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual-stream vectors [..., d] -> (their reconstruction in the same units, activations [..., F])."""
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
@@ -145,7 +151,7 @@ class BaseAutoencoder(nn.Module):
         finally:
             handle.remove()
 
-    @full_precision()
+    @sae_arithmetic
     def forward(self, x: torch.Tensor, wait: bool = True) -> dict:
         """Reconstruct residual-stream vectors [..., d], B of them; returns a dict of tensors.
 
@@ -159,7 +165,7 @@ class BaseAutoencoder(nn.Module):
         `failure`: if it is not 0, the rest is not to be used (triton_ops.py).
         """
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
-        wait = wait or not sparse_ops.has_triton(tokens)
+        wait = wait or not sparse_ops.uses_kernels(tokens)
         if wait:
             self.known_counts = None
         pattern = self.select(tokens, wait)
@@ -190,7 +196,7 @@ class BaseAutoencoder(nn.Module):
             output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, residual, dead)
             loss = loss + output["aux_loss"]
             if not wait:
-                output["failure"] |= (output["num_dead_features"] > self.counts()[1]) * sparse_ops.OVERFLOW
+                output["failure"] |= (output["num_dead_features"] > self.counts().most_dead) * sparse_ops.OVERFLOW
         return {
             "sae_out": self.postprocess_output(reconstruction, mean, std).view(x.shape),
             "feature_acts": acts if pattern is None else pattern.sparse_tensor(acts),
@@ -204,7 +210,7 @@ class BaseAutoencoder(nn.Module):
         """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
         features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
         """
-        index = sparse_ops.dead_index(dead, x, lambda: self.counts()[1])
+        index = sparse_ops.dead_index(dead, x, lambda: self.counts().most_dead)
         if len(index) == 0:
             return residual.new_zeros(())
         k, pattern = min(self.cfg["top_k_aux"], len(index)), None
@@ -219,15 +225,14 @@ class BaseAutoencoder(nn.Module):
                 acts = sparse_ops.encode(x, self.b_dec, W_enc, pattern)
         return self.cfg["aux_penalty"] * F.mse_loss(sparse_ops.decode(acts, W_dec, pattern), residual)
 
-    known_counts = None  # what `counts` last found, where training_step has read it
+    known_counts = None  # where training_step has read them
 
-    def counts(self) -> list[int]:
-        """[batches until the sparse form is taken, most features that can be dead in the next batch]: the host chooses
-        a form and a size by them. Waits for a CUDA device, unless training_step has read them already.
-        """
-        return self.known_counts or self.counts_on_device().tolist()
+    def counts(self) -> "Counts":
+        """What the host must know to choose a form and a size. Waits for a CUDA device, unless known_counts is set."""
+        return self.known_counts or Counts(*self.counts_on_device().tolist())
 
     def counts_on_device(self) -> torch.Tensor:
+        """The Counts as a tensor [2]."""
         until_sparse = getattr(self, "batches_until_sparse", self.num_batches_not_active.new_zeros(()))
         most_dead = (self.num_batches_not_active + 1 >= self.cfg["n_batches_to_dead"]).sum()
         return torch.stack([until_sparse, most_dead])
@@ -271,12 +276,12 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         is_sparse = output["feature_acts"].is_sparse
         few = output["l0_norm"] < self.cfg["dict_size"] / (GOES_DENSE if is_sparse else GOES_SPARSE)
         if not is_sparse:
-            few &= self.batches_until_sparse > 0  # if not, there were too many candidates for the sparse form
+            few &= self.batches_until_sparse > 0  # dense at 0: the sparse form had too many candidates, so start again
         left = (self.batches_until_sparse - 1).clamp(min=0)
         self.batches_until_sparse.copy_(torch.where(few, left, 10))
 
     def is_sparse(self) -> bool:
-        return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts()[0] == 0
+        return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts().until_sparse == 0
 
 
 class VanillaSAE(AdaptiveSparseSAE):

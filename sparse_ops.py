@@ -30,7 +30,7 @@ the last bit: values are always those of the second computation.
 import os
 import warnings
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 
 # Fresh memory costs a page fault per 4 KiB, a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It looks here
 # when it first allocates, so this comes before.
@@ -152,20 +152,20 @@ def active_features(active: torch.Tensor, pattern=None) -> torch.Tensor:
     return found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)[:num_features]
 
 
-def dead_index(dead: torch.Tensor, x: torch.Tensor, most) -> torch.Tensor:
-    """The features where the mask dead [F] is True, in order. On CUDA the length has to be known beforehand: most() is
-    at least as large, and the rest is filled up with F.
+def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor:
+    """The features where the mask dead [F] is True, in order. Where the kernels are used with x, the length follows
+    from upper_bound(), which the host knows, and the rest is filled up with F.
     """
-    if not has_triton(x):
+    if not uses_kernels(x):
         return dead.nonzero().squeeze(-1)
     import triton_ops
 
-    return triton_ops.packed_index(dead, min(-(-most() // 256) * 256, len(dead)))
+    return triton_ops.packed_index(dead, min(-(-upper_bound() // 256) * 256, len(dead)))
 
 
 def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """The rows (dim 0) or columns (dim 1) of a matrix at a dead_index; zeros where that is F."""
-    if not has_triton(matrix):
+    if not uses_kernels(matrix):
         return matrix.index_select(dim, index)
     n = matrix.shape[dim]
     used = index < n
@@ -174,7 +174,7 @@ def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
 
 def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
     """Whether the gradients of the aux loss are cheaper in the sparse form; on a GPU they never are."""
-    return num_dead >= 6 * k and not has_triton(x)
+    return num_dead >= 6 * k and not uses_kernels(x)
 
 
 def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
 
 def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     """`values` [n] or [B, n] with all but the k largest of the last dimension set to 0."""
-    if values.ndim == 2 and has_triton(values):
+    if values.ndim == 2 and uses_kernels(values):
         import triton_ops
 
         return torch.where(triton_ops.row_topk_mask(values.detach(), k), values, 0)
@@ -262,7 +262,7 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wai
     many candidates, or something was not finite.
     """
     B = len(x)
-    if has_triton(x):
+    if uses_kernels(x):
         import triton_ops
 
         return within_capacity(
@@ -292,7 +292,7 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     x [B, d], W_enc [d, F], b_enc [F], θ [F] or a number. Otherwise as select_topk.
     """
     offset = b_enc - theta
-    if has_triton(x):
+    if uses_kernels(x):
         import triton_ops
 
         return within_capacity(
@@ -308,7 +308,9 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     return pattern.select(pattern.products + offset[pattern.cols] > -margin)
 
 
-_capacity = {}  # candidates that there is room for on CUDA: grows where it was too little. No result depends on it.
+# Candidates that there is room for on CUDA; grows where it was too little. Weights do not depend on it; the last bits
+# of sums that are logged may.
+_capacity = {}
 
 
 def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
@@ -478,7 +480,7 @@ def has_sparse_kernels(device: torch.device) -> bool:
         return False
 
 
-def has_triton(x: torch.Tensor) -> bool:
+def uses_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels of triton_ops.py are used with this tensor: float32, on CUDA with compute capability 8.0."""
     return x.dtype == torch.float32 and x.device.type == "cuda" and triton_works(x.device)
 
@@ -491,7 +493,8 @@ def triton_works(device: torch.device) -> bool:
     try:
         import triton_ops
 
-        triton_ops.self_test(device)
+        with torch.cuda.device(device):
+            triton_ops.self_test(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton for this torch, no compiler for it, a driver that it does not know
@@ -527,7 +530,7 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b. On CUDA float32 is computed as three TF32 products, at most 2⁻²⁰ ‖a_i‖ ‖b_j‖ off: six times as fast."""
+    """a @ b. On CUDA float32 is computed as three TF32 products, at most 2⁻¹⁹ ‖a_i‖ ‖b_j‖ off, and faster."""
     if a.dtype != torch.float32 or a.device.type != "cuda" or screen_dtype(a.device) != torch.bfloat16:
         return a @ b
     with full_precision("tf32"):
@@ -535,15 +538,29 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def three_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b from operands of 11 bits each: high·high + high·low + low·high. What is left out is below 2⁻²⁰ of it."""
+    """a @ b from operands of 11 bits each: high·low + low·high + high·high. Left out is low·low, below 2⁻²⁰."""
     (a_high, a_low), (b_high, b_low) = two_parts(a), two_parts(b)
-    return torch.addmm(torch.addmm(a_high @ b_low, a_low, b_high), a_high, b_high)
+    return (a_high @ b_low).addmm_(a_low, b_high).addmm_(a_high, b_high)
 
 
 def two_parts(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A float32 tensor as its first 11 bits (which TF32 holds exactly), and the rest."""
     high = (a.view(torch.int32) & -(2**13)).view(torch.float32)
     return high, a - high
+
+
+def sae_arithmetic(function):
+    """For functions whose first argument is an SAE: full_precision, and its device is CUDA's current one (Triton starts
+    kernels there).
+    """
+
+    @wraps(function)
+    def wrapped(sae, *args, **options):
+        device = sae.W_enc.device
+        with full_precision(), torch.cuda.device(device if device.type == "cuda" else -1):
+            return function(sae, *args, **options)
+
+    return wrapped
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from evaluation import evaluate, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
-from sae import BaseAutoencoder
+from sae import BaseAutoencoder, Counts
 
 FEWEST_ACTIVE = 0.1  # features per token; a mean L0 below this is worth a warning
 TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
@@ -191,7 +191,7 @@ class SaveWithoutMemory:
         ahead = {
             run.cfg["name"]: {key: value.item() for key, value in output.items()}
             for run, output, again in zip(self.runs, self.outputs, failed)
-            if not again and not isinstance(output, FloatingPointError)
+            if not again and isinstance(output, dict)
         }
         self.checkpoints.save(self.step - 1, self.position, ahead)
         tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
@@ -264,13 +264,15 @@ def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
     """
     output = start_step(sae, optimizer, x, cfg)
     if read_failures([sae], [output])[0]:
+        del output  # the repetition may need its memory
         output = start_step(sae, optimizer, x, cfg, wait=True)
     return output
 
 
 def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
-    """A training step of each run on the same batch. As each is done, the scalars of its output, or the error that kept
-    it from a step, are added to `outputs`. Runs in `ahead` have taken this step before, with the numbers there.
+    """A training step of each run on the same batch. As each is done, the scalars of its output, or the
+    FloatingPointError that stopped it, are added to `outputs`. Runs in `ahead` took this step before memory ran out;
+    their numbers are taken from there, and removed.
 
     On CUDA the host waits for the device once, when the steps of all runs are queued.
     """
@@ -284,26 +286,30 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
     for run in runs:
         name = run.cfg["name"]
         outputs.append(as_output(ahead.pop(name)) if name in ahead else attempt(run))
-    for i, failed in enumerate(read_failures([run.sae for run in runs], outputs)):
-        if failed:
-            outputs[i] = attempt(runs[i], wait=True)
+    failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
+    for i in failed:
+        outputs[i] = None  # these have not taken the step, should memory run out now
+    for i in failed:
+        outputs[i] = attempt(runs[i], wait=True)
 
 
-@sparse_ops.full_precision()
+@sparse_ops.sae_arithmetic
 def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
-    """training_step, but on CUDA nothing waits for the device, unless `wait`: the output's `failure` [] tells instead
-    whether nothing was changed (read_failures).
+    """As training_step, but on CUDA the host does not wait, unless `wait`. If output["failure"] is not 0, nothing was
+    changed, and the step must be repeated with wait=True (read_failures).
     """
     output = sae(x, wait=wait)
     output["loss"].backward()
-    if sparse_ops.has_triton(sae.W_enc):
-        update_on_device(sae, optimizer, cfg, output, wait)
+    if sparse_ops.uses_kernels(sae.W_enc):
+        update_on_device(sae, optimizer, cfg, output)
     else:
         update_weights(sae, optimizer, cfg)
         sae.update_statistics(output)
     optimizer.is_updating = False  # if memory runs out before this, the SAE cannot be saved
     optimizer.zero_grad()
     sae.zero_grad()
+    if wait and output.pop("failure", 0):
+        raise FloatingPointError("NaN or infinity in the gradient")
     return output
 
 
@@ -320,22 +326,20 @@ def update_weights(sae, optimizer, cfg: dict) -> None:
     sae.normalize_decoder()
 
 
-def update_on_device(sae, optimizer, cfg: dict, output: dict, wait: bool) -> None:
-    """update_weights and update_statistics in the kernels of triton_ops.py; a failed step changes nothing."""
+def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
+    """update_weights and update_statistics in the kernels of triton_ops.py. A failed step changes nothing, and is known
+    by output["failure"].
+    """
     import triton_ops
 
     share_gradients(sae, optimizer)
     optimizer.is_updating = True
     failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
-    failure = triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
+    output["failure"] = failure = triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
     before = [buffer.clone() for buffer in sae.buffers()]
     sae.update_statistics(output)
     for buffer, old in zip(sae.buffers(), before):
         buffer.copy_(torch.where(failure == 0, buffer, old))
-    if not wait:
-        output["failure"] = failure
-    elif failure:
-        raise FloatingPointError("NaN or infinity in the gradient")
 
 
 def share_gradients(sae, optimizer) -> None:
@@ -350,12 +354,12 @@ def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[
 
     Waits for the device once.
     """
-    failed, queued = [False] * len(outputs), {}
-    for i, output in enumerate(outputs):
-        if isinstance(output, dict) and "failure" in output:
-            queued[i] = torch.cat([output.pop("failure")[None], saes[i].counts_on_device()])
-    for i, (failure, *counts) in zip(queued, torch.stack(list(queued.values())).tolist() if queued else []):
-        failed[i], saes[i].known_counts = failure != 0, counts
+    queued = [i for i, output in enumerate(outputs) if isinstance(output, dict) and "failure" in output]
+    read = [torch.cat([outputs[i]["failure"][None], saes[i].counts_on_device()]) for i in queued]
+    failed = [False] * len(outputs)
+    for i, (failure, *counts) in zip(queued, torch.stack(read).tolist() if read else []):
+        del outputs[i]["failure"]
+        failed[i], saes[i].known_counts = failure != 0, Counts(*counts)
     return failed
 
 

@@ -9,16 +9,16 @@ repeated step gives the same bits.
 The steps of a selection, over z [B, F] in bfloat16 (see sparse_ops.py for the bound on its error):
 
     group_maxima       the maxima of groups of GROUP columns
-    kth_largest        a threshold that at least B·k entries of z reach: a radix selection over the maxima
+    threshold_key      a threshold that at least B·k entries of z reach: a radix selection over the maxima
     count_candidates,  which entries may reach it, in row-major order: counted per group, summed, written
     write_candidates
     refine             their values in float32
-    kth_largest or     the exact threshold, over the batch or of every row
-    row_kth_largest
+    threshold_key or   the exact threshold, over the batch or of every row
+    row_threshold_keys
     count_kept,        the selected entries, ties to the first, in row-major order
     write_kept
 
-Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, encode_gradients). A feature
+Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, spmm_t). A feature
 with more than CHUNK entries is split, and its parts are added in order.
 
 All kernels run on CPU tensors, too, with TRITON_INTERPRET=1: that is how the tests run them where there is no GPU.
@@ -71,7 +71,8 @@ def count_candidates(z, maxima, floor, counts, num_features, num_groups, GROUP: 
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(floor + row)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    hot = tl.load(maxima + row * num_groups + group, mask=group < num_groups, other=-float("inf")) >= level
+    there = group < num_groups
+    hot = there & (tl.load(maxima + row * num_groups + group, mask=there, other=0.0) >= level)
     col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = hot[:, None] & (col < num_features)
     value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
@@ -87,7 +88,8 @@ def write_candidates(
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(floor + row)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    hot = tl.load(maxima + row * num_groups + group, mask=group < num_groups, other=-float("inf")) >= level
+    there = group < num_groups
+    hot = there & (tl.load(maxima + row * num_groups + group, mask=there, other=0.0) >= level)
     if tl.max(hot.to(tl.int32), axis=0) > 0:
         col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = hot[:, None] & (col < num_features)
@@ -147,8 +149,8 @@ def pick_digit(histogram, state, BITS: tl.constexpr):
 
 
 @triton.jit
-def row_kth_largest(values, row_offsets, k, state, BLOCK: tl.constexpr):
-    """Of each row, what kth_largest gives: its four digits of 8 bits, one after the other."""
+def row_keys_kernel(values, row_offsets, k, state, BLOCK: tl.constexpr):
+    """Of each row, what threshold_key gives: its four digits of 8 bits, one after the other."""
     row = tl.program_id(0)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     bins = tl.arange(0, 256)
@@ -230,7 +232,7 @@ def write_kept(
         place += tl.sum(keep, axis=0)
 
 
-def kth_largest(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int) -> torch.Tensor:
+def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int) -> torch.Tensor:
     """[2] int32: the key of the k-th largest of the first `length` [1] values, and how many of that key are wanted.
 
     With fewer than all three rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
@@ -250,10 +252,10 @@ def kth_largest(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int)
     return state
 
 
-def row_kth_largest_of(values: torch.Tensor, row_offsets: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, 2] int32: for each row what kth_largest gives."""
+def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, 2] int32: for each row what threshold_key gives."""
     state = torch.empty(len(row_offsets) - 1, 2, dtype=torch.int32, device=values.device)
-    row_kth_largest[(len(state),)](values, row_offsets, k, state, BLOCK=256)
+    row_keys_kernel[(len(state),)](values, row_offsets, k, state, BLOCK=256)
     return state
 
 
@@ -330,17 +332,17 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
     reached = maxima * ROUND_DOWN - error[:, None]
     reached_offsets = torch.arange(B + 1, dtype=torch.int32, device=device) * reached.shape[1]
     if per_row:
-        t = row_kth_largest_of(reached, reached_offsets, k)[:, 0]
+        t = row_threshold_keys(reached, reached_offsets, k)[:, 0]
     else:
-        t = kth_largest(reached, reached_offsets[-1:], B * k, rounds=2)[:1]
+        t = threshold_key(reached, reached_offsets[-1:], B * k, rounds=2)[:1]
     t = t.contiguous().view(torch.float32)
     cols, row_offsets, found = candidates(z, maxima, group, t - error, capacity)
-    del z, maxima
+    del z, maxima, reached
     values = refined(x, W_enc, cols, row_offsets)
     if per_row:
-        state = row_kth_largest_of(values, row_offsets, k)
+        state = row_threshold_keys(values, row_offsets, k)
     else:
-        state = kth_largest(values, row_offsets[-1:], B * k, rounds=3)
+        state = threshold_key(values, row_offsets[-1:], B * k, rounds=3)
     return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], not_finite, found)
 
 
@@ -394,7 +396,7 @@ def kept(
 
 
 @triton.jit
-def spmm(values, row_offsets, cols, table, out, d, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
+def spmm_kernel(values, row_offsets, cols, table, out, d, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
     """out[row] = Σ value · table[col]."""
     row = tl.program_id(0).to(tl.int64)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
@@ -432,7 +434,7 @@ def chunk_of(feature_offsets, extra_offsets, extra_feature, num_features, CHUNK:
 
 
 @triton.jit
-def decode_gradients(
+def decode_gradients_kernel(
     values, rows, order, feature_offsets, extra_offsets, extra_feature, W_dec, grad, grad_values, grad_W,
     d, num_features, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -454,7 +456,7 @@ def decode_gradients(
 
 
 @triton.jit
-def encode_gradients(
+def encode_gradients_kernel(
     values, rows, order, feature_offsets, extra_offsets, extra_feature, x, grad_W,
     d, num_features, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -551,7 +553,7 @@ class PaddedPattern:
         d = table.shape[1]
         out = torch.empty(self.shape[0], d, device=values.device)
         block_d = min(256, triton.next_power_of_2(d))
-        spmm[(self.shape[0], triton.cdiv(d, block_d))](
+        spmm_kernel[(self.shape[0], triton.cdiv(d, block_d))](
             values.contiguous(), self.row_offsets, self.cols, table, out, d, BLOCK_D=block_d, BLOCK_N=8
         )
         return out
@@ -562,14 +564,14 @@ class PaddedPattern:
         grad_values = torch.zeros_like(values)
         grad_W = self.gradient_buffer(W_dec.shape[1])
         args = values.contiguous(), rows, order, *features, W_dec.contiguous(), grad.contiguous(), grad_values, grad_W
-        self.over_chunks(decode_gradients, *args)
+        self.over_chunks(decode_gradients_kernel, *args)
         return grad_values, grad_W[: self.shape[1]]
 
     def spmm_t(self, values, x) -> torch.Tensor:
         """[F, d]: of each feature, Σ value · x[row]."""
         order, rows, *features = self.by_feature
         grad_W = self.gradient_buffer(x.shape[1])
-        self.over_chunks(encode_gradients, values.contiguous(), rows, order, *features, x.contiguous(), grad_W)
+        self.over_chunks(encode_gradients_kernel, values.contiguous(), rows, order, *features, x.contiguous(), grad_W)
         return grad_W[: self.shape[1]]
 
     def gradient_buffer(self, d: int) -> torch.Tensor:
@@ -614,11 +616,12 @@ def adam_rows(
             g -= tl.sum(g * w, axis=0) * w
         mean = tl.load(means + o, mask=inside, other=0.0) * beta1 + g * rest1
         square = tl.load(squares + o, mask=inside, other=0.0) * beta2 + g * g * rest2
-        tl.store(means + o, mean, mask=inside)
-        tl.store(squares + o, square, mask=inside)
         w -= lr * (mean / tl.load(scales + 1)) / (tl.sqrt(square / tl.load(scales + 2)) + 1e-8)
         if DECODER:
             w = w / tl.sqrt(tl.sum(w * w, axis=0))
+        # All stores come last: where a row is narrower than the threads, some of them load it twice.
+        tl.store(means + o, mean, mask=inside)
+        tl.store(squares + o, square, mask=inside)
         tl.store(weights + o, w, mask=inside)
 
 
@@ -640,8 +643,9 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         state["step"] += valid
-        steps = state["step"].clamp(min=1)
-        scales = torch.stack([(max_grad_norm / (norm + 1e-6)).clamp(max=1), 1 - beta1**steps, 1 - beta2**steps, valid])
+        steps = state["step"].double().clamp(min=1)
+        clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1)
+        scales = torch.stack([clip, (1 - beta1**steps).float(), (1 - beta2**steps).float(), valid])
         d = p.shape[1] if p.ndim == 2 else min(len(p), 1024)
         adam_rows[(triton.cdiv(p.numel(), d),)](
             p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scales, p.numel(), d,
@@ -664,13 +668,13 @@ def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
 
 def row_topk_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     """Mask [B, n] of the k largest positive values of each row; ties go to the first."""
-    B, n = values.shape
-    values = values.contiguous()
-    row_offsets = torch.arange(B + 1, dtype=torch.int32, device=values.device) * n
-    state = row_kth_largest_of(values, row_offsets, k)
-    mask = torch.empty(B, n, dtype=torch.int8, device=values.device)
-    mask_kept[(B,)](values, row_offsets, state, mask, BLOCK=256)
-    return mask.bool()
+    n, masks = values.shape[1], []
+    for part in values.contiguous().split(max(1, (2**31 - 2**12) // n)):  # places are 32-bit integers
+        row_offsets = torch.arange(len(part) + 1, dtype=torch.int32, device=values.device) * n
+        state = row_threshold_keys(part, row_offsets, k)
+        masks.append(torch.empty(part.shape, dtype=torch.int8, device=values.device))
+        mask_kept[(len(part),)](part, row_offsets, state, masks[-1], BLOCK=256)
+    return torch.cat(masks).bool()
 
 
 @triton.jit
@@ -690,16 +694,30 @@ def mask_kept(values, row_offsets, state, mask, BLOCK: tl.constexpr):
 def self_test(device: torch.device) -> None:
     """Raises RuntimeError unless the kernels agree with dense products on a small problem."""
     generator = torch.Generator().manual_seed(0)
-    x, W, table = (torch.randn(n, 40, generator=generator).to(device) for n in (8, 320, 320))
+    B, d, num_features, k = CHUNK + 6, 40, 96, 4
+    x, W, table = (torch.randn(n, d, generator=generator).to(device) for n in (B, num_features, num_features))
+    W[7] = 0
+    W[3] = x.mean(0) * 100  # active on most tokens: its entries are more than a chunk
     z = (x.double() @ W.double().T).float()
-    for per_row in (True, False):
-        pattern = select_topk(x, W.T, 4, per_row, capacity=1024)
-        kth = z.topk(4).values[:, -1:] if per_row else z.flatten().topk(32).values[-1]
-        acts = z * (z >= kth)
-        found = pattern.sparse_tensor(pattern.products).to_dense()
+    kth = z.topk(k).values[:, -1:]
+    found, expected = [row_topk_mask(z, k).float()], [((z >= kth) & (z > 0)).float()]
+    patterns = [
+        (select_topk(x, W.T, k, True, 4096), z * (z >= kth) * (z > 0)),
+        (select_topk(x, W.T, k, False, 4096), z * (z >= z.flatten().topk(B * k).values[-1])),
+        (select_above(x, W.T, torch.full_like(W[:, 0], -3.0), 0.5, 4096), z * (z - 3 > -0.5)),
+    ]
+    for pattern, acts in patterns:
         grad_values, grad_W = pattern.decode_gradients(pattern.products, table, x)
-        expected = [acts, acts @ table, acts.T @ x, acts.T @ x, acts.sum(0), ((x @ table.T) * (acts > 0)).sum()]
-        found = [found, pattern.spmm(pattern.products, table), pattern.spmm_t(pattern.products, x), grad_W]
-        found += [pattern.feature_sums(pattern.products), grad_values.sum()]
-        if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-3) for a, b in zip(found, expected)):
-            raise RuntimeError("their results are wrong")
+        found += [pattern.sparse_tensor(pattern.products).to_dense(), pattern.spmm(pattern.products, table), grad_W]
+        found += [pattern.spmm_t(pattern.products, x), pattern.feature_sums(pattern.products), grad_values.sum()]
+        expected += [acts, acts @ table, acts.T @ x, acts.T @ x, acts.sum(0), ((x @ table.T) * (acts > 0)).sum()]
+    ours, theirs = (F.normalize(table).clone().requires_grad_() for _ in range(2))
+    optimizers = [torch.optim.Adam([parameter], lr=0.01) for parameter in (ours, theirs)]
+    for parameter in (ours, theirs):
+        parameter.grad = W.clone()
+    adam_step(optimizers[0], ours, 1e9, torch.zeros((), dtype=torch.int64, device=device))
+    theirs.grad -= (theirs.grad * theirs.detach()).sum(1, keepdim=True) * theirs.detach()
+    optimizers[1].step()
+    found, expected = [*found, ours.detach()], [*expected, F.normalize(theirs.detach())]
+    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().amax().item()) for a, b in zip(found, expected)):
+        raise RuntimeError("their results are wrong")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +21,15 @@ from test_sparse_ops import feature_major, hard_input  # noqa: E402
 
 import sparse_ops  # noqa: E402
 import triton_ops  # noqa: E402
-from training import Run, group_step, make_optimizer, start_step, training_step  # noqa: E402
+from sae import Counts  # noqa: E402
+from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step  # noqa: E402
 
 HARD = ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
 BY_ROW = pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
 
 
 def use_triton(monkeypatch, use=True):
-    monkeypatch.setattr(sparse_ops, "has_triton", lambda x: use and x.dtype == torch.float32)
+    monkeypatch.setattr(sparse_ops, "uses_kernels", lambda x: use and x.dtype == torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -237,11 +239,34 @@ def test_more_dead_features_than_expected_are_noticed(monkeypatch):
     other, other_optimizer, _ = trained("topk", True, monkeypatch, steps=0)
     for one in (sae, other):
         one.num_batches_not_active.fill_(10)
-    sae.known_counts, other.known_counts = [0, 0], None
+    sae.known_counts, other.known_counts = Counts(0, 0), None
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
     assert training_step(sae, optimizer, x, sae.cfg)["aux_loss"] > 0
     training_step(other, other_optimizer, x, other.cfg)
     assert all(torch.equal(value, state(other)[name]) for name, value in state(sae).items())
+
+
+def test_memory_that_runs_out_in_a_repeated_step(monkeypatch, tmp_path):
+    """A run whose step must be repeated has not taken it: what is saved when memory runs out must not say so."""
+    runs = [Run(sae.cfg | {"name": name}, sae, optimizer, None) for name in "ab"
+            for sae, optimizer, _ in [trained("topk", True, monkeypatch, steps=0)]]  # fmt: skip
+    for key in list(sparse_ops._capacity) or [(6, 48, 3)]:
+        sparse_ops._capacity[key] = 3
+    real, saved = sparse_ops.within_capacity, {}
+
+    def within_capacity(select, key, first, wait, what_is_wrong):
+        if wait:
+            raise torch.OutOfMemoryError("no memory")
+        return real(select, key, first, wait, what_is_wrong)
+
+    monkeypatch.setattr(sparse_ops, "within_capacity", within_capacity)
+    checkpoints = SimpleNamespace(save=lambda step, position, ahead: saved.update(ahead=ahead))
+    before = [state(run.sae) for run in runs]
+    with pytest.raises(torch.OutOfMemoryError), SaveWithoutMemory(runs, checkpoints, 9) as memory:
+        group_step(runs, make_x(6, 12, 0, torch.float32).to(DEVICE), memory.begin(1, {"row": 0}), {})
+    assert saved == {"ahead": {}}
+    for run, values in zip(runs, before):
+        assert all(torch.equal(values[name], value) for name, value in state(run.sae).items())
 
 
 @pytest.mark.parametrize("kind, where", [*((kind, "activations") for kind in KINDS), ("batchtopk", "gradient")])
@@ -257,7 +282,9 @@ def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
             training_step(sae, optimizer, x * float("nan"), sae.cfg)
     else:
         sae.b_dec.register_hook(lambda grad: grad * float("inf"))
-        error, output = group_step(runs, x)
+        outputs = []
+        group_step(runs, x, outputs, {})
+        error, output = outputs
         assert isinstance(error, FloatingPointError) and "gradient" in str(error)
         assert output["loss"].isfinite() and "failure" not in output
         assert not torch.equal(state(other)["W_dec"], before_other["W_dec"])
