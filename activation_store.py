@@ -14,7 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from activation_cache import ActivationCache
 from config import InputError, num_steps, tell
-from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint
+from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint, tokenizer_of
 from text_stream import TextStream
 
 MAX_COUNTED = 20_000_000  # tokens of a local dataset that are counted before training: about a second per million
@@ -40,7 +40,7 @@ class ActivationsStore:
         if "seq_len" in cfg.get("asked", {}):
             tell(f"contexts are cut to {self.seq_len} tokens, what {cfg['model_name']} can take")
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
-        self.stream = TextStream(cfg, model.plain_tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out)
+        self.stream = TextStream(cfg, tokenizer_of(model, cfg), model.cfg.d_vocab, self.seq_len, num_held_out)
         self.eval_contexts = self.stream.held_out
         self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
         if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():

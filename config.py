@@ -27,8 +27,13 @@ class InputError(ValueError):
 
 
 def tell(line: str) -> None:
-    """A line for the user, above any progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """A line (or a table) for the user, above any progress bar."""
+    tqdm.write(printable(line), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Control characters but for the ends of lines escaped: a message may hold a file's text, such as a name."""
+    return CONTROL.sub(lambda match: match[0] if match[0] == "\n" else repr(match[0])[1:-1], text)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -54,9 +59,7 @@ def run_command(main, interrupted: str = "Stopped") -> None:
             sys.exit(3)
         if not hasattr(error, "exit_code"):
             raise
-        # What a file holds, such as a tensor's name, may be in the message: no control sequence reaches the terminal.
-        line = CONTROL.sub(lambda match: repr(match[0])[1:-1], str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(str(error))}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 

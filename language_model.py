@@ -51,7 +51,7 @@ def load_model(cfg: dict) -> TransformerBridge:
     if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
         tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times as fast")
     loader = Loader()
-    source = os.path.join(".", name) if Path(name).is_dir() else name  # "./", so that no folder is taken for an alias
+    source = model_source(name)
     try:
         model = TransformerBridge.boot_transformers(
             source,
@@ -60,7 +60,7 @@ def load_model(cfg: dict) -> TransformerBridge:
             model_class=loader,
             trust_remote_code=False,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = load_tokenizer(name)
     except Exception as error:  # the libraries below raise what they like; the user gets one line
         if "trust_remote_code" in str(error):
             raise InputError(
@@ -76,6 +76,22 @@ def load_model(cfg: dict) -> TransformerBridge:
     object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
     object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model
+
+
+def model_source(name: str) -> str:
+    """A hub name; of a folder its path, with "./" so that none is taken for an alias."""
+    return os.path.join(".", name) if Path(name).is_dir() else name
+
+
+def load_tokenizer(name: str):
+    return transformers.AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=False)
+
+
+def tokenizer_of(model: TransformerBridge, cfg: dict):
+    """The model's tokenizer as saved: load_model's, or that of cfg["model_name"] for a bridge made otherwise."""
+    if not hasattr(model, "plain_tokenizer"):
+        object.__setattr__(model, "plain_tokenizer", load_tokenizer(hub_name(cfg["model_name"])))
+    return model.plain_tokenizer
 
 
 def slow_dtype(device: str, dtype: str) -> str | None:
@@ -103,7 +119,7 @@ def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
 
     Raises InputError if exclude_tokens names tokens that the model does not have, or if nothing is left to evaluate.
     """
-    has_bos = model.plain_tokenizer.bos_token_id is not None
+    has_bos = tokenizer_of(model, cfg).bos_token_id is not None
     values = min(cfg["seq_len"], model.cfg.n_ctx), cfg["bos_per_context"] and has_bos, excluded_ids(cfg, model)
     effective = dict(zip(SET_BY_MODEL, values))
     asked = {key: cfg[key] for key in effective if cfg[key] != effective[key]} | cfg.get("asked", {})
@@ -112,13 +128,14 @@ def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
 
 def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
     """The token ids that exclude_tokens of a completed config names."""
-    excluded, tokenizer = cfg["exclude_tokens"], model.plain_tokenizer
-    if excluded == "bos":
-        excluded = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    elif excluded == "special":
-        excluded = sorted({i for i in tokenizer.all_special_ids if i < model.cfg.d_vocab})
+    excluded = cfg["exclude_tokens"]
     if excluded is None:
         return None
+    if excluded == "bos":
+        bos = tokenizer_of(model, cfg).bos_token_id
+        excluded = [] if bos is None else [bos]
+    elif excluded == "special":
+        excluded = sorted({i for i in tokenizer_of(model, cfg).all_special_ids if i < model.cfg.d_vocab})
     if not excluded or max(excluded) >= model.cfg.d_vocab:
         has = "has none" if not excluded else f"has tokens 0 to {model.cfg.d_vocab - 1}"
         raise InputError(f"exclude_tokens = {cfg['exclude_tokens']!r} is not possible: {cfg['model_name']} {has}")

@@ -21,6 +21,7 @@ from checkpoint import newest_checkpoint, remove_checkpoints
 from config import (
     DERIVED,
     GROUP_KEYS,
+    NONE_ALLOWED,
     NOT_IN_NAME,
     RECORDED,
     InputError,
@@ -122,9 +123,10 @@ def write_demo_page(cfgs: list[dict]) -> None:
 def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, dict, list[int] | None]:
     """Sweep, overrides and seeds from the command line; what follows --seeds may also be a sweep or an override."""
     seeds = None
-    if after_seeds is not None:
+    if after_seeds is not None:  # argparse takes one word after --seeds= alone
         seeds = [word for word in after_seeds if "=" not in word and word not in SWEEPS]
-        words = [*words, *(word for word in after_seeds if word not in seeds)]
+        seeds += [word for word in words if word.isdecimal()]
+        words = [word for word in (*words, *after_seeds) if word not in seeds]
         bad = next((seed for seed in seeds or [""] if not re.fullmatch(r"-?\d+", seed)), None)
         if bad is not None:
             raise InputError(f"--seeds {bad!r} is not allowed: it takes one or more integers, as in --seeds 49 50")
@@ -138,12 +140,14 @@ def parse_override(text: str) -> tuple[str, object]:
     """KEY=VALUE from the command line; the value is a Python literal if it can be read as one, else a string."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"{text!r} is not of the form KEY=VALUE")
+        seeds = f" (seeds come after --seeds: --seeds {text})" if text.isdecimal() else ""
+        raise InputError(f"{text!r} is not of the form KEY=VALUE{seeds}")
     if key in (*DERIVED, *RECORDED, "sweep"):
         raise InputError(
-            f"{key} cannot be set: it follows from the sweep and its overrides (hook_point from site and layer)"
+            f"{key} cannot be set: it follows from the sweep, other keys and the model (hook_point from site and layer)"
         )
-    if isinstance(get_default_cfg().get(key), str):
+    default = get_default_cfg().get(key)
+    if isinstance(default, str) or (NONE_ALLOWED.get(key) is str and value.lower() != "none"):
         return key, value
     try:
         return key, ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value.lower(), value))

@@ -126,7 +126,8 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     training = "How it was trained is not recorded here, and the config in this folder may not be what it was."
     if num_tokens:
         keys |= cfg.keys() - NOT_IN_NAME - {*RECORDED, "bad_documents", "site", "layer"} - UNUSED[cfg["sae_type"]]
-        training = f"It was trained on {num_tokens:,} tokens of `{dataset}`, in contexts of {cfg['seq_len']} tokens"
+        training = f"It was trained on {num_tokens:,} tokens of `{cfg['dataset_path']}`, in contexts of "
+        training += f"{cfg['seq_len']} tokens"
         separator = "BOS before each" if cfg.get("has_bos", True) else "without BOS, which the model does not have"
         training += ", each beginning with BOS." if cfg["bos_per_context"] else f" (documents joined, {separator})."
         if cfg["exclude_tokens"] is not None:
@@ -141,7 +142,7 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     return CARD.format(
         **{key: cfg[key] for key in ("dict_size", "act_size", "hook_point")},
         model_name=cfg["model_name"],
-        hub_name=model_name,
+        hub_name=plain(model_name),
         metadata=metadata.to_yaml(),
         kind=KINDS[cfg["sae_type"]],
         equations="\n".join(f"    {line}" for line in equations(sae, in_batch)),

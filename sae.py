@@ -12,7 +12,7 @@ a `pattern` (sparse_ops.py), the few where f may be positive. `select` returns t
 less, else None.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -139,17 +139,18 @@ class BaseAutoencoder(nn.Module):
         excluded = torch.tensor(excluded_ids(self.cfg, model) or [], dtype=torch.int64)
 
         def replace(acts, hook):
-            x, tokens = acts[:, skip:], seen.pop()[:, skip:]
-            keep = ~torch.isin(tokens, excluded.to(tokens.device))
+            x = acts[:, skip:]
+            keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+            if len(excluded):
+                keep = ~torch.isin(seen.pop()[:, skip:], excluded.to(x.device))
             reconstruction = self.reconstruct(x[keep])[0].to(acts)
             return torch.cat([acts[:, :skip], x.masked_scatter(keep[..., None], reconstruction)], 1)
 
-        handle = model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        try:
-            with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]):
-                yield model
-        finally:
-            handle.remove()
+        with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]), ExitStack() as stack:
+            if len(excluded):
+                handle = model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+                stack.callback(handle.remove)
+            yield model
 
     @sae_arithmetic
     def forward(self, x: torch.Tensor, wait: bool = True) -> dict:

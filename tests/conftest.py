@@ -1,5 +1,6 @@
 """The repo is flat modules: make them importable from the tests. And what all test modules share."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels on CPU tensors; it has to be set before Triton is imported
 
 
 @pytest.fixture(autouse=True, scope="module")

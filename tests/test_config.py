@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 import config
-from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg
+from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
 
 # For every key a value that is allowed and is not the default.
 OTHER_VALUE = {
@@ -318,3 +318,9 @@ def test_default_device_is_the_best_one_present(monkeypatch):
         monkeypatch.setattr(config.torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr(config.torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert get_default_cfg()["device"] == best
+
+
+def test_messages_hold_no_control_characters(capsys):
+    """What tell prints may hold a file's name: a control sequence in it never reaches the terminal."""
+    tell("a\x1b[31m\nb\x9b")
+    assert capsys.readouterr().err == "a\\x1b[31m\nb\\x9b\n"

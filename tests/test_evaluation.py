@@ -23,6 +23,7 @@ from evaluation_reference import (
     metrics_by_hand,
     reconstruct_by_hand,
 )
+from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
@@ -429,6 +430,20 @@ def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, sk
     with pytest.raises(KeyError), sae.splice(model):
         raise KeyError
     assert torch.equal(model(tokens), before), "an error inside leaves no hook behind"
+
+
+def test_splice_into_a_bridge_of_ones_own(model, group):
+    """One that load_model has not made computes the same, also where tokens are excluded."""
+    own = TransformerBridge.boot_transformers(str(DEMO_LM), device="cpu", dtype=torch.float32)
+    store, saes = group
+    ids = store.eval_contexts[:2]
+    for excluded in (None, "bos"):
+        sae = copy.deepcopy(saes["topk"]).eval()
+        sae.cfg = post_init_cfg(sae.cfg | {"exclude_tokens": excluded})
+        with sae.splice(model), torch.no_grad():
+            expected = model(ids)
+        with sae.splice(own), torch.no_grad():
+            torch.testing.assert_close(own(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAES)

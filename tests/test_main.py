@@ -245,7 +245,7 @@ def test_arguments_in_any_order(main_here):
     for args in (
         "demo --seeds 1 2 lr=1e-3 top_k=4 --list", "--list --seeds 1 2 demo lr=1e-3 top_k=4",
         "lr=1e-3 demo top_k=4 --seeds 1 2 --list", "--seeds 1 lr=1e-3 2 --list top_k=4 demo",
-        "lr=1e-3 --seeds 1 --list demo --seeds 2 top_k=4",
+        "lr=1e-3 --seeds 1 --list demo --seeds 2 top_k=4", "--seeds=1 2 demo lr=1e-3 top_k=4 --list",
     ):  # fmt: skip
         assert main_here(*args.split()) == wanted, args
 

@@ -11,19 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_sae import KINDS, make_sae, make_x, state
+from test_sparse_ops import feature_major, hard_input
+
+import sparse_ops
+import triton_ops
+from sae import Counts
+from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
-from test_sae import KINDS, make_sae, make_x, state  # noqa: E402
-from test_sparse_ops import feature_major, hard_input  # noqa: E402
-
-import sparse_ops  # noqa: E402
-import triton_ops  # noqa: E402
-from sae import Counts  # noqa: E402
-from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step  # noqa: E402
-
 HARD = ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
 BY_ROW = pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
 
