@@ -24,7 +24,7 @@ import wandb
 
 from checkpoint import SaveError, run_folder, saved_sae, write, write_json
 from config import InputError, one_line, tell
-from language_model import model_fingerprint
+from language_model import model_fingerprint, tf32_is_on
 
 WANDB_PATIENCE = 30  # seconds that a run's end waits for Weights & Biases to take what is left of it
 
@@ -254,12 +254,25 @@ def provenance(model, activation_store) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copy without its repository
-    return {
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-        "commit": commit,
-        "threads": torch.get_num_threads(),
-        "device": activation_store.cfg["device"],
-        "model_sha256": model_fingerprint(model),
-        "heldout_tokens_sha256": activation_store.fingerprint(),
-    } | activation_store.stream.reader.fingerprint()
+    return (
+        {
+            "python": platform.python_version(),
+            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "commit": commit,
+            "threads": torch.get_num_threads(),
+            "device": activation_store.cfg["device"],
+            "model_sha256": model_fingerprint(model),
+            "heldout_tokens_sha256": activation_store.fingerprint(),
+        }
+        | card(activation_store.cfg["device"])
+        | activation_store.stream.reader.fingerprint()
+    )
+
+
+def card(device: str) -> dict:
+    """What rounding depends on where a run is made on CUDA: another card sums in another order."""
+    if not device.startswith("cuda"):
+        return {}
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
+    return {"card": name, "cuda": torch.version.cuda, "model_in_tf32": tf32_is_on()}

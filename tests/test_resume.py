@@ -18,6 +18,7 @@ from kill_and_resume import REPO, command, digests, environment, kill_and_resume
 from test_training import BATCH, SAES, STEPS, data, figures, lines_of, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
 
 import checkpoint
+import logs
 import main
 import training
 from activation_store import ActivationsStore
@@ -560,3 +561,16 @@ def test_a_full_disk(tmp_path):
     assert re.findall(r"code (\d)", done.stdout) == ["3", "0"], done.stdout + done.stderr
     assert "cannot be written: No space left on device" in done.stderr and "Traceback" not in done.stderr
     assert "Trained and evaluated 7 SAEs" in done.stderr and done.stdout.count("result.json") == 7
+
+
+def test_a_run_on_another_card_is_another_run(monkeypatch):
+    """The card, its capability, CUDA's version and TF32 are part of what a checkpoint was made with."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    made_with = logs.card("cuda:0")
+    name = "card cuda:0 (compute capability 9.0)"
+    assert made_with == {"card": name, "cuda": torch.version.cuda, "model_in_tf32": False}
+    assert logs.card("cpu") == {}
+    before, now = (made | {"versions": {}} for made in (made_with, logs.card("cuda:1")))
+    with pytest.raises(InputError, match="card was card cuda:0 .* and is card cuda:1"):
+        checkpoint.check_provenance(before, now, Path("step_1"), resume_anyway=False)
