@@ -9,6 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -94,6 +95,8 @@ def choose_column(names, cfg: dict) -> str:
     if cfg["dataset_column"] is not None:
         wanted = (cfg["dataset_column"],)
     found = [name for name in wanted if name in names]
+    if not found and cfg["dataset_column"] is not None:
+        raise InputError(f"{where} has no column {cfg['dataset_column']!r}: it has {', '.join(names)}")
     if not found:
         raise InputError(
             f"{where} has none of the columns {', '.join(wanted)}: it has {', '.join(names)} "
@@ -113,13 +116,24 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
     column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
     if not hasattr(builder, "_cast_table"):  # such as the local cache, where all files have the same types
         return dataset, column
-    cast = builder._cast_table
+    cast, generate, report_missing = builder._cast_table, builder._generate_tables, reporter(column, cfg)
 
-    def cast_column(table: pyarrow.Table, **options) -> pyarrow.Table:
-        values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
-        return cast(pyarrow.table({column: values}), **options)
+    def tables(**sources):
+        (file, *_) = sources.get("files") or chain.from_iterable(sources["files_iterables"])  # called for each file
 
-    builder._cast_table = cast_column
+        def cast_column(table: pyarrow.Table, **options) -> pyarrow.Table:
+            if column not in table.column_names:
+                report_missing(file)
+            values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
+            try:
+                return cast(pyarrow.table({column: values}), **options)
+            except TypeError as error:  # of several lines
+                raise TypeError(" ".join(str(error).split())) from error
+
+        builder._cast_table = cast_column
+        yield from generate(**sources)
+
+    builder._generate_tables = tables
     if features:
         nothing_yet = features[column] == datasets.Value("null")  # in the first file
         builder.info.features = datasets.Features(
@@ -127,6 +141,15 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
         )
         dataset = builder.as_streaming_dataset(split)
     return dataset, column
+
+
+def reporter(column: str, cfg: dict):
+    """A function that reports, once for each file, that it has no such column."""
+    return cache(
+        lambda file: tell(
+            f"dataset_path = {cfg['dataset_path']!r}: {file} has no column {column!r}: nothing of it is read"
+        )
+    )
 
 
 def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
@@ -150,17 +173,22 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
         if not allow_full_read:
             raise FullReadDisallowed
         for shard, file in enumerate(chain.from_iterable(files_iterables)):
+            names = set()
             for part, (rows, _) in enumerate(json_parts(file, builder.config.chunksize)):
+                names.update(*rows)
                 values = [row.get(column) for row in rows]
                 if typed:
                     values = [None if value is None else json.dumps(value) for value in values]
                     values = pyarrow.array(values, pyarrow.string()).cast(datasets.Json.pa_type)
                 yield Key(shard, part), pyarrow.table({column: values})
+            if names and column not in names:
+                report_missing(file)
 
     in_card, builder.info.features = builder.info.features, None
     builder._generate_tables = names_of_columns
     first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
     column = choose_column(first["names"], cfg)
+    report_missing = reporter(column, cfg)
     # `datasets` infers no types from a list, and its positions then have another form: keep it where it was in use.
     typed = bool(in_card) or first["by_lines"] or column not in COLUMNS
     if typed:
