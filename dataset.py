@@ -145,8 +145,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
         builder.info.features = datasets.Features(
             {column: datasets.Value("string") if nothing_yet else features[column]}
         )
-        dataset = builder.as_streaming_dataset(split)
-    return dataset, column
+    return builder.as_streaming_dataset(split), column
 
 
 def reporter(column: str, cfg: dict):

@@ -283,7 +283,7 @@ def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
     assert tokens_of(tmp_path) == expected(TEXTS)
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", [*WRITERS, "csv"])
 def test_a_file_without_the_column_is_reported_once(tmp_path, capsys, kind):
     """One line names a file that lacks the column, however many epochs read it. Nulls in the column give no line."""
     files = {
@@ -293,7 +293,11 @@ def test_a_file_without_the_column_is_reported_once(tmp_path, capsys, kind):
         "d": [{"id": 1, "text": text} for text in TEXTS],
     }
     for name, rows in files.items():
-        WRITERS[kind](tmp_path / f"{name}.{kind}", rows)
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "csv":
+            pandas.DataFrame(rows).to_csv(path, index=False)
+        else:
+            WRITERS[kind](path, rows)
     assert tokens_of(tmp_path) == expected(TEXTS * 2)
     capsys.readouterr()
     tokens_of(tmp_path, num_epochs=3)
