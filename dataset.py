@@ -5,10 +5,13 @@ column but the needed one is dropped before that, so the others cannot decide wh
 """
 
 import codecs
+import functools
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -16,11 +19,12 @@ import datasets
 import huggingface_hub
 import pyarrow
 from datasets.builder import Key
-from datasets.data_files import DataFilesList, _get_data_files_patterns
+from datasets.data_files import FILES_TO_IGNORE, DataFilesList, _get_data_files_patterns
 from datasets.packaged_modules.json.json import FullReadDisallowed
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 from datasets.utils.file_utils import readline, xopen
 from fsspec.utils import glob_translate
+from pandas.errors import ParserWarning
 
 from config import InputError, one_line, tell
 from hub import offline_hint
@@ -30,8 +34,11 @@ BUILDERS = {
     ".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
-FIRST_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")  # a folder that holds one of these is read as that kind
+# A folder that holds one of these is read as that kind; .json comes last.
+FIRST_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
+METADATA = (*FILES_TO_IGNORE, "state.json")  # what `datasets` writes beside data
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+SPACE = re.compile(r"\s*")
 COMPRESSED = ("text", "json", "csv")  # the builders that decompress
 
 
@@ -94,6 +101,8 @@ def choose_column(names, cfg: dict) -> str:
     if cfg["dataset_column"] is not None:
         wanted = (cfg["dataset_column"],)
     found = [name for name in wanted if name in names]
+    if not found and cfg["dataset_column"] is not None:
+        raise InputError(f"{where} has no column {cfg['dataset_column']!r}: it has {', '.join(names)}")
     if not found:
         raise InputError(
             f"{where} has none of the columns {', '.join(wanted)}: it has {', '.join(names)} "
@@ -113,20 +122,39 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
     column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
     if not hasattr(builder, "_cast_table"):  # such as the local cache, where all files have the same types
         return dataset, column
-    cast = builder._cast_table
+    cast, generate, report_missing = builder._cast_table, builder._generate_tables, reporter(column, cfg)
 
-    def cast_column(table: pyarrow.Table, **options) -> pyarrow.Table:
-        values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
-        return cast(pyarrow.table({column: values}), **options)
+    def tables(**sources):
+        (file, *_) = sources.get("files") or chain.from_iterable(sources["files_iterables"])  # called for each file
 
-    builder._cast_table = cast_column
+        def cast_column(table: pyarrow.Table, **options) -> pyarrow.Table:
+            if column not in table.column_names:
+                report_missing(file)
+            values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
+            try:
+                return cast(pyarrow.table({column: values}), **options)
+            except TypeError as error:  # of several lines
+                raise TypeError(" ".join(str(error).split())) from error
+
+        builder._cast_table = cast_column
+        yield from generate(**sources)
+
+    builder._generate_tables = tables
     if features:
         nothing_yet = features[column] == datasets.Value("null")  # in the first file
         builder.info.features = datasets.Features(
             {column: datasets.Value("string") if nothing_yet else features[column]}
         )
-        dataset = builder.as_streaming_dataset(split)
-    return dataset, column
+    return builder.as_streaming_dataset(split), column
+
+
+def reporter(column: str, cfg: dict):
+    """A function that reports, once for each file, that it has no such column."""
+    return functools.cache(
+        lambda file: tell(
+            f"dataset_path = {cfg['dataset_path']!r}: {file} has no column {column!r}: nothing of it is read"
+        )
+    )
 
 
 def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
@@ -150,17 +178,22 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
         if not allow_full_read:
             raise FullReadDisallowed
         for shard, file in enumerate(chain.from_iterable(files_iterables)):
+            names = set()
             for part, (rows, _) in enumerate(json_parts(file, builder.config.chunksize)):
+                names.update(*rows)
                 values = [row.get(column) for row in rows]
                 if typed:
                     values = [None if value is None else json.dumps(value) for value in values]
                     values = pyarrow.array(values, pyarrow.string()).cast(datasets.Json.pa_type)
                 yield Key(shard, part), pyarrow.table({column: values})
+            if names and column not in names:
+                report_missing(file)
 
     in_card, builder.info.features = builder.info.features, None
     builder._generate_tables = names_of_columns
     first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
     column = choose_column(first["names"], cfg)
+    report_missing = reporter(column, cfg)
     # `datasets` infers no types from a list, and its positions then have another form: keep it where it was in use.
     typed = bool(in_card) or first["by_lines"] or column not in COLUMNS
     if typed:
@@ -170,32 +203,56 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
 
 
 def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
-    """The rows of a JSON file, and whether each has a line of its own, in parts of about `size` bytes if it has."""
+    """The rows of a JSON file, in parts of about `size` bytes, and True; or all the elements of a list, and False.
+
+    Raises ValueError, with the line in the file, for what is not JSON or not an object.
+    """
     with xopen(file, "rb") as content:
-        first = True
-        while part := content.read(size):
-            part = part.removeprefix(codecs.BOM_UTF8) if first else part
-            if first and part.startswith(b"["):
-                rows = json.loads(part + content.read())
-                yield [row if isinstance(row, dict) else {"text": row} for row in rows], False
-                return
+        line, rest = 1, b""  # of the next part: the number of its first line, and the object that it continues
+        while (part := content.read(size)) or rest:
+            if line == 1 and not rest:  # the beginning of the file
+                part = part.removeprefix(codecs.BOM_UTF8)
+                if part.lstrip().startswith(b"["):
+                    rows = json.loads(part + content.read())
+                    yield [row if isinstance(row, dict) else {"text": row} for row in rows], False
+                    return
             try:
                 part += content.readline()
             except io.UnsupportedOperation:  # zstd
                 part += readline(content)
-            try:
-                rows = [json.loads(line) for line in part.splitlines() if line.strip()]
-            except ValueError as error:
-                if not first:
-                    raise
-                try:  # one object of many lines
-                    rows = [json.loads(part + content.read())]
-                except ValueError:
-                    raise error from None
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("a line is JSON, but no object with named columns")
-            yield rows, True
-            first = False
+            part, at_end = rest + part, not part
+            rows, rest = json_rows(part, line, at_end)
+            line += part.count(b"\n") - rest.count(b"\n")
+            if rows or not rest:
+                yield rows, True
+
+
+def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
+    """The objects in a file's lines from number `line` on, and the beginning of one that is not complete."""
+    with suppress(ValueError):
+        rows = [json.loads(row) for row in part.splitlines() if row.strip()]
+        if all(isinstance(row, dict) for row in rows):
+            return rows, b""
+    # Not one object per line, or bad data: slower, but with positions.
+    try:
+        text = part.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        line += part.count(b"\n", 0, error.start)
+        raise ValueError(f"{error.encoding} {error.reason}: line {line}") from error
+    rows, at = [], 0
+    while (at := SPACE.match(text, at).end()) < len(text):
+        try:
+            row, end = json.JSONDecoder().raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            if not at_end and not text[error.pos :].strip():
+                return rows, text[at:].encode("utf-8", "surrogatepass")
+            raise ValueError(f"{error.msg}: line {line + error.lineno - 1} column {error.colno}") from error
+        if not isinstance(row, dict):
+            line += text.count("\n", 0, at)
+            raise ValueError(f"line {line} is JSON, but no object with named columns")
+        rows.append(row)
+        at = end
+    return rows, b""
 
 
 def is_chat(document) -> bool:
@@ -219,10 +276,11 @@ def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]
     return saved.select_columns(column).to_iterable_dataset(), column
 
 
-def check_split(cfg: dict, splits) -> str:
+def check_split(cfg: dict, splits, note: str = "") -> str:
     if cfg["dataset_split"] not in splits:
         raise InputError(
             f"dataset_path = {cfg['dataset_path']!r} has no split {cfg['dataset_split']!r}: it has {', '.join(splits)}"
+            + (note and f"; {note}")
         )
     return cfg["dataset_split"]
 
@@ -245,7 +303,7 @@ def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[
     """The `datasets` builder for a file, or for the files of a split of a folder, and these in alphabetical order."""
     files = [path] if path.is_file() else data_files(path)
     found = {file_kind(file) for file in files}
-    kinds = sorted(found.intersection(FIRST_KINDS) or found)
+    kinds = sorted(found.intersection(FIRST_KINDS) or found.difference([".json"]) or found)
     if len(kinds) != 1 or not kinds[0]:
         what = path.suffix if path.is_file() else "no such file"
         if len(kinds) > 1:
@@ -261,18 +319,36 @@ def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[
         )
     files = [file for file in files if file_kind(file) == kind]
     splits = {"train": files} if path.is_file() else files_by_split(path, files)
-    files = [str(file) for file in splits[check_split(cfg, splits)]]
+    note = ""
+    if rest := sorted(set(files).difference(*splits.values())):
+        note = f"{len(rest)} of its {len(files)} files belong to no split, such as {rest[0].relative_to(path)}"
+    split = check_split(cfg, splits, note)
+    if note:
+        tell(f"dataset_path = {cfg['dataset_path']!r}: {note}")
+    files = [str(file) for file in splits[split]]
     options = {"sample_by": "document"} if kind.startswith(".txt") else {}
     if kind.startswith((".csv", ".tsv")):  # all text, "123" and "null" too
         columns = [cfg["dataset_column"]] if cfg["dataset_column"] else COLUMNS
         options = {
             "converters": dict.fromkeys(columns, str),
             "keep_default_na": False,
+            "index_col": False,  # else the first field of rows longer than the header is an index
             "sep": "\t" if kind.startswith(".tsv") else ",",
         }
-    builder = BUILDERS["." + kind.split(".")[1]]
     # A DataFilesList is taken as it is; of plain names each would be looked for once more.
-    return datasets.load_dataset_builder(builder, data_files={"train": DataFilesList(files, [])}, **options), files
+    train_files = {"train": DataFilesList(files, [])}
+    builder = datasets.load_dataset_builder(BUILDERS["." + kind.split(".")[1]], data_files=train_files, **options)
+    if "index_col" in options:
+        warnings.filterwarnings("error", category=ParserWarning)  # what pandas gives for fields that it drops
+        builder._generate_tables = functools.partial(csv_tables, builder._generate_tables)
+    return builder, files
+
+
+def csv_tables(generate, **sources):
+    try:
+        yield from generate(**sources)
+    except ParserWarning as error:
+        raise ValueError("the header has fewer fields than the rows") from error
 
 
 def file_kind(path: Path) -> str:
@@ -284,12 +360,12 @@ def file_kind(path: Path) -> str:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """What can be read in a folder and the folders in it; like `datasets`, nothing hidden and no __pycache__."""
+    """What can be read in a folder and those in it; like `datasets`, nothing hidden, no __pycache__ and no metadata."""
     found = []
     for file in folder.rglob("*"):
         *folders, name = file.relative_to(folder).parts
         hidden = name.startswith(".") or any(part.startswith((".", "__")) for part in folders)
-        if file_kind(file) and not hidden and file.is_file():
+        if file_kind(file) and not hidden and name not in METADATA and file.is_file():
             found.append(file)
     return sorted(found)
 

@@ -353,8 +353,8 @@ class DocumentReader:
             if ids and max(ids) >= self.d_vocab:
                 token = next(token for token in ids if token >= self.d_vocab)
                 self.bad(
-                    f"cannot be used: {place} has the token {self.tokenizer.convert_ids_to_tokens(token)!r}, to which "
-                    f"the tokenizer gives the id {token}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}",
+                    f"cannot be used: {place} has the token {brief(self.tokenizer.convert_ids_to_tokens(token))}, to "
+                    f"which the tokenizer gives the id {token}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}",
                     "it",
                 )
             elif ids:
@@ -369,7 +369,8 @@ class DocumentReader:
             for token in document:
                 if type(token) is not int or not 0 <= token < self.d_vocab:
                     raise BadDocument(
-                        f"has in its {self.column} {token!r}; {self.cfg['model_name']} knows 0 to {self.d_vocab - 1}"
+                        f"has in its {self.column} {brief(token)}; {self.cfg['model_name']} knows 0 to "
+                        f"{self.d_vocab - 1}"
                     )
             return document
         if not isinstance(document, str) or self.column in TOKENS:
@@ -377,7 +378,7 @@ class DocumentReader:
             if self.column not in COLUMNS:
                 needed = "a string, a list of tokens or a list of messages"
             kind = type(document).__name__
-            raise BadDocument(f"has for its {self.column} {document!r} of type {kind}; it must be {needed}")
+            raise BadDocument(f"has for its {self.column} {brief(document)} of type {kind}; it must be {needed}")
         try:
             document.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
@@ -404,6 +405,12 @@ class DocumentReader:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # a template raises what it likes
             raise BadDocument(f"does not fit the tokenizer's chat template: {one_line(error)}") from error
+
+
+def brief(value) -> str:
+    """The beginning of the value's repr, for an error message."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 else shown[:100] + " …"
 
 
 class BadDocument(Exception):

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import pstats
+import re
 from pathlib import Path
 
 import datasets
@@ -129,7 +130,83 @@ def test_new_kinds_beside_the_first_ones(tmp_path, capsys):
     assert tokens_of(tmp_path) == expected(TEXTS)
     assert "its .jsonl files are read, and not its .json files" in capsys.readouterr().err
     (tmp_path / "data.jsonl").rename(tmp_path / "data.csv")
-    assert error_of(tmp_path).endswith("several kinds of file: .csv, .json")
+    (tmp_path / "about.json").rename(tmp_path / "about.tsv")
+    assert error_of(tmp_path).endswith("several kinds of file: .csv, .tsv")
+
+
+@pytest.mark.parametrize("name", ["plain", "dataset_infos.json", "state.json", "dataset_info.json"])
+def test_json_beside_other_data_is_metadata(tmp_path, capsys, name):
+    """Any other kind goes before .json, and files that hold metadata of a dataset are ignored, even beside .json."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-0.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)))
+    (tmp_path / "data" / (name if name != "plain" else "train-1.json")).write_text('{"made": "by hand"}')
+    assert tokens_of(tmp_path) == expected(TEXTS)
+    assert ("not its .json files" in capsys.readouterr().err) == (name == "plain")
+    (tmp_path / "data" / "train-0.jsonl.gz").unlink()
+    write_lines(tmp_path / "data" / "train-0.json", [{"text": text} for text in TEXTS])
+    if name != "plain":
+        assert tokens_of(tmp_path) == expected(TEXTS)
+
+
+JSON_LAYOUTS = {
+    "list after whitespace": lambda rows: "\n " + json.dumps(rows, indent=2),
+    "list after a BOM and whitespace": lambda rows: "\ufeff\r\n" + json.dumps(rows),
+    "objects of many lines": lambda rows: "".join(json.dumps(row, indent=2) + "\n" for row in rows),
+    "objects of many lines, joined": lambda rows: " ".join(json.dumps(row, indent=2) for row in rows),
+    "two objects on a line": lambda rows: "".join(json.dumps(row) + "\n" * (i % 2) for i, row in enumerate(rows)),
+    "lines, then many lines": lambda rows: "\n".join(
+        json.dumps(row, indent=i // 20 or None) for i, row in enumerate(rows)
+    ),
+}
+
+
+@pytest.mark.parametrize("noise", [1, 1_000_000, 11_000_000])
+@pytest.mark.parametrize("layout", JSON_LAYOUTS)
+def test_json_need_not_have_an_object_per_line(tmp_path, layout, noise):
+    """JSON objects in any layout are rows, also where a part of the file that is read at once ends inside one."""
+    rows = [{"text": text, "noise": ["x" * (noise if i in (3, 17, 30) else 1)]} for i, text in enumerate(TEXTS)]
+    (tmp_path / "a.json").write_text(JSON_LAYOUTS[layout](rows))
+    assert tokens_of(tmp_path) == expected(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        (b'{"text": nothing}\n', "Expecting value: line 31 column 10"),
+        (b'{"text": "a"} b\n', "Expecting value: line 31 column 15"),
+        (b'{"text": "\xff"}\n', "invalid start byte: line 31"),
+        (b'{"text":\n', "line 33 column"),
+        (b"[5]\n", "line 31 is JSON, but no object"),
+    ],
+)
+@pytest.mark.parametrize("noise", [1, 11_000_000])
+def test_json_errors_name_the_line_of_the_file(tmp_path, bad, what, noise):
+    """Also where the file is read in several parts, the last of which is the bad one."""
+    rows = [json.dumps({"text": text, "noise": "x" * (noise if i == 5 else 1)}) for i, text in enumerate(TEXTS)]
+    content = ("\n".join(rows[:30]) + "\n").encode()
+    (tmp_path / "a.jsonl").write_bytes(content + bad + "\n".join(rows[30:]).encode())
+    assert what in error_of(tmp_path)
+
+
+@pytest.mark.parametrize("last", ['{"text": "a"', '{\n"text": "a",\n', '{"text": "a'])
+def test_a_last_json_object_that_is_cut_off(tmp_path, last):
+    """It is an error, and no rows are lost without a word."""
+    (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + last.encode())
+    assert re.search(r"line 4[1-3] column", error_of(tmp_path))
+
+
+@pytest.mark.parametrize("rows", ["x,y", "x,y\nx", "x,"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_csv_rows_longer_than_the_header(tmp_path, capsys, kind, rows):
+    """Rows with more fields than the header are bad data. They were read without their first field."""
+    (tmp_path / f"a.{kind}").write_bytes(table(TEXTS, "," if kind == "csv" else "\t"))
+    bad = tmp_path / f"b.{kind}"
+    bad.write_text(("text\n" + rows).replace(",", "," if kind == "csv" else "\t"))
+    what = "the header has fewer fields than the rows"
+    message = error_of(tmp_path)
+    assert f"document 1 of {bad}" in message and what in message
+    assert tokens_of(tmp_path, bad_documents="skip") == expected(TEXTS)
+    assert what in capsys.readouterr().err and what in error_of(bad)
 
 
 # Stored formats and other columns
@@ -206,6 +283,44 @@ def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
     assert tokens_of(tmp_path) == expected(TEXTS)
 
 
+@pytest.mark.parametrize("kind", [*WRITERS, "csv"])
+def test_a_file_without_the_column_is_reported_once(tmp_path, capsys, kind):
+    """One line names a file that lacks the column, however many epochs read it. Nulls in the column give no line."""
+    files = {
+        "a": [{"text": text} for text in TEXTS],
+        "b": [{"content": text} for text in TEXTS],
+        "c": [{"text": None, "id": 1}],
+        "d": [{"id": 1, "text": text} for text in TEXTS],
+    }
+    for name, rows in files.items():
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "csv":
+            pandas.DataFrame(rows).to_csv(path, index=False)
+        else:
+            WRITERS[kind](path, rows)
+    assert tokens_of(tmp_path) == expected(TEXTS * 2)
+    capsys.readouterr()
+    tokens_of(tmp_path, num_epochs=3)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "no column" in line)
+    assert line.endswith(f"b.{kind} has no column 'text': nothing of it is read")
+
+
+def test_a_column_of_another_type_in_a_later_file(tmp_path, chat_tokenizer):
+    """The line about a file whose column cannot be cast names both types."""
+    for name, chat in (("a", [{"role": "user", "content": "x"}]), ("b", [{"from": "human", "value": 1}])):
+        WRITERS["parquet"](tmp_path / f"{name}.parquet", [{"messages": chat}] * 30)
+    message = error_of(tmp_path, chat_tokenizer, dataset_column="messages")
+    assert re.search(r"b\.parquet on: Couldn't cast array of type struct<from: .*> to \{.role.: Value", message)
+
+
+@pytest.mark.parametrize("value", [{"a": "x" * 1000}, [1, "x" * 1000], ["x" * 1000]])
+def test_bad_documents_are_quoted_in_brief(tmp_path, value):
+    """The error about a bad document shows its beginning only."""
+    path = write_lines(tmp_path / "a.jsonl", [{"content": text} for text in TEXTS] + [{"content": value}])
+    message = error_of(path, dataset_column="content")
+    assert "document 41 of" in message and "x" * 50 in message and "x" * 101 not in message
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_text_that_is_no_text_in_one_place(tmp_path, later):
     """A number among the texts ends the program with a line that names it, and turns no other text into JSON."""
@@ -255,6 +370,20 @@ def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, monkeypatch,
     assert f"has no split 'nonsense': it has {', '.join(found)}" in message
 
 
+def test_files_of_no_split_are_reported(tmp_path, capsys):
+    """A line counts the files that belong to no split and names one, as does the error about a missing split."""
+    for name in ("alpha.txt", "beta.txt", "train-notes.txt"):
+        (tmp_path / name).write_text("".join(TEXTS))
+    note = "2 of its 3 files belong to no split, such as alpha.txt"
+    assert tokens_of(tmp_path) == expected(["".join(TEXTS)])
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "no split" in line)
+    assert line.endswith(note)
+    assert error_of(tmp_path, dataset_split="x").endswith(f"has no split 'x': it has train; {note}")
+    (tmp_path / "train-notes.txt").unlink()
+    tokens_of(tmp_path)
+    assert "no split" not in capsys.readouterr().err
+
+
 def test_one_file_and_one_saved_dataset_are_the_split_train(tmp_path):
     """Another split of them is refused in one line; the name of a single file does not count."""
     path = write_lines(tmp_path / "test-0.jsonl", [{"text": text} for text in TEXTS])
@@ -282,9 +411,9 @@ def test_a_column_of_another_name(tmp_path):
     assert tokens_of(path, dataset_column="ids") == expected(TEXTS[::-1])
     assert tokens_of(tmp_path / "csv", dataset_column="prompt") == expected(TEXTS + ODD)
     assert tokens_of(tmp_path / "saved", dataset_column="content") == expected(TEXTS)
-    for column, wanted in ((None, "tokens, input_ids, text"), ("body", "body")):
-        message = error_of(path, dataset_column=column)
-        assert f"has none of the columns {wanted}: it has content, ids" in message and "dataset_column" in message
+    message = error_of(path)
+    assert "has none of the columns tokens, input_ids, text: it has content, ids (dataset_column names" in message
+    assert error_of(path, dataset_column="body").endswith("has no column 'body': it has content, ids")
     write_lines(path, [{"content": 5}] * 9)
     assert "has for its content 5 of type int; it must be a string, a list" in error_of(path, dataset_column="content")
 
