@@ -50,7 +50,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
     """
     path, where = Path(cfg["dataset_path"]), f"dataset_path = {cfg['dataset_path']!r}"
     datasets.disable_progress_bars()
-    # What these log is raised too, and told in one line.
+    # What they log is also raised, and reported in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity_error()
     try:

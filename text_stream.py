@@ -414,7 +414,7 @@ def brief(value) -> str:
 
 
 class BadDocument(Exception):
-    """What is wrong with a document, to go on from its name: it is no text, or tokens that the model does not know."""
+    """What is wrong with a document, as the rest of a sentence about it."""
 
 
 def shards(dataset: datasets.IterableDataset, start: int) -> Iterator[datasets.IterableDataset]:

@@ -276,7 +276,7 @@ def test_other_columns_may_change_within_a_file(tmp_path, noise):
 
 
 def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
-    """Documents without text are passed over, also where the first file has nothing but such."""
+    """Documents without text are skipped, also where the first file has no others."""
     write_lines(tmp_path / "a.jsonl", [{"text": None, "id": i} for i in range(3)])
     write_lines(tmp_path / "b.jsonl", [{"text": text} for text in TEXTS])
     write_lines(tmp_path / "c.jsonl", [{"id": 1}])

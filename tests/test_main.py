@@ -239,7 +239,7 @@ def test_overrides_hold_for_every_run(main_here):
 
 
 def test_arguments_in_any_order(main_here):
-    """Sweep, overrides and --seeds are told apart by what they are, wherever they stand."""
+    """Sweep, overrides and seeds may come in any order."""
     wanted = main_here("demo", "lr=1e-3", "top_k=4", "--list", "--seeds", "1", "2")
     assert wanted[0] == 0 and len(wanted[1].splitlines()) > 16
     for args in (
