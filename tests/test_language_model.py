@@ -367,7 +367,7 @@ def test_blocks_that_give_something_else_are_not_relied_on(model, monkeypatch): 
 
 @pytest.fixture
 def with_code(tmp_path, monkeypatch):
-    """A model whose files name code of their own, which leaves a marker. A question whether to run it is answered yes."""
+    """A model that names its own code, which leaves a marker; a question whether to run it is answered yes."""
     folder = tmp_path / "lm"
     shutil.copytree(DEMO_LM, folder)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\nclass Own: pass\n")
