@@ -147,11 +147,10 @@ class Loader:
 
     def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
         """Raises ValueError if weights are missing: transformers itself makes up what is missing."""
-        options |= {
-            "output_loading_info": True,
-            "trust_remote_code": False,
-        }  # by default a prompt asks whether to run code
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        # By default transformers asks on the terminal whether to run a model's own code.
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            name, **options | {"output_loading_info": True, "trust_remote_code": False}
+        )
         if missing := sorted(loaded["missing_keys"]):
             raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}

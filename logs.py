@@ -254,23 +254,21 @@ def provenance(model, activation_store) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # a copy without its repository
-    return (
-        {
-            "python": platform.python_version(),
-            "versions": {package: importlib.metadata.version(package) for package in packages},
-            "commit": commit,
-            "threads": torch.get_num_threads(),
-            "device": activation_store.cfg["device"],
-            "model_sha256": model_fingerprint(model),
-            "heldout_tokens_sha256": activation_store.fingerprint(),
-        }
-        | card(activation_store.cfg["device"])
-        | activation_store.stream.reader.fingerprint()
-    )
+    return {
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "commit": commit,
+        "threads": torch.get_num_threads(),
+        "device": activation_store.cfg["device"],
+        "model_sha256": model_fingerprint(model),
+        "heldout_tokens_sha256": activation_store.fingerprint(),
+        **card(activation_store.cfg["device"]),
+        **activation_store.stream.reader.fingerprint(),
+    }
 
 
 def card(device: str) -> dict:
-    """What rounding depends on where a run is made on CUDA: another card sums in another order."""
+    """The card, the CUDA version and whether the language model uses TF32: rounding depends on them. {} on a CPU."""
     if not device.startswith("cuda"):
         return {}
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))

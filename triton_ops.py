@@ -318,6 +318,10 @@ def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]
     while group > 1 and -(-num_features // group) < at_least:
         group //= 2
     num_groups = -(-num_features // group)
+    if B * num_groups >= 2**31:  # places in the maxima are 32-bit integers
+        raise ValueError(
+            f"batch_size = {B} is too large for {num_features} features on CUDA: at most {2**31 // num_groups}"
+        )
     maxima = torch.empty(B, num_groups, device=z.device)
     block = groups_per_program(num_groups)
     group_maxima[(B, triton.cdiv(num_groups, block))](z, maxima, num_features, num_groups, GROUP=group, BLOCK_G=block)

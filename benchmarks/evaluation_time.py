@@ -1,0 +1,76 @@
+"""What evaluating a group of SAEs costs: with the language model from the hook point on, and with all of it.
+
+    python benchmarks/evaluation_time.py [--gpt2] [--rounds N]
+
+The demo's model with 4 SAEs of 512 features on 16,384 held-out tokens, or GPT-2 small's shape with random weights and 2
+SAEs of 12288 features on 2,048 tokens. In every round, one after the other: heldout_baseline and evaluate as they are;
+the same with the whole model computed for every SAE, in transformer_lens' form. The SAEs are untrained.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from harvest import gpt2_small_shaped  # noqa: E402
+from machine import cpu_name  # noqa: E402
+
+from activation_store import ActivationsStore  # noqa: E402
+from config import get_default_cfg, post_init_cfg  # noqa: E402
+from demo.text import write_demo_text  # noqa: E402
+from evaluation import evaluate, heldout_baseline  # noqa: E402
+from language_model import load_model  # noqa: E402
+from sae import SAE_CLASSES  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpt2", action="store_true", help="GPT-2 small's shape instead of the demo's model")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    write_demo_text(folder / "text.jsonl")
+    cfg = get_default_cfg() | dict(
+        dataset_path=str(folder / "text.jsonl"), batch_size=1024, num_tokens=10_000, top_k=16, l1_coeff=0.01,
+        model_batch_size=8, num_batches_in_buffer=1, device="cpu",
+    )  # fmt: skip
+    if args.gpt2:
+        types, cfg = (
+            ("topk", "batchtopk"),
+            cfg | dict(model_name=str(gpt2_small_shaped(folder / "lm")), eval_tokens=2048),
+        )
+    else:
+        types = ("topk", "batchtopk", "jumprelu", "vanilla")
+        cfg |= dict(model_name=str(ROOT / "demo/lm"), layer=2, act_size=128, dict_size=512, eval_tokens=16_384)
+    cfgs = [post_init_cfg(cfg | {"sae_type": sae_type}) for sae_type in types]
+    store = ActivationsStore(load_model(cfgs[0]), cfgs[0])
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    for sae in saes:
+        if sae.cfg["sae_type"] == "batchtopk":
+            sae.threshold.fill_(1.0)
+            sae.threshold_num_batches.fill_(1)
+
+    below, seconds = store.predict.below, {}
+    for i in range(args.rounds + 1):  # the first warms up
+        for name, skipped in (("from the hook point on", below), ("the whole model", [])):
+            store.predict.below = skipped
+            begun = time.perf_counter()
+            baseline = heldout_baseline(store)
+            between = time.perf_counter()
+            evaluate(saes, store, baseline)
+            if i > 0:
+                seconds.setdefault(name, []).append((between - begun, time.perf_counter() - between))
+    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, times in seconds.items():
+        parts = (" – ".join(f"{value:.2f}" for value in (min(part), max(part))) for part in zip(*times))
+        print("{}: baseline {} s, evaluate {} s".format(name, *parts))
+
+
+if __name__ == "__main__":
+    main()
