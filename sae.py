@@ -238,6 +238,12 @@ class BaseAutoencoder(nn.Module):
         most_dead = (self.num_batches_not_active + 1 >= self.cfg["n_batches_to_dead"]).sum()
         return torch.stack([until_sparse, most_dead])
 
+    def form_of_step(self) -> tuple:
+        """What the host knows that decides which operations a training step runs on CUDA, and on arrays of what size."""
+        until_sparse, most_dead = self.counts()
+        dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
+        return until_sparse == 0, dead, sparse_ops.capacities()
+
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
         """Store what a training forward learned about the features. No device sync."""

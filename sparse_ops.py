@@ -160,7 +160,13 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
         return dead.nonzero().squeeze(-1)
     import triton_ops
 
-    return triton_ops.packed_index(dead, min(-(-upper_bound() // 256) * 256, len(dead)))
+    return triton_ops.packed_index(dead, room_for(upper_bound(), len(dead)))
+
+
+def room_for(num_dead: int, num_features: int) -> int:
+    """The length of a dead_index on CUDA: of few sizes, since each has a CUDA graph of its own (training.StepGraphs)."""
+    unit = max(256, 2 ** max(num_dead, 1).bit_length() // 8)
+    return min(-(-num_dead // unit) * unit, num_features)
 
 
 def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
@@ -179,7 +185,12 @@ def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
 
 def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
     """[] int64: not 0 if a step that did not wait for the device cannot be used (triton_ops.py)."""
-    return (~loss.isfinite()) * NOT_FINITE | (0 if pattern is None else pattern.failure)
+    return not_finite(loss) * NOT_FINITE | (0 if pattern is None else pattern.failure)
+
+
+def not_finite(number: torch.Tensor) -> torch.Tensor:
+    """[] bool: whether a number [] is NaN or infinite, in two kernels (isfinite takes four)."""
+    return ~(number.abs() < torch.inf)
 
 
 def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -311,6 +322,10 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
 # Candidates that there is room for on CUDA; grows where it was too little. Weights do not depend on it; the last bits
 # of sums that are logged may.
 _capacity = {}
+
+
+def capacities() -> tuple:
+    return tuple(_capacity.items())
 
 
 def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):

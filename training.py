@@ -40,6 +40,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     log: RunLog
 
+    def __post_init__(self):
+        self.graphs = StepGraphs(self)
+
 
 def train_sae(sae, activation_store, model, cfg: dict) -> dict:
     """Train one SAE: a group of one. Returns its final metrics on held-out tokens."""
@@ -279,9 +282,15 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
 
     def attempt(run, wait=False):
         try:
+            if sparse_ops.uses_kernels(run.sae.W_enc) and not wait:
+                return run.graphs.start_step(x)
             return scalars(start_step(run.sae, run.optimizer, x, run.cfg, wait))
         except FloatingPointError as error:
             return error
+
+    device = runs[0].sae.W_enc.device
+    if device.type == "cuda":  # at one place, where CUDA graphs read it
+        x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
 
     for run in runs:
         name = run.cfg["name"]
@@ -291,6 +300,49 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
         outputs[i] = None  # these have not taken the step, should memory run out now
     for i in failed:
         outputs[i] = attempt(runs[i], wait=True)
+
+
+class StepGraphs:
+    """The steps of a run as CUDA graphs: one launch in place of some 150, which take longer than the device's work.
+
+    A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own. The first step
+    of a form runs as it is, the second is recorded.
+    """
+
+    memory = None  # what all graphs use for their intermediate results: no two run at the same time
+
+    def __init__(self, run: Run):
+        self.run, self.seen, self.recorded = run, set(), {}
+
+    def start_step(self, x: torch.Tensor) -> dict:
+        """scalars(start_step(…)) of a batch x; on CUDA, batches of the same shape must be at the same address."""
+        sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
+        form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
+        if not x.is_cuda or form not in self.seen:
+            self.seen.add(form)
+            return scalars(start_step(sae, optimizer, x, cfg))
+        if form not in self.recorded:
+            self.recorded[form] = self.record(x)
+        graph, lr, output = self.recorded[form]
+        lr.fill_(optimizer.param_groups[0]["lr"])
+        graph.replay()
+        return dict(output)
+
+    def record(self, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
+        """(the graph, the learning rate that it reads, the scalars that it writes)."""
+        sae, group = self.run.sae, self.run.optimizer.param_groups[0]
+        graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
+        StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # while it records, torch cannot return memory that is cached for other uses
+        group["lr"] = lr
+        try:
+            with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory):
+                output = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
+        except RuntimeError as error:  # ending the graph fails, too, and hides why
+            raise error if error.__context__ is None else error.__context__
+        finally:
+            group["lr"] = rate
+        return graph, lr, output
 
 
 @sparse_ops.sae_arithmetic
@@ -335,11 +387,12 @@ def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
     share_gradients(sae, optimizer)
     optimizer.is_updating = True
     failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
-    output["failure"] = failure = triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
-    before = [buffer.clone() for buffer in sae.buffers()]
+    triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
+    output["failure"] = failure
+    before, valid = [buffer.clone() for buffer in sae.buffers()], failure == 0
     sae.update_statistics(output)
     for buffer, old in zip(sae.buffers(), before):
-        buffer.copy_(torch.where(failure == 0, buffer, old))
+        buffer.copy_(torch.where(valid, buffer, old))
 
 
 def share_gradients(sae, optimizer) -> None:

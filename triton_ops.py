@@ -24,6 +24,7 @@ with more than CHUNK entries is split, and its parts are added in order.
 All kernels run on CPU tensors, too, with TRITON_INTERPRET=1: that is how the tests run them where there is no GPU.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, split
+from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, not_finite, split
 
 CHUNK = 64  # entries of a feature that one program adds up
 DIGITS = (11, 11, 9)  # bits of a radix selection's rounds: the 31 bits of a float that is not negative
@@ -137,14 +138,16 @@ def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl
 
 
 @triton.jit
-def pick_digit(histogram, state, BITS: tl.constexpr):
-    """Append to state[0] the largest digit that state[1] keys reach; state[1] becomes how many of those are wanted."""
+def pick_digit(histogram, state, k, FIRST: tl.constexpr, BITS: tl.constexpr, UNUSED: tl.constexpr):
+    """Append to state[0] the largest digit that state[1] keys (k in the FIRST round) reach, and UNUSED zero bits;
+    state[1] becomes how many of those are wanted.
+    """
     bins = tl.arange(0, 1 << BITS)
     counts = tl.load(histogram + bins)
-    wanted = tl.load(state + 1)
+    wanted = k if FIRST else tl.load(state + 1)
     digit = tl.max(tl.where(tl.cumsum(counts, axis=0, reverse=True) >= wanted, bins, 0), axis=0)
     tl.store(state + 1, wanted - tl.sum(tl.where(bins > digit, counts, 0), axis=0))
-    tl.store(state, (tl.load(state) << BITS) | digit)
+    tl.store(state, ((tl.load(state) << BITS) | digit) << UNUSED)
     tl.store(histogram + bins, tl.zeros_like(counts))
 
 
@@ -207,8 +210,30 @@ def count_kept(
 
 
 @triton.jit
+def place_rows(counts, state, kept_ties, kept_offsets, num_rows, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: how many of its ties each row keeps, and where its entries begin among the kept."""
+    tied_before = 0
+    kept_before = 0
+    wanted_of_all = tl.load(state + 1)
+    tl.store(kept_offsets, 0)
+    for first in range(0, num_rows, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        over = tl.load(counts + i * 2, mask=i < num_rows, other=0)
+        tied = tl.load(counts + i * 2 + 1, mask=i < num_rows, other=0)
+        if PER_ROW:
+            wanted = tl.load(state + i * 2 + 1, mask=i < num_rows, other=0)
+        else:
+            wanted = wanted_of_all - (tied_before + tl.cumsum(tied, axis=0) - tied)
+        ties = tl.minimum(tied, tl.maximum(wanted, 0))
+        tl.store(kept_ties + i, ties, mask=i < num_rows)
+        tl.store(kept_offsets + i + 1, kept_before + tl.cumsum(over + ties, axis=0), mask=i < num_rows)
+        tied_before += tl.sum(tied, axis=0)
+        kept_before += tl.sum(over + ties, axis=0)
+
+
+@triton.jit
 def write_kept(
-    values, cols, offset, margin, row_offsets, state, kept_ties, ends, out_rows, out_cols, out_values, capacity,
+    values, cols, offset, margin, row_offsets, state, kept_ties, kept_offsets, out_rows, out_cols, out_values, capacity,
     PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The kept candidates of a row, the first kept_ties of those that tie among them."""
@@ -216,7 +241,7 @@ def write_kept(
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     key = tl.load(state + row * 2 * PER_ROW)
     ties = tl.load(kept_ties + row)
-    place = tl.load(ends + row)
+    place = tl.load(kept_offsets + row)
     tied_before = 0
     for first in range(start, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -238,17 +263,15 @@ def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: in
     With fewer than all three rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
     values are positive.
     """
-    state = torch.zeros(2, dtype=torch.int32, device=values.device)
-    state[1:].fill_(k)
-    histogram = torch.zeros(1 << max(DIGITS), dtype=torch.int32, device=values.device)
+    state, histogram = torch.zeros(2 + (1 << max(DIGITS)), dtype=torch.int32, device=values.device).tensor_split((2,))
     shift, block = 31, 4096
-    for bits in DIGITS[:rounds]:
+    for i, bits in enumerate(DIGITS[:rounds]):
         shift -= bits
         count_digits[(triton.cdiv(values.numel(), block),)](
             values, length, state, histogram, SHIFT=shift, BITS=bits, BLOCK=block
         )
-        pick_digit[(1,)](histogram, state, BITS=bits)
-    state[:1].bitwise_left_shift_(shift)
+        unused = shift if i == rounds - 1 else 0
+        pick_digit[(1,)](histogram, state, k, FIRST=i == 0, BITS=bits, UNUSED=unused)
     return state
 
 
@@ -276,20 +299,20 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None):
     round_rows[(num_features,)](W, W16, W_norms, d, width, **block)
     x16[:, d:], W16[:, d:] = 0, 0
     left_over = 0
-    x16_norm, W16_norm = x_norms[:, 2], W_norms[:, 2]
     if parts:
         x16[:, d : d + len(parts)] = 1
         W16[:, d : d + len(parts)] = torch.stack(parts, 1)
         left_over = (offset - sum(part.float() for part in parts)).abs().amax()
-        x16_norm = (x16_norm.square() + len(parts)).sqrt()
-        W16_norm = (W16_norm.square() + sum(part.float().square() for part in parts)).sqrt()
-    w, dw, w16 = W_norms[:, 0].amax(), W_norms[:, 1].amax(), W16_norm.amax()
-    accumulation = width * 2.0**-22 * x16_norm * w16
-    error = (x_norms[:, 1] * w + x16_norm * dw + accumulation + left_over) * (1 + 1e-4)
+        # Accumulation errors are of the whole product, and so is, rounded up, x16 · δw.
+        x_norms[:, 2] = (x_norms[:, 2].square() + len(parts)).sqrt()
+        W_norms[:, 2] = (W_norms[:, 2].square() + sum(part.float().square() for part in parts)).sqrt()
+    w, dw, w16 = W_norms.amax(0)
+    accumulation = width * 2.0**-22 * w16
+    error = (x_norms[:, 1] * w + x_norms[:, 2] * (dw + accumulation) + left_over) * (1 + 1e-4)
     z = torch.empty(B, num_features, dtype=torch.bfloat16, device=x.device)
     with full_precision():
         torch.mm(x16, W16.T, out=z)
-    return z, error, ~error.sum().isfinite()
+    return z, error, not_finite(error.sum())
 
 
 def candidates(z: torch.Tensor, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
@@ -331,7 +354,7 @@ def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]
 def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, capacity: int) -> "PaddedPattern":
     """As sparse_ops.select_topk, in arrays of B·k entries. capacity: candidates that there is room for."""
     B, device = len(x), x.device
-    z, error, not_finite = screen(x, W_enc, None)
+    z, error, broken = screen(x, W_enc, None)
     maxima, group = maxima_of_groups(z, at_least=4 * k)
     reached = maxima * ROUND_DOWN - error[:, None]
     reached_offsets = torch.arange(B + 1, dtype=torch.int32, device=device) * reached.shape[1]
@@ -347,19 +370,19 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
         state = row_threshold_keys(values, row_offsets, k)
     else:
         state = threshold_key(values, row_offsets[-1:], B * k, rounds=3)
-    return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], not_finite, found)
+    return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], broken, found)
 
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
-    z, error, not_finite = screen(x, W_enc, offset)
+    z, error, broken = screen(x, W_enc, offset)
     maxima, group = maxima_of_groups(z, at_least=1)
     cols, row_offsets, found = candidates(z, maxima, group, -margin - error, capacity)
     del z, maxima
     values = refined(x, W_enc, cols, row_offsets)
     state = torch.zeros(2, dtype=torch.int32, device=x.device)
     offset = offset.contiguous()
-    return kept(values, cols, row_offsets, state, capacity, False, W_enc.shape[1], not_finite, found, offset, margin)
+    return kept(values, cols, row_offsets, state, capacity, False, W_enc.shape[1], broken, found, offset, margin)
 
 
 def refined(x, W_enc, cols, row_offsets) -> torch.Tensor:
@@ -372,7 +395,7 @@ def refined(x, W_enc, cols, row_offsets) -> torch.Tensor:
 
 
 def kept(
-    values, cols, row_offsets, state, length, per_row, num_features, not_finite, found, offset=None, margin=0.0
+    values, cols, row_offsets, state, length, per_row, num_features, broken, found, offset=None, margin=0.0
 ) -> "PaddedPattern":
     """The candidates over the threshold of `state`, or with value + offset > −margin, in arrays of `length` entries."""
     B, device = len(row_offsets) - 1, values.device
@@ -381,19 +404,17 @@ def kept(
     counts = torch.empty(B, 2, dtype=torch.int32, device=device)
     flags = dict(PER_ROW=int(per_row), ABOVE=above, BLOCK=256)
     count_kept[(B,)](values, cols, offset, margin, row_offsets, state, counts, **flags)
-    over, tied = counts.unbind(1)
-    wanted = state[:, 1] if per_row else state[1] - (tied.cumsum(0, dtype=torch.int32) - tied)
-    kept_ties = torch.minimum(tied, wanted.clamp(min=0))
-    ends = (over + kept_ties).cumsum(0, dtype=torch.int32)
+    kept_ties, kept_offsets = (torch.empty(n, dtype=torch.int32, device=device) for n in (B, B + 1))
+    place_rows[(1,)](counts, state, kept_ties, kept_offsets, B, PER_ROW=int(per_row), BLOCK=1024)
     rows = torch.full((length,), B - 1, dtype=torch.int32, device=device)
     out_cols = torch.full((length,), num_features, dtype=torch.int32, device=device)
     out_values = torch.zeros(length, device=device)
-    starts = ends - over - kept_ties
     write_kept[(B,)](
-        values, cols, offset, margin, row_offsets, state, kept_ties, starts, rows, out_cols, out_values, length, **flags
-    )
-    failure = not_finite * NOT_FINITE + (found > len(cols)) * OVERFLOW
-    return PaddedPattern(rows, out_cols, F.pad(ends, (1, 0)), (B, num_features), out_values, failure, found)
+        values, cols, offset, margin, row_offsets, state, kept_ties, kept_offsets, rows, out_cols, out_values, length,
+        **flags,
+    )  # fmt: skip
+    failure = broken * NOT_FINITE + (found > len(cols)) * OVERFLOW
+    return PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, failure, found)
 
 
 # Products over the entries
@@ -536,11 +557,12 @@ class PaddedPattern:
         extra_feature [n // CHUNK]: which chunks each feature has beyond its first, and whose each of these is).
         """
         num_features, device = self.shape[1], self.cols.device
-        cols, order = self.cols.sort(stable=True)
-        features = torch.arange(num_features + 1, dtype=torch.int32, device=device)
+        narrow = torch.int16 if num_features < 2**15 else torch.int32  # half the passes of a radix sort
+        cols, order = self.cols.to(narrow).sort(stable=True)
+        features = torch.arange(num_features + 1, dtype=narrow, device=device)
         feature_offsets = torch.searchsorted(cols, features, out_int32=True)
-        counts = feature_offsets.diff()
-        extra_offsets = F.pad(((counts + CHUNK - 1) // CHUNK - 1).clamp(min=0).cumsum(0, dtype=torch.int32), (1, 0))
+        extra = (feature_offsets.diff() - 1).clamp(min=0) // CHUNK
+        extra_offsets = F.pad(extra.cumsum(0, dtype=torch.int32), (1, 0))
         numbers = torch.arange(len(cols) // CHUNK, dtype=torch.int32, device=device)
         extra_feature = torch.searchsorted(extra_offsets[1:], numbers, right=True, out_int32=True)
         return order, self.rows[order], feature_offsets, extra_offsets, extra_feature
@@ -604,14 +626,30 @@ class PaddedPattern:
 
 
 @triton.jit
+def adam_scales(norm, failure, step, lr, scales, max_norm, log2_beta1, log2_beta2):
+    """One program: whether the update is made, the step that it is, and what adam_rows needs to know."""
+    size = tl.load(norm)
+    failed = tl.load(failure) | tl.where(size < float("inf"), 0, 1)  # NOT_FINITE; NaN is not less
+    count = tl.load(step) + tl.where(failed == 0, 1.0, 0.0)
+    tl.store(failure, failed)
+    tl.store(step, count)
+    steps = tl.maximum(count, 1.0).to(tl.float64)
+    tl.store(scales, tl.minimum(max_norm / (size + 1e-6), 1.0))
+    tl.store(scales + 1, (1 - tl.exp2(steps * log2_beta1)).to(tl.float32))
+    tl.store(scales + 2, (1 - tl.exp2(steps * log2_beta2)).to(tl.float32))
+    tl.store(scales + 3, tl.load(lr))
+    tl.store(scales + 4, tl.where(failed == 0, 1.0, 0.0))
+
+
+@triton.jit
 def adam_rows(
-    weights, grads, means, squares, scales, n, d, lr, beta1, beta2, rest1, rest2,
+    weights, grads, means, squares, scales, n, d, beta1, beta2, rest1, rest2,
     DECODER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adam on one row of d numbers. scales: the gradient's factor, two bias corrections, and 0 if nothing may change.
-    A decoder row loses the part of its gradient that is parallel to it, and has unit norm afterwards.
+    """Adam on one row of d numbers. scales: the gradient's factor, two bias corrections, the learning rate, and 0 if
+    nothing may change. A decoder row loses the part of its gradient that is parallel to it, and has unit norm afterwards.
     """
-    if tl.load(scales + 3) > 0:
+    if tl.load(scales + 4) > 0:
         o = tl.program_id(0).to(tl.int64) * d + tl.arange(0, BLOCK_D)
         inside = (tl.arange(0, BLOCK_D) < d) & (o < n)
         w = tl.load(weights + o, mask=inside, other=0.0)
@@ -620,7 +658,7 @@ def adam_rows(
             g -= tl.sum(g * w, axis=0) * w
         mean = tl.load(means + o, mask=inside, other=0.0) * beta1 + g * rest1
         square = tl.load(squares + o, mask=inside, other=0.0) * beta2 + g * g * rest2
-        w -= lr * (mean / tl.load(scales + 1)) / (tl.sqrt(square / tl.load(scales + 2)) + 1e-8)
+        w -= tl.load(scales + 3) * (mean / tl.load(scales + 1)) / (tl.sqrt(square / tl.load(scales + 2)) + 1e-8)
         if DECODER:
             w = w / tl.sqrt(tl.sum(w * w, axis=0))
         # All stores come last: where a row is narrower than the threads, some of them load it twice.
@@ -629,33 +667,33 @@ def adam_rows(
         tl.store(weights + o, w, mask=inside)
 
 
-def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: torch.Tensor) -> torch.Tensor:
+def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: torch.Tensor) -> None:
     """One step of `optimizer` (torch.optim.Adam, whose state this uses), with clipping and the decoder's unit rows.
 
-    The gradients are those of the parameters that it holds. Nothing is changed where failure [] is not 0 or the
-    gradient's norm is not finite; returns failure with that bit.
+    The gradients are those of the parameters that it holds. Nothing is changed where failure [] int64 is not 0 or the
+    gradient's norm is not finite; then failure gets that bit. The learning rate may be a tensor on the device.
     """
     group = optimizer.param_groups[0]
     (beta1, beta2), lr = group["betas"], group["lr"]
     parameters = [p for p in group["params"] if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters]))
-    failure = failure | (~norm.isfinite()) * NOT_FINITE
-    valid = (failure == 0).float()
-    for p in parameters:
-        state = optimizer.state[p]
+    states = [optimizer.state[p] for p in parameters]
+    for p, state in zip(parameters, states):
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        state["step"] += valid
-        steps = state["step"].double().clamp(min=1)
-        clip = (max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        scales = torch.stack([clip, (1 - beta1**steps).float(), (1 - beta2**steps).float(), valid])
+    steps, scales = [state["step"] for state in states], torch.empty(5, device=decoder.device)
+    lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=decoder.device)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    log2_betas = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    adam_scales[(1,)](norm, failure, steps[0], lr, scales, max_grad_norm, *log2_betas)
+    for step in steps[1:]:
+        step.copy_(steps[0])
+    for p, state in zip(parameters, states):
         d = p.shape[1] if p.ndim == 2 else min(len(p), 1024)
         adam_rows[(triton.cdiv(p.numel(), d),)](
             p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scales, p.numel(), d,
-            lr, beta1, beta2, 1 - beta1, 1 - beta2, DECODER=p is decoder, BLOCK_D=triton.next_power_of_2(d),
+            beta1, beta2, 1 - beta1, 1 - beta2, DECODER=p is decoder, BLOCK_D=triton.next_power_of_2(d),
         )  # fmt: skip
-    return failure
 
 
 # Dead features
@@ -664,6 +702,8 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
 def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
     """[capacity] int64: where the mask [n] is True, in order, then n."""
     n = len(mask)
+    if capacity == 0:
+        return torch.empty(0, dtype=torch.int64, device=mask.device)
     place = mask.cumsum(0) - 1
     place = torch.where(mask & (place < capacity), place, capacity)
     index = torch.full((capacity + 1,), n, device=mask.device)

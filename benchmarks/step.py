@@ -34,7 +34,7 @@ from machine import cpu_name  # noqa: E402
 from config import post_init_cfg  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
 from sparse_ops import screen_dtype  # noqa: E402
-from training import make_optimizer, training_step  # noqa: E402
+from training import Run, group_step, make_optimizer  # noqa: E402
 
 CONTENDERS = ("ours", "dense form", "published", "published, TF32", "published, bf16", "encoder product")
 ON_CUDA = ("published, TF32", "published, bf16")
@@ -102,7 +102,8 @@ class Bench:
                 optimizer = make_optimizer(sae, cfg)
                 if name == "dense form":
                     sae.select = lambda x, wait: None
-                self.step[name] = lambda x, sae=sae, optimizer=optimizer: training_step(sae, optimizer, x, cfg)
+                run = Run(cfg, sae, optimizer, log=None)
+                self.step[name] = lambda x, run=run: group_step([run], x, [], {})
             self.saes[name] = sae
 
     @torch.no_grad()
@@ -123,7 +124,9 @@ class Bench:
         if name == "encoder product":
             return
         sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, 0
-        sae.known_counts = None
+        if hasattr(sae, "counts"):
+            sae.known_counts = None
+            sae.known_counts = sae.counts()
         if n:
             W_enc = sae.p["W_enc"] if name.startswith("published") else sae.W_enc
             W_enc[:, :n] *= 0.2 * W_enc[:, n:].norm(dim=0).mean() / W_enc[:, :n].norm(dim=0)

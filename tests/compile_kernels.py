@@ -19,17 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import triton_ops  # noqa: E402
 
 HELPERS = ("order_key", "compare", "chunk_of")  # called by kernels only
-BFLOAT16, INT64 = ("rounded", "z"), ("order", "ends")
+BFLOAT16, INT64 = ("rounded", "z"), ("order", "ends", "failure")
 INT32 = (
-    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "out_rows", "out_cols", "rows",
+    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "kept_offsets", "out_rows", "out_cols", "rows",
     "feature_offsets", "extra_offsets", "extra_feature",
 )  # fmt: skip
-SIZES = ("d", "width", "num_features", "num_groups", "capacity", "k", "n")
-FLOATS = ("margin", "lr", "beta1", "beta2", "rest1", "rest2")
+SIZES = ("d", "width", "num_features", "num_groups", "num_rows", "capacity", "k", "n")
+FLOATS = ("margin", "beta1", "beta2", "rest1", "rest2", "max_norm", "log2_beta1", "log2_beta2")
 CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=11, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
+CONSTANTS |= dict(FIRST=True, UNUSED=9)
 SMALL, LARGE = dict(BLOCK_D=64, BLOCK_N=64, num_warps=4), dict(BLOCK_D=4096, BLOCK_N=1, num_warps=8)
 VARIANTS = {"count_kept": dict(PER_ROW=1, ABOVE=True), "write_kept": dict(PER_ROW=1, ABOVE=True)}
-VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BITS=9), "pick_digit": dict(BITS=9)}
+VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BITS=9), "place_rows": dict(PER_ROW=1)}
+VARIANTS |= {"pick_digit": dict(FIRST=False, BITS=9, UNUSED=0)}
 
 
 def kind(name: str, constants: dict) -> str:
@@ -52,8 +54,6 @@ def main() -> None:
             signature = {key: kind(key, constants) for key in kernel.arg_names}
             if name == "mask_kept":
                 signature["mask"] = "*i8"
-            if name == "write_kept":
-                signature["ends"] = "*i32"
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             for capability in (80, 90):
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

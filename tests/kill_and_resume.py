@@ -1,6 +1,6 @@
 """Kill `python main.py demo` again and again, and compare what it comes to with a run that nobody killed.
 
-    python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE]
+    python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE] [KEY=VALUE ...]
 
 Every process is started with the same command and gets SIGKILL (a few others SIGTERM or SIGINT) at a random instant
 after its training has begun, or at the first instant from there on in which it is saving or evaluating. What it was at
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=4, help="by SIGTERM or SIGINT (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cut", type=float, default=0.2)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more of the runs' config")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     # A third each at whatever it is at, in a save, in an evaluation.
@@ -164,7 +165,7 @@ def main() -> None:
         some = kills[:8]
         print(f"sweep {sweep}:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}")
+            hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}", *args.overrides)
         del kills[: max(1, sum(hit.values()) - hit["a damaged checkpoint"])]
         hits, sweep = hits + hit, sweep + 1
         print("   the same to the bit as without", flush=True)

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_sae import KINDS, make_sae, make_x, state
+from test_sae import KINDS, make_cfg, make_sae, make_x, state
 from test_sparse_ops import feature_major, hard_input
 
 import sparse_ops
-from sae import Counts
+from sae import SAE_CLASSES, Counts
 from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
@@ -319,3 +319,52 @@ def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
         start_step(sae, optimizer, x, sae.cfg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_from_graphs_give_the_bits_of_steps_without(kind, monkeypatch):
+    """With a learning rate that changes, in between a batch with NaN, and one for whose candidates there is no room."""
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    plain, plain_optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    run = Run(sae.cfg, sae, optimizer, None)
+    for step in range(12):
+        if step == 8:
+            monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
+        optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+        x = make_x(6, 12, step, torch.float32).to(DEVICE)
+        if step == 5:
+            x[3, 2] = float("nan")
+        outputs = []
+        group_step([run], x, outputs, {})
+        if step == 5:
+            assert isinstance(outputs[0], FloatingPointError)
+            continue
+        expected = training_step(plain, plain_optimizer, x, plain.cfg)
+        for key, value in outputs[0].items():
+            assert torch.equal(value, expected[key]), (step, key)
+        for name, value in state(plain).items():
+            assert torch.equal(state(sae)[name], value), (step, name)
+    assert run.graphs.recorded
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_graphs_of_a_group_share_their_memory(monkeypatch):
+    """The steps of the second SAE need no more memory than its weights and Adam's state."""
+    monkeypatch.undo()
+
+    def reserved(num_saes):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        cfg = make_cfg("batchtopk", d=64, F=16384, k=16, dtype="float32", device="cuda", top_k_aux=16)
+        runs = []
+        for _ in range(num_saes):
+            sae = SAE_CLASSES["batchtopk"](cfg)
+            runs.append(Run(cfg, sae, make_optimizer(sae, cfg), None))
+        for step in range(4):
+            group_step(runs, make_x(4096, 64, step, torch.float32).cuda(), [], {})
+        assert all(run.graphs.recorded for run in runs)
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    assert reserved(3) - reserved(1) < 2**27  # one step's screen alone is as much
