@@ -193,11 +193,12 @@ class BaseAutoencoder(nn.Module):
         if not wait:
             output["failure"] = sparse_ops.failure(pattern, l2_loss)
         if self.aux_loss_on_dead_features:
+            index = sparse_ops.dead_index(dead, tokens, lambda: self.counts().most_dead)
             residual = tokens - reconstruction
-            output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, residual, dead)
+            output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, residual, index)
             loss = loss + output["aux_loss"]
             if not wait:
-                output["failure"] |= (output["num_dead_features"] > self.counts().most_dead) * sparse_ops.OVERFLOW
+                output["failure"] |= (output["num_dead_features"] > len(index)) * sparse_ops.OVERFLOW
         return {
             "sae_out": self.postprocess_output(reconstruction, mean, std).view(x.shape),
             "feature_acts": acts if pattern is None else pattern.sparse_tensor(acts),
@@ -207,11 +208,11 @@ class BaseAutoencoder(nn.Module):
             **output,
         }
 
-    def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
         features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
+        index: the dead features (sparse_ops.dead_index).
         """
-        index = sparse_ops.dead_index(dead, x, lambda: self.counts().most_dead)
         if len(index) == 0:
             return residual.new_zeros(())
         k, pattern = min(self.cfg["top_k_aux"], len(index)), None
@@ -239,7 +240,7 @@ class BaseAutoencoder(nn.Module):
         return torch.stack([until_sparse, most_dead])
 
     def form_of_step(self) -> tuple:
-        """What the host knows that decides which operations a training step runs on CUDA, and on arrays of what size."""
+        """What the host knows that decides which operations a training step runs on CUDA, and the sizes of its arrays."""
         until_sparse, most_dead = self.counts()
         dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
         return until_sparse == 0, dead, sparse_ops.capacities()

@@ -416,7 +416,7 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = N
 def split(offset: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """Up to three vectors of `dtype` whose sum is the offset, to about 24 bits."""
     parts, rest = [], offset
-    for _ in range(3 if dtype == torch.bfloat16 else 1):
+    for _ in range(1 if dtype == torch.float32 else 3):
         parts.append(rest.to(dtype))
         rest = rest - parts[-1].to(rest.dtype)
     return parts
@@ -545,23 +545,12 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b. On CUDA float32 is computed as three TF32 products, at most 2⁻¹⁹ ‖a_i‖ ‖b_j‖ off, and faster."""
-    if a.dtype != torch.float32 or a.device.type != "cuda" or screen_dtype(a.device) != torch.bfloat16:
+    """a @ b. Where the kernels are used with a, at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖ off (triton_ops.matmul), and faster."""
+    if not uses_kernels(a):
         return a @ b
-    with full_precision("tf32"):
-        return three_products(a, b)
+    import triton_ops
 
-
-def three_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b from operands of 11 bits each: high·low + low·high + high·high. Left out is low·low, below 2⁻²⁰."""
-    (a_high, a_low), (b_high, b_low) = two_parts(a), two_parts(b)
-    return (a_high @ b_low).addmm_(a_low, b_high).addmm_(a_high, b_high)
-
-
-def two_parts(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A float32 tensor as its first 11 bits (which TF32 holds exactly), and the rest."""
-    high = (a.view(torch.int32) & -(2**13)).view(torch.float32)
-    return high, a - high
+    return triton_ops.matmul(a, b)
 
 
 def sae_arithmetic(function):
@@ -581,25 +570,33 @@ def sae_arithmetic(function):
 @contextmanager
 def full_precision(float32: str = "ieee"):
     """Precision of matrix products, whatever the user has set, which is restored afterwards: float32 is not rounded to
-    bfloat16, nor to TF32 unless float32="tf32"; bfloat16 products are not added up in bfloat16.
+    bfloat16, nor to TF32 unless float32="tf32"; products of 16 bits are added up in float32.
     """
     cuda = torch.backends.cuda.matmul
-    reduced = cuda.allow_bf16_reduced_precision_reduction
+    sums = [name for name in SUMS_IN_16_BITS if hasattr(cuda, name)]
+    sums_before = [getattr(cuda, name) for name in sums]
     if hasattr(cuda, "fp32_precision"):
         modules = cuda, torch.backends.mkldnn.matmul
         before = [module.fp32_precision for module in modules]
     else:  # torch before 2.9
         modules, before = (), torch.get_float32_matmul_precision()
     try:
-        cuda.allow_bf16_reduced_precision_reduction = False
+        for name in sums:
+            setattr(cuda, name, False)
         for module in modules:
             module.fp32_precision = float32 if module is cuda else "ieee"
         if not modules:
             torch.set_float32_matmul_precision("highest" if float32 == "ieee" else "high")
         yield
     finally:
-        cuda.allow_bf16_reduced_precision_reduction = reduced
+        for name, value in zip(sums, sums_before):
+            setattr(cuda, name, value)
         for module, precision in zip(modules, before):
             module.fp32_precision = precision
         if not modules:
             torch.set_float32_matmul_precision(before)
+
+
+SUMS_IN_16_BITS = (
+    "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation",
+)  # fmt: skip

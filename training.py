@@ -282,9 +282,7 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
 
     def attempt(run, wait=False):
         try:
-            if sparse_ops.uses_kernels(run.sae.W_enc) and not wait:
-                return run.graphs.start_step(x)
-            return scalars(start_step(run.sae, run.optimizer, x, run.cfg, wait))
+            return run.graphs.start_step(x, wait)
         except FloatingPointError as error:
             return error
 
@@ -303,32 +301,43 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
 
 
 class StepGraphs:
-    """The steps of a run as CUDA graphs: one launch in place of some 150, which take longer than the device's work.
+    """The steps of a run, on CUDA as CUDA graphs: one launch in place of some 150, which take longer than the device's
+    work.
 
     A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own. The first step
     of a form runs as it is, the second is recorded.
     """
 
     memory = None  # what all graphs use for their intermediate results: no two run at the same time
+    streams = {}  # one per device: autograd wants a step recorded on the stream on which it ran before
 
     def __init__(self, run: Run):
         self.run, self.seen, self.recorded = run, set(), {}
 
-    def start_step(self, x: torch.Tensor) -> dict:
+    def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)) of a batch x; on CUDA, batches of the same shape must be at the same address."""
         sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
+        if not sae.W_enc.is_cuda:
+            return scalars(start_step(sae, optimizer, x, cfg, wait))
+        stream = self.streams.setdefault(x.device, torch.cuda.Stream(x.device))
         form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
-        if not x.is_cuda or form not in self.seen:
-            self.seen.add(form)
-            return scalars(start_step(sae, optimizer, x, cfg))
+        if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
+            if not wait:
+                self.seen.add(form)
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            try:
+                with torch.cuda.stream(stream):
+                    return scalars(start_step(sae, optimizer, x, cfg, wait))
+            finally:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
         if form not in self.recorded:
-            self.recorded[form] = self.record(x)
+            self.recorded[form] = self.record(x, stream)
         graph, lr, output = self.recorded[form]
         lr.fill_(optimizer.param_groups[0]["lr"])
         graph.replay()
         return dict(output)
 
-    def record(self, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
+    def record(self, x: torch.Tensor, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
         """(the graph, the learning rate that it reads, the scalars that it writes)."""
         sae, group = self.run.sae, self.run.optimizer.param_groups[0]
         graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
@@ -336,10 +345,11 @@ class StepGraphs:
         torch.cuda.empty_cache()  # while it records, torch cannot return memory that is cached for other uses
         group["lr"] = lr
         try:
-            with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory):
+            with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
                 output = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
-        except RuntimeError as error:  # ending the graph fails, too, and hides why
-            raise error if error.__context__ is None else error.__context__
+        except RuntimeError as error:
+            StepGraphs.memory = None  # the pool cannot be used again
+            raise (error.__context__ or error) from None  # ending the graph fails, too, and hides why
         finally:
             group["lr"] = rate
         return graph, lr, output

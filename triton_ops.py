@@ -6,7 +6,11 @@ infinity, set a failure flag (OVERFLOW, NOT_FINITE). An update whose flag is set
 flag, and repeats the step with more room or reports what is not finite. All sums are taken in a fixed order, so a
 repeated step gives the same bits.
 
-The steps of a selection, over z [B, F] in bfloat16 (see sparse_ops.py for the bound on its error):
+The screen is in float16: tensor cores multiply it as fast as bfloat16, its 3 bits more make the bound 8 times as tight,
+and so the candidates fewer. Its narrow range is dealt with by powers of 2: each row of x is scaled to a norm of 8 to 16,
+W by W_SCALE. With weights so large that a product might overflow (LARGEST), the step takes the dense form.
+
+The steps of a selection, over z [B, F] in float16 (see sparse_ops.py for the bound on its error):
 
     group_maxima       the maxima of groups of GROUP columns
     threshold_key      a threshold that at least B·k entries of z reach: a radix selection over the maxima
@@ -26,6 +30,7 @@ All kernels run on CPU tensors, too, with TRITON_INTERPRET=1: that is how the te
 
 import math
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +40,33 @@ import triton.language as tl
 from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, not_finite, split
 
 CHUNK = 64  # entries of a feature that one program adds up
-DIGITS = (11, 11, 9)  # bits of a radix selection's rounds: the 31 bits of a float that is not negative
-ROUND_DOWN = 1 - 2.0**-8  # half a unit in the last place of bfloat16
+DIGITS = (8, 8, 8, 7)  # bits of a radix selection's rounds: the 31 bits of a float that is not negative
+W_SCALE = 8.0
+LARGEST = 250.0  # norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504
+ROUND_DOWN = 1 - 2.0**-11  # half a unit in the last place of float16
+SUBNORMAL = 2.0**-24  # its smallest number: what rounding near 0 may take away, twice over
 
 
 # Selection
 
 
 @triton.jit
-def round_rows(source, rounded, norms, d, width, BLOCK_D: tl.constexpr):
-    """A row in bfloat16, and the norms of the row, of what rounding took away, and of the rounded row."""
+def round_rows(source, rounded, norms, scales, d, width, scale, smallest, BY_NORM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A row times its scale in float16; the norms of the scaled row, of what rounding took away, and of the rounded row.
+
+    BY_NORM: the scale is the power of 2 that makes the norm 8 to 16; rows whose norm is below `smallest` are scaled as
+    if it were that. It is stored in `scales`.
+    """
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     value = tl.load(source + row * d + col, mask=col < d, other=0.0)
-    low = value.to(tl.bfloat16)
+    if BY_NORM:
+        norm = tl.maximum(tl.sqrt(tl.sum(value * value, axis=0)), smallest)
+        exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 255
+        scale = ((257 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** (3 - (exponent - 127))
+        tl.store(scales + row, scale)
+    value = value * scale
+    low = value.to(tl.float16)
     tl.store(rounded + row * width + col, low, mask=col < d)
     low = low.to(tl.float32)
     rest = value - low
@@ -260,7 +278,7 @@ def write_kept(
 def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int) -> torch.Tensor:
     """[2] int32: the key of the k-th largest of the first `length` [1] values, and how many of that key are wanted.
 
-    With fewer than all three rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
+    With fewer than all four rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
     values are positive.
     """
     state, histogram = torch.zeros(2 + (1 << max(DIGITS)), dtype=torch.int32, device=values.device).tensor_split((2,))
@@ -282,43 +300,59 @@ def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int) 
     return state
 
 
-def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None):
-    """(x W_enc + offset) [B, F] in bfloat16, the bound e [B] on its error, and whether anything is not finite [].
+class Screen(NamedTuple):
+    """z [B, F] float16: scale [B] times x W_enc + offset, and so is error [B], the bound on the error of each row before
+    its last rounding. broken []: whether anything is not finite. fits []: whether nothing can have overflowed.
+    """
 
-    As sparse_ops.screen, but for the accumulation term: tensor cores align and truncate what they add, which known
-    models of them keep under twice the bound of float32 sums.
+    z: torch.Tensor
+    error: torch.Tensor
+    scale: torch.Tensor
+    broken: torch.Tensor
+    fits: torch.Tensor
+
+
+def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None) -> Screen:
+    """As sparse_ops.screen, but for the scales, and for the accumulation term: tensor cores align and truncate what they
+    add, which known models of them keep under twice the bound of float32 sums.
     """
     W = W_enc.T.contiguous()
     (B, d), num_features = x.shape, len(W)
-    parts = split(offset, torch.bfloat16) if offset is not None else []
+    parts = split(offset * W_SCALE, torch.float16) if offset is not None else []
     width = -(-(d + len(parts)) // 8) * 8  # what tensor cores want
-    x16, W16 = (torch.empty(n, width, dtype=torch.bfloat16, device=x.device) for n in (B, num_features))
+    x16, W16 = (torch.empty(n, width, dtype=torch.float16, device=x.device) for n in (B, num_features))
     x_norms, W_norms = (torch.empty(n, 3, device=x.device) for n in (B, num_features))
-    block = dict(BLOCK_D=triton.next_power_of_2(d))
-    round_rows[(B,)](x.contiguous(), x16, x_norms, d, width, **block)
-    round_rows[(num_features,)](W, W16, W_norms, d, width, **block)
-    x16[:, d:], W16[:, d:] = 0, 0
-    left_over = 0
+    scale, block = torch.empty(B, device=x.device), dict(BLOCK_D=triton.next_power_of_2(d))
+    smallest = 1.0 if parts else 2.0**-40  # the offset is scaled as the row is
+    round_rows[(B,)](x.contiguous(), x16, x_norms, scale, d, width, 1.0, smallest, BY_NORM=True, **block)
+    round_rows[(num_features,)](W, W16, W_norms, scale, d, width, W_SCALE, 0.0, BY_NORM=False, **block)
+    if width > d:
+        x16[:, d:], W16[:, d:] = 0, 0
+    fits, left_over = None, SUBNORMAL
     if parts:
-        x16[:, d : d + len(parts)] = 1
+        x16[:, d : d + len(parts)] = scale[:, None]
         W16[:, d : d + len(parts)] = torch.stack(parts, 1)
-        left_over = (offset - sum(part.float() for part in parts)).abs().amax()
+        left_over = scale * (offset * W_SCALE - sum(part.float() for part in parts)).abs().amax() + SUBNORMAL
         # Accumulation errors are of the whole product, and so is, rounded up, x16 · δw.
-        x_norms[:, 2] = (x_norms[:, 2].square() + len(parts)).sqrt()
+        x_norms[:, 2] = (x_norms[:, 2].square() + len(parts) * scale.square()).sqrt()
         W_norms[:, 2] = (W_norms[:, 2].square() + sum(part.float().square() for part in parts)).sqrt()
+        fits = offset.abs().amax() < LARGEST
     w, dw, w16 = W_norms.amax(0)
     accumulation = width * 2.0**-22 * w16
     error = (x_norms[:, 1] * w + x_norms[:, 2] * (dw + accumulation) + left_over) * (1 + 1e-4)
-    z = torch.empty(B, num_features, dtype=torch.bfloat16, device=x.device)
+    fits = w < LARGEST * W_SCALE if fits is None else fits & (w < LARGEST * W_SCALE)
+    z = torch.empty(B, num_features, dtype=torch.float16, device=x.device)
     with full_precision():
         torch.mm(x16, W16.T, out=z)
-    return z, error, not_finite(error.sum())
+    return Screen(z, error, scale * W_SCALE, not_finite(error.sum()), fits)
 
 
-def candidates(z: torch.Tensor, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
-    """Entries whose screened value reaches floor [B]: (their columns [capacity], row_offsets [B + 1], how many [])."""
+def candidates(screened: Screen, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
+    """Entries whose screened value may reach floor [B] or []: (columns [capacity], row_offsets [B + 1], how many [])."""
+    z = screened.z
     (B, num_features), num_groups = z.shape, maxima.shape[1]
-    floor = floor.to(torch.bfloat16).float()  # rounding is monotone: it costs no margin
+    # Rounding is monotone: it costs no margin.
+    floor = (floor * screened.scale - screened.error).to(torch.float16).float()
     counts = torch.empty(B, num_groups, dtype=torch.int32, device=z.device)
     cols = torch.empty(capacity, dtype=torch.int32, device=z.device)
     block = groups_per_program(num_groups)
@@ -327,7 +361,7 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, group: int, floor: torch.T
     ends = counts.flatten().cumsum(0)
     write_candidates[grid](z, maxima, floor, ends, cols, capacity, num_features, num_groups, **sizes)
     row_offsets = F.pad(ends.view(B, num_groups)[:, -1], (1, 0)).clamp(max=capacity).int()
-    return cols, row_offsets, ends[-1]
+    return cols, row_offsets, torch.where(screened.fits, ends[-1], 2**62)
 
 
 def groups_per_program(num_groups: int) -> int:
@@ -354,31 +388,33 @@ def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]
 def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, capacity: int) -> "PaddedPattern":
     """As sparse_ops.select_topk, in arrays of B·k entries. capacity: candidates that there is room for."""
     B, device = len(x), x.device
-    z, error, broken = screen(x, W_enc, None)
-    maxima, group = maxima_of_groups(z, at_least=4 * k)
-    reached = maxima * ROUND_DOWN - error[:, None]
+    screened = screen(x, W_enc, None)
+    maxima, group = maxima_of_groups(screened.z, at_least=4 * k)
+    reached = (maxima * ROUND_DOWN - screened.error[:, None]) / screened.scale[:, None]
     reached_offsets = torch.arange(B + 1, dtype=torch.int32, device=device) * reached.shape[1]
     if per_row:
         t = row_threshold_keys(reached, reached_offsets, k)[:, 0]
     else:
-        t = threshold_key(reached, reached_offsets[-1:], B * k, rounds=2)[:1]
+        t = threshold_key(reached, reached_offsets[-1:], B * k, rounds=3)[:1]
     t = t.contiguous().view(torch.float32)
-    cols, row_offsets, found = candidates(z, maxima, group, t - error, capacity)
-    del z, maxima, reached
+    cols, row_offsets, found = candidates(screened, maxima, group, t, capacity)
+    broken = screened.broken
+    del screened, maxima, reached
     values = refined(x, W_enc, cols, row_offsets)
     if per_row:
         state = row_threshold_keys(values, row_offsets, k)
     else:
-        state = threshold_key(values, row_offsets[-1:], B * k, rounds=3)
+        state = threshold_key(values, row_offsets[-1:], B * k, rounds=4)
     return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], broken, found)
 
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
-    z, error, broken = screen(x, W_enc, offset)
-    maxima, group = maxima_of_groups(z, at_least=1)
-    cols, row_offsets, found = candidates(z, maxima, group, -margin - error, capacity)
-    del z, maxima
+    screened = screen(x, W_enc, offset)
+    maxima, group = maxima_of_groups(screened.z, at_least=1)
+    cols, row_offsets, found = candidates(screened, maxima, group, -margin, capacity)
+    broken = screened.broken
+    del screened, maxima
     values = refined(x, W_enc, cols, row_offsets)
     state = torch.zeros(2, dtype=torch.int32, device=x.device)
     offset = offset.contiguous()
@@ -696,6 +732,47 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
         )  # fmt: skip
 
 
+# Dense products
+
+
+@triton.jit
+def split_kernel(source, parts, num_cols, row_stride, part_stride, LOW: tl.constexpr, BLOCK: tl.constexpr):
+    """A row as its first 8 bits in bfloat16, three times, the LOW-th time what they leave instead."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + row * num_cols + col, mask=col < num_cols, other=0.0)
+    high = value.to(tl.bfloat16)
+    low = (value - high.to(tl.float32)).to(tl.bfloat16)
+    out = parts + row * row_stride + col
+    tl.store(out, high, mask=col < num_cols)
+    tl.store(out + part_stride, low if LOW == 1 else high, mask=col < num_cols)
+    tl.store(out + 2 * part_stride, low if LOW == 2 else high, mask=col < num_cols)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [M, K] @ b [K, N], float32, as one product of bfloat16 [M, 3 K] @ [3 K, N]: high·high + high·low + low·high.
+
+    Left out are low·low and what two parts of 8 bits do not hold: the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖.
+    """
+    a, b = parts(a, inner=1, low=2), parts(b, inner=0, low=1)
+    if not a.is_cuda:  # only there mm has out_dtype
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def parts(matrix: torch.Tensor, inner: int, low: int) -> torch.Tensor:
+    """The three parts of a matrix beside each other in the dimension `inner`, the low-th the low bits."""
+    if not matrix.is_contiguous() and matrix.T.is_contiguous():
+        return parts(matrix.T, 1 - inner, low).T
+    rows, cols = matrix.shape
+    out = torch.empty((rows, 3 * cols) if inner else (3 * rows, cols), dtype=torch.bfloat16, device=matrix.device)
+    row_stride, part_stride = (3 * cols, cols) if inner else (cols, rows * cols)
+    block = min(1024, triton.next_power_of_2(cols))
+    grid = rows, triton.cdiv(cols, block)
+    split_kernel[grid](matrix.contiguous(), out, cols, row_stride, part_stride, LOW=low, BLOCK=block)
+    return out
+
+
 # Dead features
 
 
@@ -745,6 +822,8 @@ def self_test(device: torch.device) -> None:
     z = (x.double() @ W.double().T).float()
     kth = z.topk(k).values[:, -1:]
     found, expected = [row_topk_mask(z, k).float()], [((z >= kth) & (z > 0)).float()]
+    products = [(z, table), (z.T, x), (x, W.T)]
+    found, expected = found + [matmul(a, b) for a, b in products], expected + [a @ b for a, b in products]
     patterns = [
         (select_topk(x, W.T, k, True, 4096), z * (z >= kth) * (z > 0)),
         (select_topk(x, W.T, k, False, 4096), z * (z >= z.flatten().topk(B * k).values[-1])),

@@ -64,7 +64,8 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
             f"import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1, open({str(dump)!r}, 'a'), False)\n"
         )
         with open(output, "w") as log:
-            env = environment() | {"PYTHONPATH": folder}
+            path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+            env = environment() | {"PYTHONPATH": path}
             process = subprocess.Popen(args, env=env, stdout=log, stderr=log, cwd=REPO)
         before = marks(output_dir)
         while process.poll() is None and marks(output_dir) == before:

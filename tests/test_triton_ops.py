@@ -102,14 +102,57 @@ def test_the_bound_holds(with_offset):
     for kind in ("plain", "heavy tails", "scales", "negative rows"):
         x, W = small(kind, 1)
         offset = torch.linspace(-3, 1, W.shape[1]).to(DEVICE) if with_offset else None
-        z, error, not_finite = triton_ops.screen(x, W, offset)
+        screened = triton_ops.screen(x, W, offset)
         true = x.double() @ W.double() + (offset.double() if with_offset else 0)
-        error = error.double()[:, None]
-        allowed = (true.abs() + error) * 2.0**-8 * 1.01
-        assert not not_finite
-        assert ((z.double() - true).abs() <= error + allowed).all()
+        z, error = ((n / screened.scale.view(-1, *[1] * (n.ndim - 1))).double() for n in (screened.z, screened.error))
+        error = error[:, None]
+        allowed = (true.abs() + error) * 2.0**-11 * 1.01
+        assert not screened.broken and screened.fits
+        assert ((z - true).abs() <= error + allowed).all()
         size = (x.double().norm(dim=-1, keepdim=True) + 2) * (W.double().norm(dim=0).amax() + 4)
         assert (error < 0.1 * size).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+@BY_ROW
+def test_rows_of_any_size(scale, per_row, monkeypatch):
+    """Powers of 2 keep the screen within float16's range: the same places, whatever the rows' scale."""
+    x, W = small("plain", 1)
+    expected = places(sparse_ops.select_topk(x, W, 3, per_row))
+    x[2] *= 1e-9  # by itself selected in no batch
+    found = places(sparse_ops.select_topk(x * scale, W, 3, per_row))
+    if per_row:
+        assert all(map(torch.equal, found[:2], expected[:2]))
+    else:
+        assert found[0].equal(places(sparse_ops.select_topk(x, W, 3, per_row))[0])
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_weights_too_large_for_the_screen_take_the_dense_form(with_offset):
+    x, W = small("plain", 1)
+    select = lambda W, b: sparse_ops.select_above(x, W, b, 0, 0.0) if with_offset else sparse_ops.select_topk(x, W, 3, True)  # noqa: E501,E731
+    b = torch.zeros_like(W[0])
+    assert select(W, b) is not None
+    W = W.clone()
+    if with_offset:
+        b[3] = -300.0
+        assert select(W, b) is None
+        b[3] = 0
+    W[:, 5] *= 300 / W[:, 5].norm()
+    assert select(W, b) is None
+
+
+def test_the_dense_products_are_16_bits_exact():
+    """In every layout, the error within its bound and beyond what one product of bfloat16 has."""
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 75, generator=g) * 10.0 ** torch.randint(-3, 4, (n, 1), generator=g) for n in (20, 30))
+    a, b = a.to(DEVICE), b.to(DEVICE)
+    exact, norms = a.double() @ b.double().T, a.norm(dim=1, keepdim=True) * b.norm(dim=1)
+    for left in (a, a.T.contiguous().T):
+        for right in (b.T, b.T.contiguous(), torch.cat([b, b], 1)[:, :75].T):
+            error = (triton_ops.matmul(left, right).double() - exact).abs()
+            assert (error <= 2.0**-16 * norms).all()
+    assert not ((a.bfloat16().double() @ b.bfloat16().double().T - exact).abs() <= 2.0**-16 * norms).all()
 
 
 def test_ties_go_to_the_first():
