@@ -98,7 +98,7 @@ def get_default_cfg() -> dict:
         "site": "resid_pre",  # resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name
         "layer": 8,  # block whose site is read (a full hook name overrides it)
         "act_size": 768,  # d, width of the activations; None: read it from the model
-        "model_dtype": "float32",  # the model is run in "float32", "bfloat16" or "float16"
+        "model_dtype": "float32",  # the model is run in "float32" (on CUDA with TF32 products), "bfloat16" or "float16"
         "device": best_device(),  # "cuda" or "cpu"; the default is cuda if it is there
         # The stream of activations
         "dataset_path": "Skylion007/openwebtext",  # hub name, or a local file, folder or saved dataset

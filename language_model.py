@@ -20,7 +20,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from config import SET_BY_MODEL, InputError, one_line, post_init_cfg, tell
 from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
-from sparse_ops import screen_dtype
+from sparse_ops import full_precision, screen_dtype
 
 
 def load_model(cfg: dict) -> TransformerBridge:
@@ -208,6 +208,7 @@ class Harvester:
             tell(f"{hook_point} is read from transformer_lens' form of the model, which is slower")
 
     @torch.no_grad()
+    @full_precision("tf32")
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.module is None:
             return run_bridge_to_hook(self.model, tokens, self.hook_point)
@@ -237,6 +238,7 @@ class Harvester:
         raise RuntimeError(f"{self.hook_point} is not reached")
 
     @torch.no_grad()
+    @full_precision("tf32")
     def plain_form_agrees(self) -> bool:
         """Whether both forms give the same activations on some tokens."""
         tokens = some_tokens(self.model)
@@ -266,6 +268,7 @@ class Predictor:
             self.below = []
 
     @torch.no_grad()
+    @full_precision("tf32")
     def __call__(self, tokens: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
         acts = acts.to(self.model.cfg.dtype)
         if not self.below:
@@ -283,6 +286,7 @@ class Predictor:
         return (acts,) if self.returns_tuple else acts
 
     @torch.no_grad()
+    @full_precision("tf32")
     def agrees(self) -> bool:
         """Whether the blocks above give the bridge's logits on some tokens."""
         tokens = some_tokens(self.model)
@@ -308,16 +312,8 @@ def some_tokens(model: TransformerBridge) -> torch.Tensor:
 
 def nearly_equal(plain: torch.Tensor, bridge: torch.Tensor) -> bool:
     """Equal but for what fused attention and the products' precision round; another place differs by about 1."""
-    eps = torch.finfo(bridge.dtype).eps
-    if bridge.is_cuda and bridge.dtype == torch.float32 and tf32_is_on():
-        eps = 2.0**-10
+    eps = 2.0**-10 if bridge.is_cuda and bridge.dtype == torch.float32 else torch.finfo(bridge.dtype).eps  # TF32's
     return plain.shape == bridge.shape and bool((plain - bridge).norm() <= max(1e-4, 6 * eps) * bridge.norm())
-
-
-def tf32_is_on() -> bool:
-    """Whether the user lets float32 products on CUDA be computed in TF32."""
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch before 2.9 has none
-    return precision == "tf32" if precision else torch.get_float32_matmul_precision() != "highest"
 
 
 def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Module | None, str]:

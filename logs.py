@@ -24,7 +24,7 @@ import wandb
 
 from checkpoint import SaveError, run_folder, saved_sae, write, write_json
 from config import InputError, one_line, tell
-from language_model import model_fingerprint, tf32_is_on
+from language_model import model_fingerprint
 
 WANDB_PATIENCE = 30  # seconds that a run's end waits for Weights & Biases to take what is left of it
 
@@ -273,4 +273,4 @@ def card(device: str) -> dict:
         return {}
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
-    return {"card": name, "cuda": torch.version.cuda, "model_in_tf32": tf32_is_on()}
+    return {"card": name, "cuda": torch.version.cuda, "model_in_tf32": os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"}

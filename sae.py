@@ -240,7 +240,7 @@ class BaseAutoencoder(nn.Module):
         return torch.stack([until_sparse, most_dead])
 
     def form_of_step(self) -> tuple:
-        """What the host knows that decides which operations a training step runs on CUDA, and the sizes of its arrays."""
+        """What the host knows that decides which operations a step runs on CUDA, and how large its arrays are."""
         until_sparse, most_dead = self.counts()
         dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
         return until_sparse == 0, dead, sparse_ops.capacities()

@@ -164,7 +164,7 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
 
 
 def room_for(num_dead: int, num_features: int) -> int:
-    """The length of a dead_index on CUDA: of few sizes, since each has a CUDA graph of its own (training.StepGraphs)."""
+    """The length of a dead_index on CUDA: one of few, for each has CUDA graphs of its own (training.StepGraphs)."""
     unit = max(256, 2 ** max(num_dead, 1).bit_length() // 8)
     return min(-(-num_dead // unit) * unit, num_features)
 

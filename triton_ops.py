@@ -6,9 +6,9 @@ infinity, set a failure flag (OVERFLOW, NOT_FINITE). An update whose flag is set
 flag, and repeats the step with more room or reports what is not finite. All sums are taken in a fixed order, so a
 repeated step gives the same bits.
 
-The screen is in float16: tensor cores multiply it as fast as bfloat16, its 3 bits more make the bound 8 times as tight,
-and so the candidates fewer. Its narrow range is dealt with by powers of 2: each row of x is scaled to a norm of 8 to 16,
-W by W_SCALE. With weights so large that a product might overflow (LARGEST), the step takes the dense form.
+The screen is in float16: tensor cores multiply it as fast as bfloat16, and with 3 bits more the bound is 8 times as
+tight, so there are fewer candidates. Powers of 2 keep it within float16's narrow range: each row of x is scaled to a
+norm of 8 to 16, W by W_SCALE. With weights so large that a product might overflow (LARGEST), the step is dense.
 
 The steps of a selection, over z [B, F] in float16 (see sparse_ops.py for the bound on its error):
 
@@ -51,8 +51,11 @@ SUBNORMAL = 2.0**-24  # its smallest number: what rounding near 0 may take away,
 
 
 @triton.jit
-def round_rows(source, rounded, norms, scales, d, width, scale, smallest, BY_NORM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A row times its scale in float16; the norms of the scaled row, of what rounding took away, and of the rounded row.
+def round_rows(
+    source, rounded, norms, scales, d, width, scale, smallest,
+    BY_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A row times its scale in float16; the norms of the scaled row, of what rounding took away, of the rounded row.
 
     BY_NORM: the scale is the power of 2 that makes the norm 8 to 16; rows whose norm is below `smallest` are scaled as
     if it were that. It is stored in `scales`.
@@ -301,8 +304,8 @@ def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int) 
 
 
 class Screen(NamedTuple):
-    """z [B, F] float16: scale [B] times x W_enc + offset, and so is error [B], the bound on the error of each row before
-    its last rounding. broken []: whether anything is not finite. fits []: whether nothing can have overflowed.
+    """z [B, F] float16: x W_enc + offset times scale [B], and error [B], the bound on its error before its last
+    rounding. broken []: whether anything is not finite. fits []: whether nothing can have overflowed.
     """
 
     z: torch.Tensor
@@ -313,7 +316,7 @@ class Screen(NamedTuple):
 
 
 def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None) -> Screen:
-    """As sparse_ops.screen, but for the scales, and for the accumulation term: tensor cores align and truncate what they
+    """As sparse_ops.screen, but for the scales and the accumulation term: tensor cores align and truncate what they
     add, which known models of them keep under twice the bound of float32 sums.
     """
     W = W_enc.T.contiguous()
@@ -348,7 +351,7 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None) ->
 
 
 def candidates(screened: Screen, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
-    """Entries whose screened value may reach floor [B] or []: (columns [capacity], row_offsets [B + 1], how many [])."""
+    """The entries that may reach floor [B] or []: (their columns [capacity], row_offsets [B + 1], how many [])."""
     z = screened.z
     (B, num_features), num_groups = z.shape, maxima.shape[1]
     # Rounding is monotone: it costs no margin.
@@ -683,7 +686,7 @@ def adam_rows(
     DECODER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adam on one row of d numbers. scales: the gradient's factor, two bias corrections, the learning rate, and 0 if
-    nothing may change. A decoder row loses the part of its gradient that is parallel to it, and has unit norm afterwards.
+    nothing may change. A decoder row loses the part of its gradient that is parallel to it, and gets unit norm.
     """
     if tl.load(scales + 4) > 0:
         o = tl.program_id(0).to(tl.int64) * d + tl.arange(0, BLOCK_D)

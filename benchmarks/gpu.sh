@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of about 8 minutes: the kernels' tests on the card, a run that is killed and
-# resumed to the bit, the step against the published one, and a profile.
+# Everything that needs a GPU, in one run of about 6 minutes: the kernels' tests on the card, runs that are killed and
+# resumed to the bit, the step against the published one, the paper's sweep, and a profile.
 #     bash benchmarks/gpu.sh [FOLDER]      writes what it prints to FOLDER (default: runs/gpu), a file each
 set -u
 cd "$(dirname "$0")/.."
@@ -9,9 +9,13 @@ mkdir -p "$folder"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$folder/card.txt"
 run() {
     echo "+ ${*:2}"
-    timeout 200 "${@:2}" 2>&1 | tee "$folder/$1.txt" | tail -n 40
+    timeout 240 "${@:2}" >"$folder/$1.txt" 2>&1
+    echo "exit code $?" >>"$folder/$1.txt"
+    tail -n 60 "$folder/$1.txt"
 }
-run tests python -m pytest -q -n 0 tests/test_triton_ops.py
-run resume python tests/kill_and_resume.py --kills 3 --others 0
-run step python benchmarks/step.py --rounds 5 --json "$folder/step.json"
+run resume python tests/kill_and_resume.py --kills 3 --others 0 dict_size=1024 &
+run tests python -m pytest -q -n 8 tests/test_triton_ops.py
+wait
+run step python benchmarks/step.py --rounds 3 --json "$folder/step.json"
+run sweep python benchmarks/sweep.py --only gpt2
 run profile python benchmarks/profile_step.py

@@ -49,13 +49,13 @@ OURS = "this project"
 def our_step(sae_type: str, size: argparse.Namespace):
     from config import post_init_cfg
     from sae import SAE_CLASSES
-    from training import make_optimizer, training_step
+    from training import Run, group_step, make_optimizer
 
     cfg = {"sae_type": sae_type, "batch_size": size.batch, "act_size": size.d, "dict_size": size.dict_size}
     cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": size.device})
     sae = SAE_CLASSES[sae_type](cfg).train()
-    optimizer = make_optimizer(sae, cfg)
-    return lambda x: training_step(sae, optimizer, x, cfg)
+    run = Run(cfg, sae, make_optimizer(sae, cfg), log=None)
+    return lambda x: group_step([run], x, [], {})
 
 
 def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):

@@ -2,18 +2,19 @@
 
     python benchmarks/step.py [--growth] [--rounds N] [--only TEXT] [--json FILE] [--plot FILE]
 
-In every round, one after the other, on the same batch: this program's training_step; the same with the sparse form
+In every round, one after the other, on the same batch: a step of this program's training; the same with the sparse form
 switched off; the published step (dense_reference.py), on CUDA also with TF32 products and under bfloat16 autocast; and
 the encoder's product [B, d] x [d, F] in float32 alone. Medians over the rounds, with the quartiles; ratios are medians
 of each round's own. On CUDA a time is that of 10 steps between two events, a tenth of it. Peak memory is that of a
-process that does nothing but such steps, less what it held before it built the SAE: weights, optimizer, gradients and
-all.
+process that does nothing but such steps (on CUDA: what torch reserves on the device), less what it held before it built
+the SAE: weights, optimizer, gradients and all.
 
 Tokens are sparse sums of random directions, and noise. Dead features are held dead: their encoder columns are small and
 their counters high before every step. L0 of JumpReLU and vanilla is set by the initial thresholds or biases.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import statistics
@@ -54,6 +55,7 @@ SETUPS += [
 ]
 SETUPS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
 SETUPS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
+LARGE = [dict(sae_type=t, dict_size=98304) for t in ("batchtopk", "topk")]  # on CUDA only
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
 GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
 LARGEST = {name: 2**27 for name in CONTENDERS if "published" in name} | {
@@ -173,7 +175,8 @@ def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
                 seconds[name].append(took)
     del bench
     names = [name for name in ("ours", "published") if name in names and memory]
-    peak = {name: in_own_process(setup, name, device) for name in names}
+    peak_of = peak_memory if device.startswith("cuda") else in_own_process
+    peak = {name: peak_of(setup, name, device) for name in names}
     return {"setup": setup, "seconds": seconds, "peak_bytes": peak}
 
 
@@ -186,14 +189,18 @@ def peak_memory(setup: dict, name: str, device: str) -> int:
     """Bytes at the peak of two steps, beyond what the process (the device) held before the SAE was built."""
     batches(setup, device)
     cuda = device.startswith("cuda")
-    before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+    if cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved() if cuda else psutil.Process().memory_info().rss
     bench = Bench(setup, [name], device)
     for i in range(2 if setup["l0"] is None else 12):
         if not cuda and i == (0 if setup["l0"] is None else 10):
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         bench.time(name, bench.batches[i % 2])
     if cuda:
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_reserved() - before
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) * 1024 - before
 
@@ -266,7 +273,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds: at least 2, for the quartiles")
-    setups = [PAPER | setup for setup in (GROWTH if args.growth else SETUPS)]
+    setups = GROWTH if args.growth else SETUPS + (LARGE if args.device.startswith("cuda") else [])
+    setups = [PAPER | setup for setup in setups]
     chosen = [setup for setup in setups if args.only in label(setup)]
     if not chosen:
         parser.error(f"--only {args.only!r} is in none of: {'; '.join(map(label, setups))}")

@@ -5,7 +5,8 @@
 On the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and on one of GPT-2 small's shape with
 random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. First some
 steps of training alone: JumpReLU's first ten batches are dense in any case. Then in every round, one after the other: a
-batch from the store; a training step of each SAE on it; contexts of as many tokens in transformer_lens' form of the
+buffer of batches from the store, and a training step of each SAE on each of them (seconds a batch); contexts of as many
+tokens as a batch has in transformer_lens' form of the
 language model, up to the hook point, which is what the published scripts run; the dense step of each SAE
 (dense_reference.py). Then
 
@@ -41,7 +42,7 @@ from demo.text import write_demo_text  # noqa: E402
 from language_model import load_model, run_bridge_to_hook  # noqa: E402
 from main import PAPER  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
-from training import make_optimizer, training_step  # noqa: E402
+from training import Run, group_step, make_optimizer  # noqa: E402
 
 WAYS = ("one group", "single runs", "published way")
 
@@ -58,34 +59,43 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
     model = load_model(cfg)
     store = ActivationsStore(model, cfg)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
-    optimizers = [make_optimizer(sae, sae.cfg) for sae in saes]
-    contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len]
+    runs = [Run(sae.cfg, sae, make_optimizer(sae, sae.cfg), log=None) for sae in saes]
+    contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len].to(cfg["device"])
+    num_batches = len(store.memory) // cfg["batch_size"]  # in a buffer
     parts = {"harvest": [], "step": [], "bridge": [], "dense step": []}
     dead = []
 
     def steps(x) -> list[float]:
         """A step of each SAE; the share of features that are dead in it."""
-        outputs = (training_step(sae, optimizer, x, sae.cfg) for sae, optimizer in zip(saes, optimizers))
+        outputs = []
+        group_step(runs, x, outputs, {})
         return [output["num_dead_features"].item() / sae.cfg["dict_size"] for output, sae in zip(outputs, saes)]
 
-    for _ in tqdm(range(warmup), desc=f"{cfg['model_name']}, warm-up", leave=False):
+    for _ in tqdm(range(-(-warmup // num_batches) * num_batches), desc=f"{cfg['model_name']}, warm-up", leave=False):
         steps(store.next_batch())
     dense = [DenseReference(sae) for sae in saes]
     for _ in tqdm(range(rounds), desc=cfg["model_name"], leave=False):
-        x, *seconds = timed(store.next_batch)
-        shares, step = timed(steps, x)
+        harvest = step = 0.0
+        for _ in range(num_batches):
+            x, seconds = timed(store.next_batch)
+            harvest += seconds / num_batches
+            shares, seconds = timed(steps, x)
+            step += seconds / num_batches
         _, bridge = timed(run_bridge_to_hook, model, contexts, cfg["hook_point"])
         _, dense_step = timed(lambda x: [reference.step(x) for reference in dense], x)
         dead.append(statistics.mean(shares))
-        for name, value in zip(parts, (*seconds, step, bridge, dense_step)):
+        for name, value in zip(parts, (harvest, step, bridge, dense_step)):
             parts[name].append(value)
     return {"runs": len(cfgs), "batch_size": cfg["batch_size"], "parts": parts, "dead": statistics.mean(dead)}
 
 
 def timed(function, *args) -> tuple:
     """The function's value, and the seconds it took."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     begun = time.perf_counter()
     value = function(*args)
+    wait()
     return value, time.perf_counter() - begun
 
 
@@ -122,13 +132,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("demo", "gpt2"), help="one of the two models")
     parser.add_argument("--dead-after", type=int, default=5, metavar="N", help="n_batches_to_dead (default: 5)")
     parser.add_argument("--warmup", type=int, default=12, help="steps before them (default: 12)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
     args = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         text = str(write_demo_text(Path(folder) / "text.jsonl"))
-        shared = dict(dataset_path=text, device="cpu", eval_tokens=4096, num_tokens=700_000)
+        shared = dict(dataset_path=text, device=args.device, eval_tokens=4096, num_tokens=700_000)
         shared |= dict(n_batches_to_dead=args.dead_after)
         if args.only != "gpt2":
             demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, act_size=128, batch_size=1024, top_k_aux=64)
@@ -136,9 +147,11 @@ def main() -> None:
             results["demo"] = measure(sweep(shared | demo), args.warmup, args.rounds)
         if args.only != "demo":
             gpt2 = dict(model_name=str(gpt2_small_shaped(Path(folder) / "gpt2")), layer=8, act_size=768)
-            gpt2 |= dict(batch_size=4096, model_batch_size=32, num_batches_in_buffer=1)
+            gpt2 |= dict(batch_size=4096, num_batches_in_buffer=1)
+            gpt2 |= dict(model_batch_size=32 if args.device == "cpu" else 512)
             results["GPT-2 small"] = measure(sweep(shared | gpt2), args.warmup, args.rounds)
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
     print(f"{args.rounds} rounds after {args.warmup} steps\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

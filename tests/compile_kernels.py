@@ -21,9 +21,8 @@ import triton_ops  # noqa: E402
 HELPERS = ("order_key", "compare", "chunk_of")  # called by kernels only
 FLOAT16, BFLOAT16, INT64 = ("rounded", "z"), ("parts",), ("order", "ends", "failure")
 INT32 = (
-    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "kept_offsets", "out_rows", "out_cols",
-    "rows",
-    "feature_offsets", "extra_offsets", "extra_feature",
+    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "kept_offsets", "out_rows",
+    "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
 )  # fmt: skip
 SIZES = ("d", "width", "num_features", "num_groups", "num_rows", "capacity", "k", "n")
 SIZES += ("num_cols", "row_stride", "part_stride")

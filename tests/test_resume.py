@@ -569,7 +569,7 @@ def test_a_run_on_another_card_is_another_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     made_with = logs.card("cuda:0")
     name = "card cuda:0 (compute capability 9.0)"
-    assert made_with == {"card": name, "cuda": torch.version.cuda, "model_in_tf32": False}
+    assert made_with == {"card": name, "cuda": torch.version.cuda, "model_in_tf32": True}
     assert logs.card("cpu") == {}
     before, now = (made | {"versions": {}} for made in (made_with, logs.card("cuda:1")))
     with pytest.raises(InputError, match="card was card cuda:0 .* and is card cuda:1"):

@@ -130,8 +130,11 @@ def test_rows_of_any_size(scale, per_row, monkeypatch):
 @pytest.mark.parametrize("with_offset", [False, True])
 def test_weights_too_large_for_the_screen_take_the_dense_form(with_offset):
     x, W = small("plain", 1)
-    select = lambda W, b: sparse_ops.select_above(x, W, b, 0, 0.0) if with_offset else sparse_ops.select_topk(x, W, 3, True)  # noqa: E501,E731
     b = torch.zeros_like(W[0])
+
+    def select(W, b):
+        return sparse_ops.select_above(x, W, b, 0, 0.0) if with_offset else sparse_ops.select_topk(x, W, 3, True)
+
     assert select(W, b) is not None
     W = W.clone()
     if with_offset:
