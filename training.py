@@ -312,7 +312,7 @@ class StepGraphs:
     streams = {}  # one per device: autograd wants a step recorded on the stream on which it ran before
 
     def __init__(self, run: Run):
-        self.run, self.seen, self.recorded = run, set(), {}
+        self.run, self.seen, self.recorded = run, {}, {}
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)) of a batch x; on CUDA, batches of the same shape must be at the same address."""
@@ -322,31 +322,37 @@ class StepGraphs:
         stream = self.streams.setdefault(x.device, torch.cuda.Stream(x.device))
         form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
         if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
-            if not wait:
-                self.seen.add(form)
             stream.wait_stream(torch.cuda.current_stream(x.device))
             try:
                 with torch.cuda.stream(stream):
-                    return scalars(start_step(sae, optimizer, x, cfg, wait))
+                    output = scalars(start_step(sae, optimizer, x, cfg, wait))
             finally:
                 torch.cuda.current_stream(x.device).wait_stream(stream)
+            if not wait:
+                self.seen[form] = output
+            return dict(output)
         if form not in self.recorded:
-            self.recorded[form] = self.record(x, stream)
+            self.recorded[form] = self.record(x, stream, self.seen[form])
         graph, lr, output = self.recorded[form]
         lr.fill_(optimizer.param_groups[0]["lr"])
         graph.replay()
         return dict(output)
 
-    def record(self, x: torch.Tensor, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
-        """(the graph, the learning rate that it reads, the scalars that it writes)."""
+    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
+        """(the graph, the learning rate that it reads, the scalars that it writes, which are as those in `like`).
+
+        The scalars are copied to memory of their own: the shared memory is the next graph's as soon as that runs.
+        """
         sae, group = self.run.sae, self.run.optimizer.param_groups[0]
         graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
+        output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # while it records, torch cannot return memory that is cached for other uses
         group["lr"] = lr
         try:
             with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
-                output = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
+                written = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
+                torch._foreach_copy_(list(output.values()), [written[key] for key in output])
         except RuntimeError as error:
             StepGraphs.memory = None  # the pool cannot be used again
             raise (error.__context__ or error) from None  # ending the graph fails, too, and hides why

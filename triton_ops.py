@@ -296,10 +296,10 @@ def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: in
     return state
 
 
-def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int) -> torch.Tensor:
-    """[B, 2] int32: for each row what threshold_key gives."""
+def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int, block: int = 256) -> torch.Tensor:
+    """[B, 2] int32: for each row what threshold_key gives. block: entries of a row that are read at once."""
     state = torch.empty(len(row_offsets) - 1, 2, dtype=torch.int32, device=values.device)
-    row_keys_kernel[(len(state),)](values, row_offsets, k, state, BLOCK=256)
+    row_keys_kernel[(len(state),)](values, row_offsets, k, state, BLOCK=block)
     return state
 
 
@@ -795,9 +795,10 @@ def row_topk_mask(values: torch.Tensor, k: int) -> torch.Tensor:
     n, masks = values.shape[1], []
     for part in values.contiguous().split(max(1, (2**31 - 2**12) // n)):  # places are 32-bit integers
         row_offsets = torch.arange(len(part) + 1, dtype=torch.int32, device=values.device) * n
-        state = row_threshold_keys(part, row_offsets, k)
+        block = min(1024, triton.next_power_of_2(n))
+        state = row_threshold_keys(part, row_offsets, k, block)
         masks.append(torch.empty(part.shape, dtype=torch.int8, device=values.device))
-        mask_kept[(len(part),)](part, row_offsets, state, masks[-1], BLOCK=256)
+        mask_kept[(len(part),)](part, row_offsets, state, masks[-1], BLOCK=block)
     return torch.cat(masks).bool()
 
 

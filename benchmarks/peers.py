@@ -173,7 +173,7 @@ class Child:
         environment = os.environ | ({"SPARSIFY_DISABLE_TRITON": "1"} if args.device == "cpu" else {})
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self.process = subprocess.Popen(command, env=environment, **pipes)
-        self.seconds, self.about = [], self.answer()
+        self.seconds = []
 
     def answer(self) -> dict:
         """Raises RuntimeError if the child failed."""
@@ -195,16 +195,17 @@ def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
     """{name: what the child told about itself, and the seconds of each counted step}; those that fail are told."""
     children = {}
     try:
+        children |= {name: Child(name, sae_type, args) for name in names}
         for name in names:
             try:
-                children[name] = Child(name, sae_type, args)
+                children[name].about = children[name].answer()
                 for _ in range(args.warmup):
                     children[name].step()
             except (RuntimeError, OSError) as error:
                 if name == OURS:
                     sys.exit(f"this project's step does not run with {args.python}: {error}; --python names another")
                 print(f"{name} ({sae_type}) left out: {error}", file=sys.stderr)
-                children.pop(name, None)
+                children.pop(name).process.kill()
         for _ in range(args.rounds):
             for child in children.values():
                 child.seconds.append(child.step())

@@ -49,12 +49,12 @@ SETUPS += [dict(sae_type="jumprelu", l0=l0) for l0 in (32, 128)] + [
     dict(sae_type="vanilla", l0=l0) for l0 in (64, 1000)
 ]
 DEMO = dict(batch_size=1024, act_size=128)
-SETUPS += [
+DEMOS = [
     dict(DEMO, sae_type="batchtopk", dict_size=size, top_k=k)
     for size, k in ((256, 16), (512, 8), (512, 32), (1024, 16))
 ]
-SETUPS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
-SETUPS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
+DEMOS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
+DEMOS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
 LARGE = [dict(sae_type=t, dict_size=98304) for t in ("batchtopk", "topk")]  # on CUDA only
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
 GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
@@ -125,7 +125,7 @@ class Bench:
         sae, n = self.saes[name], self.setup["num_dead"]
         if name == "encoder product":
             return
-        sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, 0
+        sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, -1000  # the others do not die in between
         if hasattr(sae, "counts"):
             sae.known_counts = None
             sae.known_counts = sae.counts()
@@ -273,7 +273,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds: at least 2, for the quartiles")
-    setups = GROWTH if args.growth else SETUPS + (LARGE if args.device.startswith("cuda") else [])
+    setups = GROWTH if args.growth else SETUPS + (LARGE if args.device.startswith("cuda") else []) + DEMOS
     setups = [PAPER | setup for setup in setups]
     chosen = [setup for setup in setups if args.only in label(setup)]
     if not chosen:
