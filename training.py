@@ -1,4 +1,4 @@
-"""The training loop: one shared stream of activations, any number of SAEs, and a state that can be gone on from."""
+"""The training loop: any number of SAEs on one stream of activations, which can be stopped and resumed at any step."""
 
 import signal
 import threading
@@ -20,7 +20,7 @@ from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder, Counts
 
 FEWEST_ACTIVE = 0.1  # features per token; a mean L0 below this is worth a warning
-TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
+TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
 
 
 class Stopped(KeyboardInterrupt):
@@ -50,17 +50,20 @@ def train_sae(sae, activation_store, model, cfg: dict) -> dict:
 
 
 def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resume_anyway: bool = False) -> list[dict]:
-    """Train SAEs side by side on one stream: the language model runs once, and each sees the same batches.
+    """Train SAEs side by side on one stream: the language model runs once, and all see the same batches.
 
-    `cfgs` are completed configs that agree on config.GROUP_KEYS; each run has its own record and its own sae/
-    folder in output_dir/sweep/name. No SAE of a group changes another. Where a checkpoint holds all these runs,
-    training goes on from there, to the bit as if it had never stopped. Returns the final held-out metrics.
+    `cfgs` are completed configs that agree on config.GROUP_KEYS. Each run has its own record and its own sae/ folder in
+    output_dir/sweep/name. The SAEs of a group do not influence each other. If a checkpoint holds all these runs,
+    training resumes from it, with the same results as without the interruption. Returns the final held-out metrics.
 
-    Raises InputError if a run is over or in use, if its checkpoint was made with something else (versions, threads,
-    device, model, data; unless resume_anyway), if the dataset ends before num_tokens or holds NaN, and, when the others
-    are trained, if NaN or infinity stopped an SAE; StreamError if the network stays down, SaveError if the disk does,
-    Stopped on Ctrl-C or SIGTERM; torch.OutOfMemoryError, MemoryError or torch's RuntimeError where memory runs out.
-    What was trained is saved first.
+    Raises, after what was trained has been saved:
+        InputError     a run is over or in use; its checkpoint was made with other versions, threads, device, model or
+                       data (unless resume_anyway); the dataset ends before num_tokens or holds NaN; NaN or infinity
+                       stopped an SAE (raised when the others are trained)
+        StreamError    the network stays down
+        SaveError      the disk cannot be written
+        Stopped        Ctrl-C or SIGTERM
+        torch.OutOfMemoryError, MemoryError, or torch's RuntimeError: memory ran out
     """
     cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
     for sae, cfg in zip(saes, cfgs):
@@ -95,7 +98,7 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
 
 
 def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: Checkpoints) -> list[str]:
-    """All steps after that of the checkpoint. Runs that NaN stops leave `runs`; a line for each comes back."""
+    """All steps after the checkpoint's. Runs stopped by NaN are removed from `runs`; returns a line for each."""
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
@@ -110,6 +113,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     )
     with bar, StopSignals() as signals, SaveWithoutMemory(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
+            # The step
             position = activation_store.state_dict()
             outputs = memory.begin(step, position)
             for run in runs:
@@ -119,7 +123,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 group_step(runs, x, outputs, checkpoints.ahead)
                 if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
-            except (InputError, StreamError, Stopped) as error:  # also: the data ended early, or the network is down
+            except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
                     with disk(cfg, "the SAEs"):
@@ -128,7 +132,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
             for run, output in list(zip(runs, outputs)):
-                if isinstance(output, FloatingPointError):  # raised before the weights are touched
+                if isinstance(output, FloatingPointError):  # raised before the weights change
                     runs.remove(run)
                     outputs.remove(output)
                     failed.append(f"{run.cfg['name']}: step {step}: {output}")
@@ -140,7 +144,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 break
             bar.update(len(x))
 
-            # Records. Apart from group_step's failures, numbers leave the device only here.
+            # Records. Apart from group_step's failures, numbers are read from the device only here.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
@@ -150,7 +154,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
                 for values, more in zip(metrics, evaluated):
                     values |= more
-            memory.position = None  # what follows only writes
+            memory.position = None  # from here on nothing changes an SAE
             for run, values in zip(runs, metrics):
                 if values.get("l0_norm", FEWEST_ACTIVE) < FEWEST_ACTIVE and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
@@ -159,6 +163,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 if values:
                     with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
+
+            # Checkpoints
             if signals.asked or step == last_step or checkpoints.due(step):
                 checkpoints.save(step, activation_store.state_dict())
             if signals.asked:
@@ -168,8 +174,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
 
 
 class SaveWithoutMemory:
-    """Saves what was trained where memory runs out in a step. Some SAEs may have taken this step and others not, so the
-    checkpoint is that of the step before, and says which SAEs are ahead of it, with the numbers of their outputs.
+    """Saves a checkpoint if memory runs out in a step. Some SAEs may have taken the step and others not, so it is the
+    checkpoint of the step before, with a list of the SAEs that are ahead of it and the numbers of their outputs.
     """
 
     def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
@@ -179,16 +185,16 @@ class SaveWithoutMemory:
         return self
 
     def begin(self, step: int, position: dict) -> list[dict]:
-        """A step begins, with the stream at `position`. Returns the list for the outputs of the SAEs that take it."""
+        """Call when a step begins, with the stream at `position`. Returns the list for the step's outputs."""
         self.step, self.position, self.outputs = step, position, []
         return self.outputs
 
     def __exit__(self, kind, error, frames):
         if error is None or self.position is None or not out_of_memory(error):
             return
-        traceback.clear_frames(frames)  # they hold what took the memory
+        traceback.clear_frames(frames)  # they hold the tensors that filled the memory
         if half_updated := [run.cfg["name"] for run in self.runs if getattr(run.optimizer, "is_updating", False)]:
-            tell(f"Out of memory while the weights of {half_updated[0]} were changed: the last checkpoint is kept")
+            tell(f"Out of memory while the weights of {half_updated[0]} were updated: the last checkpoint is kept")
             return
         failed = read_failures([run.sae for run in self.runs], self.outputs)
         ahead = {
@@ -201,7 +207,7 @@ class SaveWithoutMemory:
 
 
 def as_output(numbers: dict) -> dict:
-    """The numbers that a checkpoint has of an output, as scalars() gives them."""
+    """Numbers from a checkpoint in the form that scalars() gives them."""
     return {
         key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         for key, value in numbers.items()
@@ -209,7 +215,7 @@ def as_output(numbers: dict) -> dict:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a wish to stop: at once where no SAE is being changed, else after the step."""
+    """Handles SIGINT and SIGTERM: stop at once while no SAE is being updated, else after the step."""
 
     def __enter__(self):
         self.asked = self.at_once = False
@@ -228,12 +234,12 @@ class StopSignals:
         if self.asked:
             return
         self.asked, self.asked_at = True, time.monotonic()
-        tell("Stopping: a checkpoint is saved first (the same again stops at once, without)")
+        tell("Stopping after saving a checkpoint (a second signal stops at once, without saving)")
         if self.at_once:
             raise Stopped
 
     def stop_at_once_in(self, function):
-        """The function's value, or Stopped out of its midst."""
+        """Call function; a signal interrupts it with Stopped."""
         self.at_once = True
         try:
             if self.asked:
@@ -244,40 +250,40 @@ class StopSignals:
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
-    """Adam, for training_step. It holds W_enc by its transpose (same memory): fused Adam copies all else."""
+    """Adam, for training_step. It holds the transpose of W_enc (same memory): fused Adam copies other layouts."""
     parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
     return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
 
 
 def learning_rate(cfg: dict, step: int) -> float:
-    """Adam's rate in a step, counted from 1. It follows from the step alone, so there is no state to lose.
+    """The learning rate in a step, counted from 1. It depends on the step alone, so it needs no state.
 
-    lr · min(1, step / lr_warmup_steps, (last step + 1 − step) / lr_decay_steps): the lines begin and end at 0 one step
-    outside of training, so that no step is for nothing.
+    lr · min(1, step / lr_warmup_steps, (last step + 1 − step) / lr_decay_steps). Both ramps reach 0 one step outside of
+    training, so the rate is never 0.
     """
     warmup, decay, left = cfg["lr_warmup_steps"], cfg["lr_decay_steps"], num_steps(cfg) + 1 - step
     return cfg["lr"] * min(1, step / warmup if warmup else 1, max(left, 0) / decay if decay else 1)
 
 
 def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
-    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows end as unit vectors.
-    The learning rate is the optimizer's: learning_rate gives it where cfg has it change over the steps.
+    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows stay unit vectors.
 
+    The learning rate is the optimizer's; a schedule must set it before each step (learning_rate).
     Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
     """
     output = start_step(sae, optimizer, x, cfg)
     if read_failures([sae], [output])[0]:
-        del output  # the repetition may need its memory
+        del output  # frees memory for the repeated step
         output = start_step(sae, optimizer, x, cfg, wait=True)
     return output
 
 
 def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
-    """A training step of each run on the same batch. As each is done, the scalars of its output, or the
-    FloatingPointError that stopped it, are added to `outputs`. Runs in `ahead` took this step before memory ran out;
-    their numbers are taken from there, and removed.
+    """A training step of each run on the same batch. Appends to `outputs`, run by run, the scalars of the forward's
+    output, or the FloatingPointError that stopped the run. Runs in `ahead` had taken this step before memory ran out:
+    they are skipped, and their numbers are moved from `ahead` to `outputs`.
 
-    On CUDA the host waits for the device once, when the steps of all runs are queued.
+    On CUDA the host waits for the device once, after it has queued the steps of all runs.
     """
 
     def attempt(run, wait=False):
@@ -287,7 +293,7 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
             return error
 
     device = runs[0].sae.W_enc.device
-    if device.type == "cuda":  # at one place, where CUDA graphs read it
+    if device.type == "cuda":  # CUDA graphs read the batch from a fixed address
         x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
 
     for run in runs:
@@ -295,27 +301,27 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
         outputs.append(as_output(ahead.pop(name)) if name in ahead else attempt(run))
     failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
     for i in failed:
-        outputs[i] = None  # these have not taken the step, should memory run out now
+        outputs[i] = None  # if memory runs out now, these runs have not taken the step
     for i in failed:
         outputs[i] = attempt(runs[i], wait=True)
 
 
 class StepGraphs:
-    """The steps of a run, on CUDA as CUDA graphs: one launch in place of some 150, which take longer than the device's
-    work.
+    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 200 kernels takes
+    the host three times as long as the device needs to run them.
 
     A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own. The first step
-    of a form runs as it is, the second is recorded.
+    of a form runs eagerly, the second is recorded.
     """
 
-    memory = None  # what all graphs use for their intermediate results: no two run at the same time
-    streams = {}  # one per device: autograd wants a step recorded on the stream on which it ran before
+    memory = None  # memory pool for the intermediate results of all graphs; no two run at the same time
+    streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 
     def __init__(self, run: Run):
         self.run, self.seen, self.recorded = run, {}, {}
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
-        """scalars(start_step(…)) of a batch x; on CUDA, batches of the same shape must be at the same address."""
+        """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""
         sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
         if not sae.W_enc.is_cuda:
             return scalars(start_step(sae, optimizer, x, cfg, wait))
@@ -339,23 +345,23 @@ class StepGraphs:
         return dict(output)
 
     def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
-        """(the graph, the learning rate that it reads, the scalars that it writes, which are as those in `like`).
+        """Returns the graph, the learning rate [] that it reads, and the scalars that it writes, allocated like `like`.
 
-        The scalars are copied to memory of their own: the shared memory is the next graph's as soon as that runs.
+        The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
         """
         sae, group = self.run.sae, self.run.optimizer.param_groups[0]
         graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
         output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # while it records, torch cannot return memory that is cached for other uses
+        torch.cuda.empty_cache()  # torch cannot free cached memory while it records
         group["lr"] = lr
         try:
             with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
                 written = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
                 torch._foreach_copy_(list(output.values()), [written[key] for key in output])
         except RuntimeError as error:
-            StepGraphs.memory = None  # the pool cannot be used again
-            raise (error.__context__ or error) from None  # ending the graph fails, too, and hides why
+            StepGraphs.memory = None  # the pool is unusable after a failure
+            raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
         finally:
             group["lr"] = rate
         return graph, lr, output
@@ -363,8 +369,8 @@ class StepGraphs:
 
 @sparse_ops.sae_arithmetic
 def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
-    """As training_step, but on CUDA the host does not wait, unless `wait`. If output["failure"] is not 0, nothing was
-    changed, and the step must be repeated with wait=True (read_failures).
+    """Like training_step, but on CUDA the host does not wait for the device unless `wait` is set. If output["failure"]
+    is not 0, nothing has changed, and the step must be repeated with wait=True (read_failures).
     """
     output = sae(x, wait=wait)
     output["loss"].backward()
@@ -373,7 +379,7 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
     else:
         update_weights(sae, optimizer, cfg)
         sae.update_statistics(output)
-    optimizer.is_updating = False  # if memory runs out before this, the SAE cannot be saved
+    optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
     optimizer.zero_grad()
     sae.zero_grad()
     if wait and output.pop("failure", 0):
@@ -382,7 +388,7 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
 
 
 def update_weights(sae, optimizer, cfg: dict) -> None:
-    """Clip the gradient, remove its part parallel to the decoder rows, Adam, and unit rows again."""
+    """Clip the gradient, remove its part parallel to the decoder rows, take Adam's step, normalise the rows."""
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
     if not norm.isfinite():
         sae.zero_grad()
@@ -395,8 +401,8 @@ def update_weights(sae, optimizer, cfg: dict) -> None:
 
 
 def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
-    """update_weights and update_statistics in the kernels of triton_ops.py. A failed step changes nothing, and is known
-    by output["failure"].
+    """update_weights and update_statistics with the kernels of triton_ops.py. If the step failed, output["failure"] is
+    not 0 and nothing changes.
     """
     import triton_ops
 
@@ -412,14 +418,14 @@ def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
 
 
 def share_gradients(sae, optimizer) -> None:
-    """Give the optimizer the gradient of W_enc, which it holds by its transpose (make_optimizer)."""
+    """Give the optimizer the gradient of W_enc, whose transpose it holds (make_optimizer)."""
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
         if held is not parameter:
             held.grad = parameter.grad.T
 
 
 def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[bool]:
-    """Which steps must be repeated with wait=True. Also reads what the next steps need (BaseAutoencoder.counts).
+    """Which steps must be repeated with wait=True. Also reads the counts for the next step (BaseAutoencoder.counts).
 
     Waits for the device once.
     """
@@ -433,12 +439,12 @@ def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[
 
 
 def scalars(output: dict) -> dict:
-    """The single numbers of a forward's output, still on the device: the rest would hold [B, F] of each SAE."""
+    """The scalars of a forward's output, still on the device. The rest would keep [B, F] of every SAE in memory."""
     return {key: value.detach() for key, value in output.items() if value.ndim == 0}
 
 
 def progress_table(runs: list[Run], outputs: list[dict], evaluated: list[dict], tokens: int) -> str:
-    """The SAEs, a line each: loss and dead features of the training step, held-out NMSE, L0 and CE degradation."""
+    """A line per SAE: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
     rows = [("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")]
     for run, output, values in zip(runs, outputs, evaluated):
         dead = output["num_dead_features"].item() / run.cfg["dict_size"]
@@ -450,7 +456,7 @@ def progress_table(runs: list[Run], outputs: list[dict], evaluated: list[dict], 
 
 
 def summary(metrics: list[dict]) -> str:
-    """For the progress bar: loss, L0 and dead features, from the least to the greatest of the group."""
+    """For the progress bar: lowest and highest loss, L0 and number of dead features of the group."""
 
     def span(key, form):
         values = sorted(values[key] for values in metrics)
