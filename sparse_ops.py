@@ -1,30 +1,30 @@
-"""The fast exact path: of B·F pre-activations only about B·k survive, so only they are computed in full.
+"""The fast exact path: only about B·k of the B·F pre-activations are active, and only these are computed in full.
 
-    z = x W_enc [B, F] is screened in bfloat16 (half the time of float32 on a CPU with bf16 instructions, a tenth on a
-    GPU). Each screened value comes with a bound on its error, so the entries that can possibly be selected are known
-    for certain; they alone are computed in the weights' own precision, and the selection is made among those. It is the
-    selection that the dense product would give, up to the rounding of the dense product itself.
+    z = x W_enc [B, F] is screened in bfloat16 (half the time of float32 on a CPU with bf16 instructions). Each screened
+    value has a bound on its error. The entries that the bound cannot rule out, the candidates, are computed in the
+    precision of the weights, and the selection is made among them. It equals the selection from the dense product, up
+    to the rounding of the dense product itself.
 
-    The bound. Let x16 and w16 be the rounded operands and δx = x − x16, δw = w − w16 what the rounding took away, known
-    exactly. From x·w − x16·w16 = δx·w + x16·δw (Cauchy–Schwarz), and float32 accumulation over d terms:
+    The bound. Let x16 and w16 be the rounded operands, and δx = x − x16 and δw = w − w16 the rounding errors, which are
+    known exactly. From x·w − x16·w16 = δx·w + x16·δw, Cauchy–Schwarz, and float32 accumulation over d terms:
 
         |z_ij − p_ij| ≤ e_i = ‖δx_i‖ max_j‖w_j‖ + ‖x16_i‖ max_j‖δw_j‖ + d·2⁻²³ ‖x16_i‖ max_j‖w16_j‖
 
-    p being the screened product before it is rounded to bfloat16 (half a unit in the last place: a factor 1 ± 2⁻⁸).
+    where p is the screened product before it is rounded to bfloat16 (a relative error of at most 2⁻⁸).
 
-    The k largest. The maxima of disjoint groups of entries are entries themselves, so that if t is the k-th largest of
-    (maximum · (1 − 2⁻⁸) − e), k entries of z reach t. Every winner then has z ≥ t, p ≥ t − e and, rounding being
-    monotone, screened value ≥ round(t − e): these are the candidates. No guess is involved, and no retry.
+    The k largest. The maxima of disjoint groups are entries of z themselves. If t is the k-th largest value of
+    maximum · (1 − 2⁻⁸) − e, at least k entries of z are ≥ t. So every selected entry has z ≥ t, hence p ≥ t − e, and,
+    because rounding is monotone, a screened value ≥ round(t − e). The entries with such a value are the candidates.
 
-What survives is held as a SparsityPattern: the places (row = token, column = feature) in row-major order, and a vector
-of values. All further products are over these entries alone. Here they are two kernels that every backend has: sums of
-weighted rows (embedding_bag) and dot products of pairs of rows (its gradient for the weights). Both are far faster
-where neighbouring entries share a row of the larger matrix, hence the feature-major order that a pattern also keeps.
+The selected entries are stored as a SparsityPattern: their places (row = token, column = feature) in row-major order,
+and a vector of values. All further products are over these entries. On a CPU they use two kernels that torch has: sums
+of weighted rows (embedding_bag) and dot products of pairs of rows (its gradient for the weights). Both are much faster
+if neighbouring entries share a row of the larger matrix, so a pattern also keeps a feature-major order.
 
-On CUDA the same algorithm runs in the kernels of triton_ops.py, which never wait for the device.
+On CUDA the same algorithm runs in the kernels of triton_ops.py, without waiting for the device.
 
-A float32 screen takes the place of the bfloat16 one where that is not fast (see screen_dtype), with the same results to
-the last bit: values are always those of the second computation.
+Where bfloat16 is not fast, the screen is in float32 (screen_dtype). The results are bit-identical, because the values
+always come from the second computation.
 """
 
 import os
@@ -32,20 +32,20 @@ import warnings
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, wraps
 
-# Fresh memory costs a page fault per 4 KiB, a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It looks here
-# when it first allocates, so this comes before.
+# Page faults of 4 KiB take a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It reads this variable when it
+# first allocates, so it is set before the import.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-# When the sparse form costs less than the dense one, as measured on CPUs.
-DENSE_FROM = 16  # the dot product of an entry costs about as much as this many entries of a dense product
-FEATURES_PER_ACTIVE = 32  # TopK: dictionary size over k from which on screening and selecting pay
+# Where the sparse form becomes cheaper than the dense one, as measured on CPUs.
+DENSE_FROM = 16  # the dot product of one entry costs about as much as this many entries of a dense product
+FEATURES_PER_ACTIVE = 32  # TopK, BatchTopK: lowest dictionary size over k
 GOES_SPARSE, GOES_DENSE = 48, 24  # vanilla, JumpReLU: dictionary size over L0; two values, so that it does not flip
 
 
-NOT_FINITE, OVERFLOW = 1, 2  # bits of the `failure` of a step that did not wait for the device
+NOT_FINITE, OVERFLOW = 1, 2  # bits of `failure`, for steps that do not wait for the device
 
 
 class SparsityPattern:
@@ -59,7 +59,7 @@ class SparsityPattern:
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> "SparsityPattern":
-        """The entries of a matrix [B, F] that are not 0; their values are the products."""
+        """The nonzero entries of a matrix [B, F], whose values are the products."""
         rows, cols = matrix.detach().nonzero(as_tuple=True)
         return cls(rows, cols, matrix.shape, matrix.detach()[rows, cols])
 
@@ -74,7 +74,7 @@ class SparsityPattern:
     @cached_property
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Feature-major: (order [n] that sorts the entries, rows [n], cols [n], where each feature's begin [F])."""
-        # Small integers are sorted several times as fast.
+        # Small integers sort several times as fast.
         narrow = torch.int16 if self.shape[1] < 2**15 else torch.int32
         order = self.cols.to(narrow).sort(stable=True).indices
         cols = self.cols[order]
@@ -112,7 +112,7 @@ class SparsityPattern:
     def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
         """[F]: of each feature, Σ value."""
         order, rows, _, feature_offsets = self.by_feature
-        # The same kernel with a table of ones: unlike an atomic sum it always adds in the same order.
+        # The same kernel with a table of ones. Unlike an atomic sum, it always adds in the same order.
         return weighted_sums(values[order], rows * 0, feature_offsets, values.new_ones(1, 1)).squeeze(-1)
 
 
@@ -125,11 +125,11 @@ def weighted_sums(weights, index, bag_offsets, table):
     return F.embedding_bag(index, table, bag_offsets, mode="sum", per_sample_weights=weights)
 
 
-# What is differentiable. `pattern` None means the dense form: all of [B, F].
+# Differentiable operations. `pattern` None means the dense form: all of [B, F].
 
 
 def encode(x, b_dec, W_enc, pattern=None) -> torch.Tensor:
-    """(x − b_dec) W_enc, [B, F] or [n] at the places of the pattern, whose products are taken. b_dec may be None."""
+    """(x − b_dec) W_enc, [B, F], or the pattern's products [n]. b_dec may be None."""
     return PreActivation.apply(x, b_dec, W_enc, pattern)
 
 
@@ -139,22 +139,22 @@ def decode(acts, W_dec, pattern=None) -> torch.Tensor:
 
 
 def at_features(vector, pattern=None) -> torch.Tensor:
-    """A vector [F] in a shape that fits [B, F]; or [n], at the features of the pattern."""
+    """A vector [F] as it is, to broadcast over [B, F]; or its values [n] at the features of the pattern."""
     return vector if pattern is None else AtFeatures.apply(vector, pattern)
 
 
 def active_features(active: torch.Tensor, pattern=None) -> torch.Tensor:
-    """[F]: which features have an entry where the mask `active` ([B, F], or [n] at the pattern) is True."""
+    """Mask [F] of the features that are True anywhere in the mask `active` ([B, F], or [n] at the pattern)."""
     if pattern is None:
         return active.any(0)
     num_features = pattern.shape[1]
-    found = torch.zeros(num_features + 1, dtype=torch.bool, device=active.device)  # the last is of none
+    found = torch.zeros(num_features + 1, dtype=torch.bool, device=active.device)  # the last one is a dummy
     return found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)[:num_features]
 
 
 def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor:
-    """The features where the mask dead [F] is True, in order. Where the kernels are used with x, the length follows
-    from upper_bound(), which the host knows, and the rest is filled up with F.
+    """The features where the mask dead [F] is True, in order. If the kernels are used with x, the length is
+    room_for(upper_bound()), which needs no wait for the device, and unused places hold F.
     """
     if not uses_kernels(x):
         return dead.nonzero().squeeze(-1)
@@ -164,13 +164,13 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
 
 
 def room_for(num_dead: int, num_features: int) -> int:
-    """The length of a dead_index on CUDA: one of few, for each has CUDA graphs of its own (training.StepGraphs)."""
+    """The length of a dead_index on CUDA. Few lengths are possible, since each needs its own CUDA graph."""
     unit = max(256, 2 ** max(num_dead, 1).bit_length() // 8)
     return min(-(-num_dead // unit) * unit, num_features)
 
 
 def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
-    """The rows (dim 0) or columns (dim 1) of a matrix at a dead_index; zeros where that is F."""
+    """The rows (dim 0) or columns (dim 1) of a matrix at a dead_index; zeros where the index is F."""
     if not uses_kernels(matrix):
         return matrix.index_select(dim, index)
     n = matrix.shape[dim]
@@ -179,12 +179,12 @@ def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
-    """Whether the gradients of the aux loss are cheaper in the sparse form; on a GPU they never are."""
+    """Whether the aux loss's gradients are cheaper in the sparse form. On a GPU they never are."""
     return num_dead >= 6 * k and not uses_kernels(x)
 
 
 def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
-    """[] int64: not 0 if a step that did not wait for the device cannot be used (triton_ops.py)."""
+    """[] int64: not 0 if the results of a step that did not wait for the device are invalid (triton_ops.py)."""
     return not_finite(loss) * NOT_FINITE | (0 if pattern is None else pattern.failure)
 
 
@@ -218,7 +218,7 @@ class PreActivation(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = matmul(grad, W_enc.T) if pattern is None else pattern.spmm(grad, W_enc.T)
         if b_dec is not None:
-            # Σ_i of −grad_x, but the sum over tokens first: one vector instead of B.
+            # −Σ_i grad_x_i. Summing over tokens first leaves one product with W_enc instead of B.
             grad_b_dec = -(W_enc @ (grad.sum(0) if pattern is None else pattern.feature_sums(grad)))
         x = centred(x, b_dec)
         grad_W_enc = (matmul(grad.T, x) if pattern is None else pattern.spmm_t(grad, x)).T
@@ -250,7 +250,7 @@ class AtFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx, vector, pattern):
         ctx.pattern = pattern
-        # A pattern of fixed length has places of no feature at its end.
+        # A padded pattern has places with column F at its end.
         return F.pad(vector, (0, 1))[pattern.cols.long()]
 
     @staticmethod
@@ -265,12 +265,12 @@ class AtFeatures(torch.autograd.Function):
 def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wait: bool = True):
     """The pattern of the largest positive entries of z = x W_enc: k of each row, or B·k of the whole batch.
 
-    x [B, d], W_enc [d, F]. Ties at the threshold go to the first in row-major order, so that exactly k (B·k) are
-    selected, less where fewer are positive. None if there are too many candidates for this to pay. Raises
-    FloatingPointError if x or W_enc holds NaN or infinity.
+    x [B, d], W_enc [d, F]. Ties at the threshold go to the first in row-major order, so exactly k (B·k) entries are
+    selected, or all positive ones if there are fewer. Returns None if there are so many candidates that the dense form
+    is cheaper. Raises FloatingPointError if x or W_enc holds NaN or infinity.
 
-    On CUDA with wait=False the result is a triton_ops.PaddedPattern. Its `failure` then says whether there were too
-    many candidates, or something was not finite.
+    On CUDA with wait=False the result is a triton_ops.PaddedPattern, whose `failure` reports too many candidates and
+    NaN or infinity.
     """
     B = len(x)
     if uses_kernels(x):
@@ -319,8 +319,8 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     return pattern.select(pattern.products + offset[pattern.cols] > -margin)
 
 
-# Candidates that there is room for on CUDA; grows where it was too little. Weights do not depend on it; the last bits
-# of sums that are logged may.
+# On CUDA: capacity for candidates by (B, F, k). It grows after an overflow. Weights do not depend on it, but the last
+# bits of logged sums may.
 _capacity = {}
 
 
@@ -329,7 +329,7 @@ def capacities() -> tuple:
 
 
 def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
-    """select(capacity), a PaddedPattern; with wait, repeated with as much room as it needs, and cut to its length."""
+    """select(capacity), a PaddedPattern. With wait, it is repeated with more capacity as needed, and trimmed."""
     most = key[0] * key[1] // DENSE_FROM
     while True:
         capacity = _capacity.setdefault(key, min(first, most))
@@ -353,7 +353,7 @@ def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def topk_mask(values: torch.Tensor, pattern: SparsityPattern | None, k: int) -> torch.Tensor:
-    """Mask [n] of the k largest of values [n] in each row of the pattern, or of all without a pattern.
+    """Mask [n] of the k largest values [n] in each row of the pattern, or of all values without a pattern.
 
     Ties go to the first.
     """
@@ -383,7 +383,7 @@ def topk_mask(values: torch.Tensor, pattern: SparsityPattern | None, k: int) -> 
 def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = None):
     """(x W_enc + offset) [B, F] in low precision and the bound e [B] on the error of each row before its last rounding.
 
-    The matrix is scratch memory: the next call on this device overwrites it.
+    The matrix is in scratch memory, which the next call on this device overwrites.
     """
     dtype = screen_dtype(x.device)
     W = W_enc.T
@@ -392,10 +392,10 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = N
     width = d + len(offsets)
     x16 = scratch("x", (len(x), width), dtype, x.device)
     W16 = scratch("W", (num_features, width), dtype, x.device)
-    x16[:, :d], x16[:, d:] = x, 1  # the offset is a product with further inputs that are 1
+    x16[:, :d], x16[:, d:] = x, 1  # extra inputs of 1, whose weights are the offset
     for i, part in enumerate(offsets):
         W16[:, d + i] = part
-    block_size = 512 if x.device.type == "cpu" else num_features  # the cache then holds what is read again
+    block_size = 512 if x.device.type == "cpu" else num_features  # small enough to stay in the cache
     norms = []
     for block, block16 in zip(W.split(block_size), W16.split(block_size)):
         block16[:, :d] = block
@@ -404,7 +404,7 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = N
     dx, x_norm = row_norms(x - x16[:, :d]), row_norms(x16)
     accumulation = width * 2.0**-23 * x_norm * w16
     offset_error = (offset - sum(part.to(x.dtype) for part in offsets)).abs().amax() if offsets else 0
-    error = (dx * w + x_norm * dw + accumulation + offset_error) * (1 + 1e-4)  # the norms are rounded, too
+    error = (dx * w + x_norm * dw + accumulation + offset_error) * (1 + 1e-4)  # 1e-4 for the rounding of the norms
     if not torch.isfinite(error.sum()):
         raise FloatingPointError(what_is_not_finite(x, W, offset))
     z = scratch("z", (len(x), num_features), dtype, x.device)
@@ -427,14 +427,14 @@ def row_norms(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(dtype: torch.dtype) -> float:
-    """Of one rounding to `dtype`: half a unit in the last place."""
+    """Relative error of rounding to `dtype`: half a unit in the last place."""
     return torch.finfo(dtype).eps / 2
 
 
 def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
     """[B, G]: the maxima of G groups of neighbouring columns, G ≥ at_least if there are as many columns.
 
-    Where all of a group are negative the result is some negative number.
+    If all entries of a group are negative, the result is some negative number.
     """
     B, num_features = z.shape
     size = 64
@@ -442,7 +442,7 @@ def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
         size //= 2
     groups = z.view(B, num_features // size, size)
     if z.dtype == torch.bfloat16:
-        # Compared as integers, which CPUs are much better at: the same order among positive numbers.
+        # Compared as integers, which is much faster on CPUs and gives the same order for positive numbers.
         return groups.view(torch.int16).amax(-1).view(torch.bfloat16)
     return groups.amax(-1)
 
@@ -453,14 +453,14 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> Sp
     groups = maxima.shape[1]
     size = num_features // groups
     floor = floor.to(z.dtype)
-    # A group without positive numbers has no true maximum (group_maxima), so a negative floor lets it pass.
+    # The maximum of a group without positive numbers is unknown (group_maxima), so a negative floor includes it.
     flagged = maxima >= torch.where(floor > 0, floor, -torch.inf)[:, None]
     group = flagged.flatten().nonzero().squeeze(-1)
     members, level = z.view(-1, size).index_select(0, group), floor[group // groups][:, None]
-    if z.dtype == torch.bfloat16 and (floor > 0).all():  # among positive numbers integers compare the same, and faster
+    if z.dtype == torch.bfloat16 and (floor > 0).all():  # positive numbers compare as integers, which is faster
         members, level = members.view(torch.int16), level.view(torch.int16)
     hits = members >= level
-    if hits.count_nonzero() > z.numel() // DENSE_FROM:  # sum would make it int64 first
+    if hits.count_nonzero() > z.numel() // DENSE_FROM:  # sum would convert to int64 first
         return None
     hit = hits.flatten().nonzero().squeeze(-1)
     flat = group[hit // size] * size + hit % size
@@ -484,7 +484,7 @@ def sparse_is_cheaper(num_features: int, k: int, device: torch.device) -> bool:
 
 @lru_cache
 def has_sparse_kernels(device: torch.device) -> bool:
-    """Whether this device has the two kernels, found out by trying."""
+    """Whether torch has the two kernels on this device. Tries them."""
     try:
         one, zero = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         pattern = SparsityPattern(zero, zero, (1, 1))
@@ -496,13 +496,13 @@ def has_sparse_kernels(device: torch.device) -> bool:
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
-    """Whether the kernels of triton_ops.py are used with this tensor: float32, on CUDA with compute capability 8.0."""
+    """Whether the kernels of triton_ops.py are used for this tensor: float32, CUDA, compute capability ≥ 8.0."""
     return x.dtype == torch.float32 and x.device.type == "cuda" and triton_works(x.device)
 
 
 @lru_cache
 def triton_works(device: torch.device) -> bool:
-    """Tries the kernels on a small problem. If they fail, a warning says so and torch's own kernels are used."""
+    """Tests the kernels on a small problem. If they fail, warns, and torch's own kernels are used."""
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
@@ -512,7 +512,7 @@ def triton_works(device: torch.device) -> bool:
             triton_ops.self_test(device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no Triton for this torch, no compiler for it, a driver that it does not know
+    except Exception as error:  # no Triton for this torch, no C compiler, an unknown driver
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         warnings.warn(f"the Triton kernels do not work on {device} ({reason}): steps will be slower", stacklevel=2)
         return False
@@ -523,7 +523,7 @@ _scratch = {}
 
 
 def scratch(name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialised matrix in memory that is kept: fresh memory of this size costs a CPU a tenth of the product."""
+    """An uninitialised matrix in memory that is reused: allocating it costs a CPU a tenth of the product."""
     key = (name, dtype, device)
     size = shape[0] * shape[1]
     if key not in _scratch or _scratch[key].numel() < size:
@@ -545,7 +545,7 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b. Where the kernels are used with a, at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖ off (triton_ops.matmul), and faster."""
+    """a @ b. Where the kernels are used, the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖ (triton_ops.matmul)."""
     if not uses_kernels(a):
         return a @ b
     import triton_ops
@@ -554,8 +554,8 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def sae_arithmetic(function):
-    """For functions whose first argument is an SAE: full_precision, and its device is CUDA's current one (Triton starts
-    kernels there).
+    """Decorator for functions whose first argument is an SAE: full_precision, with the SAE's CUDA device as the current
+    one (Triton launches kernels there).
     """
 
     @wraps(function)
@@ -569,8 +569,8 @@ def sae_arithmetic(function):
 
 @contextmanager
 def full_precision(float32: str = "ieee"):
-    """Precision of matrix products, whatever the user has set, which is restored afterwards: float32 is not rounded to
-    bfloat16, nor to TF32 unless float32="tf32"; products of 16 bits are added up in float32.
+    """Sets the precision of matrix products, and restores the user's settings afterwards. float32 operands are not
+    rounded to bfloat16, nor to TF32 unless float32="tf32"; products of 16-bit operands accumulate in float32.
     """
     cuda = torch.backends.cuda.matmul
     sums = [name for name in SUMS_IN_16_BITS if hasattr(cuda, name)]
