@@ -1,15 +1,15 @@
-"""The four sparse autoencoders of arXiv 2412.06410: equations, and how a language model is made to compute with them.
+"""The four sparse autoencoders of arXiv 2412.06410, and splicing them into a language model.
 
 Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
     W_enc [d, F]   W_dec [F, d], rows of unit norm   b_enc [F]   b_dec [d]
 
-A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`) and what its sparsity penalty
-counts (`sparsity`); everything else they share.
+A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`) and its sparsity penalty
+(`sparsity`). They share everything else.
 
-Pre-activations z and activations f have two forms with the same values: dense [B, F], or a vector [n] at the places of
-a `pattern` (sparse_ops.py), the few where f may be positive. `select` returns that pattern where the sparse form costs
-less, else None.
+Pre-activations z and activations f have two forms: dense [B, F], or a vector [n] of the values at the places of a
+`pattern` (sparse_ops.py), which are all places where f can be positive. `select` returns the pattern if the sparse form
+is cheaper, else None.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -24,15 +24,15 @@ from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, ke
 
 
 class Counts(NamedTuple):
-    until_sparse: int  # batches until the sparse form is taken
-    most_dead: int  # features that can be dead in the next batch, at most
+    until_sparse: int  # batches until the sparse form is used
+    most_dead: int  # upper bound on the number of dead features in the next batch
 
 
 class BaseAutoencoder(nn.Module):
     """x̂ = (x − μ)/(σ + 1e-5);  f = activation(pre_activation(x̂));  reconstruction = f W_dec + b_dec.
 
-    `cfg` is a completed config (config.post_init_cfg). The initial weights come from cfg["seed"] through a
-    generator of their own; the global one is neither read nor set.
+    `cfg` is a completed config (config.post_init_cfg). The initial weights are drawn from a generator seeded with
+    cfg["seed"]; torch's global generator is neither read nor set.
     """
 
     def __init__(self, cfg: dict):
@@ -41,11 +41,11 @@ class BaseAutoencoder(nn.Module):
         d, dict_size, dtype = cfg["act_size"], cfg["dict_size"], getattr(torch, cfg["dtype"])
         if d is None:
             raise ValueError("act_size is None: set it to the width of the activations before building an SAE")
-        # The published Kaiming call on a [d, F] matrix takes F for its fan-in: U(±√(6/F)).
+        # The published code's Kaiming initialisation of a [d, F] matrix uses F as the fan-in: U(±√(6/F)).
         bound = (6 / dict_size) ** 0.5
         generator = torch.Generator().manual_seed(cfg["seed"])
         features = ((torch.rand(d, dict_size, generator=generator, dtype=dtype) * 2 - 1) * bound).T.contiguous()
-        self.W_enc = nn.Parameter(features.T)  # [d, F] in name, feature-major in memory: the sparse form reads columns
+        self.W_enc = nn.Parameter(features.T)  # shape [d, F], feature-major in memory: the sparse form reads columns
         self.W_dec = nn.Parameter(F.normalize(features, dim=-1))
         self.b_enc = nn.Parameter(torch.zeros(dict_size, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
@@ -56,7 +56,7 @@ class BaseAutoencoder(nn.Module):
     # What the subclasses define
 
     def select(self, x: torch.Tensor, wait: bool) -> SparsityPattern | None:
-        """The places where f (or its gradient) may not be 0, of normalised inputs [B, d]; None if dense is cheaper.
+        """The places where f or its gradient can be nonzero, for normalised inputs [B, d]; None if dense is cheaper.
 
         wait: whether to wait for the device (sparse_ops.select_topk).
         """
@@ -67,11 +67,11 @@ class BaseAutoencoder(nn.Module):
         raise NotImplementedError
 
     def activation(self, z: torch.Tensor, pattern: SparsityPattern | None = None) -> torch.Tensor:
-        """f, non-negative and sparse, of z and in its shape."""
+        """f, non-negative and sparse, in the shape of z."""
         raise NotImplementedError
 
     def sparsity(self, z: torch.Tensor, acts: torch.Tensor, pattern: SparsityPattern | None) -> torch.Tensor:
-        """What l1_coeff / B multiplies in the loss: the sum of the activations."""
+        """The penalty that is multiplied by l1_coeff / B in the loss: the sum of the activations."""
         return acts.sum()
 
     aux_loss_on_dead_features = False
@@ -81,7 +81,7 @@ class BaseAutoencoder(nn.Module):
     def preprocess_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d.
 
-        x may be on any device and of any float dtype; what comes of it is on the SAE's.
+        x may have any device and float dtype; the results have the SAE's.
         """
         x = x.to(self.W_enc)
         if not self.cfg["input_unit_norm"]:
@@ -107,8 +107,8 @@ class BaseAutoencoder(nn.Module):
     def decode(self, acts: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
         """Reconstruction [..., d] of feature activations [..., F].
 
-        Still normalised, if the SAE normalises its input (input_unit_norm); with `like`, the vectors [..., d] that the
-        features were encoded from, it is in the residual stream's units, with their mean and standard deviation.
+        If the SAE normalises its input (input_unit_norm), the reconstruction is normalised too. With `like`, the
+        vectors [..., d] that were encoded, it is rescaled with their mean and standard deviation to their units.
         """
         tokens = acts.reshape(-1, acts.shape[-1])
         reconstruction = (sparse_ops.decode(tokens, self.W_dec) + self.b_dec).view(*acts.shape[:-1], -1)
@@ -120,7 +120,7 @@ class BaseAutoencoder(nn.Module):
 
     @sae_arithmetic
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual-stream vectors [..., d] -> (their reconstruction in the same units, activations [..., F])."""
+        """Residual-stream vectors [..., d] -> (reconstruction in the same units, activations [..., F])."""
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
         acts = self.activation(self.pre_activation(tokens))
         reconstruction = self.postprocess_output(self.decode(acts), mean, std)
@@ -128,12 +128,11 @@ class BaseAutoencoder(nn.Module):
 
     @contextmanager
     def splice(self, model):
-        """While active, `model` (a TransformerBridge, as of language_model.load_model) computes with this SAE's
-        reconstructions in place of its activations at cfg["hook_point"], but for the first eval_skip_positions of each
-        context, and tokens of exclude_tokens, which it keeps. Whole contexts only: generate with
-        use_past_kv_cache=False.
+        """Context manager in which `model` (a TransformerBridge, e.g. from language_model.load_model) uses this SAE's
+        reconstructions instead of its activations at cfg["hook_point"]. The first eval_skip_positions of each context
+        and tokens of exclude_tokens keep their activations. Whole contexts only: generate with use_past_kv_cache=False.
         """
-        from language_model import excluded_ids  # which imports this module
+        from language_model import excluded_ids  # here, because it imports this module
 
         skip, seen = self.cfg["eval_skip_positions"], []
         excluded = torch.tensor(excluded_ids(self.cfg, model) or [], dtype=torch.int64)
@@ -157,13 +156,13 @@ class BaseAutoencoder(nn.Module):
         """Reconstruct residual-stream vectors [..., d], B of them; returns a dict of tensors.
 
         sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
-        l0_norm, l1_norm, num_dead_features (and aux_loss where there is one); and num_batches_not_active [F], the
-        counters as they stand after this batch. No side effects: counters, thresholds and RNG move only in
-        training.training_step, so whoever writes their own loop calls update_statistics(output) too.
+        l0_norm, l1_norm, num_dead_features (and aux_loss if the SAE has one); and num_batches_not_active [F], the
+        counters after this batch. The SAE does not change: a training loop of your own must call
+        update_statistics(output), as training.training_step does.
         Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
 
-        With wait=False, which is for training_step, nothing waits for a CUDA device. The output then has the scalar
-        `failure`: if it is not 0, the rest is not to be used (triton_ops.py).
+        With wait=False, which is for training_step, the host does not wait for a CUDA device. The output then has the
+        scalar `failure`. If it is not 0, the rest is invalid (triton_ops.py).
         """
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
         wait = wait or not sparse_ops.uses_kernels(tokens)
@@ -209,8 +208,8 @@ class BaseAutoencoder(nn.Module):
         }
 
     def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """aux_penalty · mean (e − ê)², ê the residual e [B, d] as decoded from each row's top_k_aux largest dead
-        features (the paper, section 2, after arXiv 2406.04093). The residual is not detached, as published.
+        """aux_penalty · mean (e − ê)² of the residual e [B, d] and its reconstruction ê from the top_k_aux largest dead
+        features of each row (the paper, section 2, after arXiv 2406.04093). As published, e is not detached.
         index: the dead features (sparse_ops.dead_index).
         """
         if len(index) == 0:
@@ -227,10 +226,10 @@ class BaseAutoencoder(nn.Module):
                 acts = sparse_ops.encode(x, self.b_dec, W_enc, pattern)
         return self.cfg["aux_penalty"] * F.mse_loss(sparse_ops.decode(acts, W_dec, pattern), residual)
 
-    known_counts = None  # where training_step has read them
+    known_counts = None  # set by training_step when it has read them
 
     def counts(self) -> "Counts":
-        """What the host must know to choose a form and a size. Waits for a CUDA device, unless known_counts is set."""
+        """What the host needs to choose a form and sizes. Waits for a CUDA device unless known_counts is set."""
         return self.known_counts or Counts(*self.counts_on_device().tolist())
 
     def counts_on_device(self) -> torch.Tensor:
@@ -240,38 +239,38 @@ class BaseAutoencoder(nn.Module):
         return torch.stack([until_sparse, most_dead])
 
     def form_of_step(self) -> tuple:
-        """What the host knows that decides which operations a step runs on CUDA, and how large its arrays are."""
+        """Everything known to the host that determines the operations of a step on CUDA and the sizes of its arrays."""
         until_sparse, most_dead = self.counts()
         dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
         return until_sparse == 0, dead, sparse_ops.capacities()
 
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
-        """Store what a training forward learned about the features. No device sync."""
+        """Store the counters (and thresholds) from a training forward. Does not wait for the device."""
         self.known_counts = None
         self.num_batches_not_active.copy_(output["num_batches_not_active"])
 
     @torch.no_grad()
     def make_decoder_weights_and_grad_unit_norm(self) -> None:
-        """Before the optimizer's step: take from each decoder row's gradient what is parallel to the row.
+        """Before the optimizer's step: remove from each decoder row's gradient the part parallel to the row.
 
-        The rows are unit vectors here, and are made so again after the step (normalize_decoder).
+        The rows are unit vectors here. normalize_decoder normalises them again after the step.
         """
         grad, rows = self.W_dec.grad, self.W_dec
-        parallel = torch.bmm(grad[:, None], rows[:, :, None])[:, 0]  # [F, 1], row by row, without a product [F, d]
+        parallel = torch.bmm(grad[:, None], rows[:, :, None])[:, 0]  # [F, 1], without a temporary [F, d]
         grad.addcmul_(parallel, rows, value=-1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """After the optimizer's step: decoder rows of unit norm again."""
+        """After the optimizer's step: give the decoder rows unit norm."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)
 
 
 class AdaptiveSparseSAE(BaseAutoencoder):
-    """How many features are active depends on the weights here, so which form is used follows from the last batches.
+    """An SAE whose number of active features depends on its weights, so the form follows from the last batches.
 
-    The buffer `batches_until_sparse` counts down while few are active, and starts again where many are: it depends on
-    counts alone and is saved with the weights.
+    The buffer `batches_until_sparse` counts down while few features are active, and restarts when many are. It depends
+    on counts alone and is saved with the weights.
     """
 
     def __init__(self, cfg: dict):
@@ -284,7 +283,7 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         is_sparse = output["feature_acts"].is_sparse
         few = output["l0_norm"] < self.cfg["dict_size"] / (GOES_DENSE if is_sparse else GOES_SPARSE)
         if not is_sparse:
-            few &= self.batches_until_sparse > 0  # dense at 0: the sparse form had too many candidates, so start again
+            few &= self.batches_until_sparse > 0  # dense at 0 means that there were too many candidates: restart
         left = (self.batches_until_sparse - 1).clamp(min=0)
         self.batches_until_sparse.copy_(torch.where(few, left, 10))
 
@@ -329,9 +328,9 @@ class TopKSAE(BaseAutoencoder):
 class BatchTopKSAE(TopKSAE):
     """z = (x̂ − b_dec) W_enc;  f = the B·k largest of relu(z) in the whole batch (arXiv 2412.06410, eq. 3).
 
-    In eval() f = z · 1[z > θ] instead (eq. 4), so that a token's features do not depend on the other tokens of
-    its batch; θ is the buffer `threshold`, the mean over training batches of the smallest positive activation
-    kept (eq. 5), as a running mean that forgets: at least 1 % of each new batch.
+    In eval() f = z · 1[z > θ] (eq. 4), so that a token's features do not depend on the rest of its batch. θ is the
+    buffer `threshold`, a running mean over training batches of the smallest positive activation kept (eq. 5), in which
+    each new batch has a weight of at least 1 %.
     """
 
     per_row = False
@@ -357,9 +356,9 @@ class BatchTopKSAE(TopKSAE):
     def update_statistics(self, output):
         super().update_statistics(output)
         acts = output["feature_acts"].detach()
-        acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # one 0 more: there may be no values at all
+        acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # padded because there may be no values
         smallest = torch.where(acts > 0, acts, torch.inf).min()
-        found = smallest.isfinite()  # a batch with nothing positive says nothing about the threshold
+        found = smallest.isfinite()  # a batch without positive activations does not count
         self.threshold_num_batches += found
         weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
@@ -368,18 +367,18 @@ class BatchTopKSAE(TopKSAE):
 class JumpReLUSAE(AdaptiveSparseSAE):
     """z = x̂ W_enc + b_enc;  f = z · 1[z > θ], θ = exp(log_threshold);  loss = L2 + l1_coeff · mean_B Σ_j 1[z_j > θ_j].
 
-    The steps have the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12) with respect to θ.
+    Gradients with respect to θ are the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12).
     """
 
     def __init__(self, cfg: dict):
         super().__init__(cfg)
-        self.jumprelu = nn.Module()  # so that the parameter has its published name, jumprelu.log_threshold
+        self.jumprelu = nn.Module()  # gives the parameter its published name, jumprelu.log_threshold
         self.jumprelu.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
     def select(self, x, wait):
         if not self.is_sparse():
             return None
-        # Below θ, f is 0 but θ has a gradient, half a bandwidth down.
+        # θ has a gradient down to half a bandwidth below θ, where f is 0.
         theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2
         return sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait)
 
