@@ -39,6 +39,9 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+if not torch.sparse.check_sparse_tensor_invariants.is_enabled():
+    torch.sparse.check_sparse_tensor_invariants.disable()  # the default, but torch 2.11 warns unless it is set
+
 # Where the sparse form becomes cheaper than the dense one, as measured on CPUs.
 DENSE_FROM = 16  # the dot product of one entry costs about as much as this many entries of a dense product
 FEATURES_PER_ACTIVE = 32  # TopK, BatchTopK: lowest dictionary size over k
