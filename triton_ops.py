@@ -1,31 +1,31 @@
 """The sparse training step on CUDA: Triton kernels with the same algorithm and the same results as sparse_ops.py.
 
-Nothing here waits for the device. Only the device knows how many candidates, active features and ties there are, so
-arrays have a fixed capacity and their lengths stay on the device. More candidates than there is room for, and NaN or
-infinity, set a failure flag (OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training.py reads the
-flag, and repeats the step with more room or reports what is not finite. All sums are taken in a fixed order, so a
-repeated step gives the same bits.
+Nothing here waits for the device. Only the device knows the numbers of candidates, active features and ties, so arrays
+have a fixed capacity and their lengths stay on the device. Too many candidates, NaN and infinity set a failure flag
+(OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training.py reads the flag and repeats the step
+with more capacity, or reports what is not finite. All sums have a fixed order, so steps are deterministic.
 
-The screen is in float16: tensor cores multiply it as fast as bfloat16, and with 3 bits more the bound is 8 times as
-tight, so there are fewer candidates. Powers of 2 keep it within float16's narrow range: each row of x is scaled to a
-norm of 8 to 16, W by W_SCALE. With weights so large that a product might overflow (LARGEST), the step is dense.
+The screen is in float16. Tensor cores multiply it as fast as bfloat16, and with 3 more bits the bound is 8 times as
+tight, so there are fewer candidates. Scaling by powers of 2 keeps the numbers in float16's narrow range: each row of x
+is scaled to a norm of 8 to 16, and W by W_SCALE. If weights are so large that a product might overflow (LARGEST), the
+step is dense.
 
-The steps of a selection, over z [B, F] in float16 (see sparse_ops.py for the bound on its error):
+A selection, over z [B, F] in float16 (see sparse_ops.py for the bound on its error):
 
     group_maxima       the maxima of groups of GROUP columns
     threshold_key      a threshold that at least B·k entries of z reach: a radix selection over the maxima
     count_candidates,  which entries may reach it, in row-major order: counted per group, summed, written
     write_candidates
-    refine             their values in float32
+    refine             the candidates' values in float32
     threshold_key or   the exact threshold, over the batch or of every row
     row_threshold_keys
     count_kept,        the selected entries, ties to the first, in row-major order
     write_kept
 
-Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, spmm_t). A feature
-with more than CHUNK entries is split, and its parts are added in order.
+Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, spmm_t). A feature with more
+than CHUNK entries is split, and its parts are added in order.
 
-All kernels run on CPU tensors, too, with TRITON_INTERPRET=1: that is how the tests run them where there is no GPU.
+With TRITON_INTERPRET=1 the kernels run on CPU tensors. The tests use that where there is no GPU.
 """
 
 import math
@@ -39,12 +39,12 @@ import triton.language as tl
 
 from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, not_finite, split
 
-CHUNK = 64  # entries of a feature that one program adds up
-DIGITS = (8, 8, 8, 7)  # bits of a radix selection's rounds: the 31 bits of a float that is not negative
+CHUNK = 64  # entries of a feature that one program sums
+DIGITS = (8, 8, 8, 7)  # bits per round of a radix selection: the 31 bits of a nonnegative float
 W_SCALE = 8.0
 LARGEST = 250.0  # norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504
 ROUND_DOWN = 1 - 2.0**-11  # half a unit in the last place of float16
-SUBNORMAL = 2.0**-24  # its smallest number: what rounding near 0 may take away, twice over
+SUBNORMAL = 2.0**-24  # the smallest float16: twice the largest rounding error near 0
 
 
 # Selection
@@ -55,10 +55,10 @@ def round_rows(
     source, rounded, norms, scales, d, width, scale, smallest,
     BY_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A row times its scale in float16; the norms of the scaled row, of what rounding took away, of the rounded row.
+    """A scaled row in float16, and the norms of the scaled row, of its rounding error, and of the rounded row.
 
-    BY_NORM: the scale is the power of 2 that makes the norm 8 to 16; rows whose norm is below `smallest` are scaled as
-    if it were that. It is stored in `scales`.
+    BY_NORM: the scale is the power of 2 that makes the norm 8 to 16 (norms below `smallest` count as `smallest`). It is
+    stored in `scales`.
     """
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
@@ -89,7 +89,7 @@ def group_maxima(z, maxima, num_features, num_groups, GROUP: tl.constexpr, BLOCK
 
 @triton.jit
 def count_candidates(z, maxima, floor, counts, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Of each group, how many entries reach the floor of their row. Groups whose maximum does not are not read."""
+    """Per group, the number of entries that reach the floor of their row. Skips groups whose maximum does not."""
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(floor + row)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -106,7 +106,7 @@ def count_candidates(z, maxima, floor, counts, num_features, num_groups, GROUP: 
 def write_candidates(
     z, maxima, floor, ends, cols, capacity, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
 ):
-    """The columns of the entries that reach the floor, at the places that the groups' summed counts give them."""
+    """The columns of the entries that reach the floor, at the places given by the cumulated counts of the groups."""
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(floor + row)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -138,13 +138,13 @@ def refine(x, W, row_offsets, cols, values, d, BLOCK_D: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def order_key(value):
-    """Bits that are ordered as the values are; 0 for what is not positive."""
+    """The value's bits, which have the order of the values; 0 if the value is not positive."""
     return tl.where(value > 0, value, 0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Histogram of the next digit of the keys that begin with state[0]; integers may be added in any order."""
+    """Histogram of the next digit of the keys that begin with state[0]. Integer atomics are deterministic."""
     start = tl.program_id(0) * BLOCK
     n = tl.load(length)
     if start < n:
@@ -154,7 +154,7 @@ def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl
         digit = tl.where(counted, (key >> SHIFT) & ((1 << BITS) - 1), 0)
         bins = tl.arange(0, 1 << BITS)
         counts = tl.histogram(digit, 1 << BITS)
-        counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)  # those that stood in as 0
+        counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)  # masked out
         tl.atomic_add(histogram + bins, counts, mask=counts > 0)
 
 
@@ -174,7 +174,7 @@ def pick_digit(histogram, state, k, FIRST: tl.constexpr, BITS: tl.constexpr, UNU
 
 @triton.jit
 def row_keys_kernel(values, row_offsets, k, state, BLOCK: tl.constexpr):
-    """Of each row, what threshold_key gives: its four digits of 8 bits, one after the other."""
+    """threshold_key for each row: four digits of 8 bits, one after the other."""
     row = tl.program_id(0)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     bins = tl.arange(0, 256)
@@ -215,7 +215,7 @@ def count_kept(
     values, cols, offset, margin, row_offsets, state, counts,
     PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row, how many candidates are over the threshold, and how many tie with it."""
+    """Per row, the number of candidates above the threshold and the number that tie with it."""
     row = tl.program_id(0)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     key = tl.load(state + row * 2 * PER_ROW)
@@ -232,7 +232,7 @@ def count_kept(
 
 @triton.jit
 def place_rows(counts, state, kept_ties, kept_offsets, num_rows, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: how many of its ties each row keeps, and where its entries begin among the kept."""
+    """One program: the number of ties that each row keeps, and the offset of its entries among the kept."""
     tied_before = 0
     kept_before = 0
     wanted_of_all = tl.load(state + 1)
@@ -257,7 +257,7 @@ def write_kept(
     values, cols, offset, margin, row_offsets, state, kept_ties, kept_offsets, out_rows, out_cols, out_values, capacity,
     PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The kept candidates of a row, the first kept_ties of those that tie among them."""
+    """The candidates of a row above the threshold, and the first kept_ties of those that tie with it."""
     row = tl.program_id(0)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     key = tl.load(state + row * 2 * PER_ROW)
@@ -281,8 +281,8 @@ def write_kept(
 def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: int) -> torch.Tensor:
     """[2] int32: the key of the k-th largest of the first `length` [1] values, and how many of that key are wanted.
 
-    With fewer than all four rounds the key's last bits are 0: a value that at least k reach. 0 where fewer than k
-    values are positive.
+    With fewer than four rounds the key's last bits are 0: a lower bound that at least k values reach. The key is 0 if
+    fewer than k values are positive.
     """
     state, histogram = torch.zeros(2 + (1 << max(DIGITS)), dtype=torch.int32, device=values.device).tensor_split((2,))
     shift, block = 31, 4096
@@ -477,8 +477,8 @@ def spmm_kernel(values, row_offsets, cols, table, out, d, BLOCK_D: tl.constexpr,
 
 @triton.jit
 def chunk_of(feature_offsets, extra_offsets, extra_feature, num_features, CHUNK: tl.constexpr):
-    """Program -> (feature, start and end of its entries): the first F programs take the first CHUNK of a feature each,
-    the others take what is beyond.
+    """Program -> (feature, start and end of its entries). The first F programs take the first CHUNK entries of each
+    feature, the others the rest.
     """
     p = tl.program_id(0)
     extra = p - num_features
@@ -540,7 +540,7 @@ def encode_gradients_kernel(
 
 @triton.jit
 def add_extra_chunks(extra_offsets, grad_W, d, num_features, BLOCK_D: tl.constexpr):
-    """To a feature's first part, the others in their order."""
+    """Adds to a feature's first part the other parts, in order."""
     feature = tl.program_id(0).to(tl.int64)
     start, end = tl.load(extra_offsets + feature), tl.load(extra_offsets + feature + 1)
     if start < end:
@@ -565,15 +565,15 @@ def sum_features(values, order, feature_offsets, out, BLOCK: tl.constexpr):
 
 
 def tile(block_d: int) -> dict:
-    """Of a kernel that reads whole rows of up to block_d numbers, several at a time."""
+    """Launch options of a kernel that reads several rows of up to block_d numbers at a time."""
     return dict(BLOCK_D=block_d, BLOCK_N=max(1, 4096 // block_d), num_warps=4 if block_d <= 1024 else 8)
 
 
 class PaddedPattern:
-    """Places in a [B, F] matrix in row-major order, as sparse_ops.SparsityPattern, in arrays of fixed length n.
+    """Places in a [B, F] matrix in row-major order, like sparse_ops.SparsityPattern, in arrays of fixed length n.
 
-    rows, cols [n] int32, products [n]: those past the last place have col F and product 0. row_offsets [B + 1]: where
-    each row's places begin. failure []: the bits NOT_FINITE and OVERFLOW. num_candidates []: how many there were.
+    rows, cols [n] int32, products [n]: unused places have column F and product 0. row_offsets [B + 1]: where each row's
+    places begin. failure []: the bits NOT_FINITE and OVERFLOW. num_candidates []: the number of candidates found.
     """
 
     is_padded = True
@@ -583,7 +583,7 @@ class PaddedPattern:
         self.failure, self.num_candidates = failure, num_candidates
 
     def trimmed(self) -> "PaddedPattern":
-        """The same without what is past the last place. Waits for the device."""
+        """The same without unused places. Waits for the device."""
         n = int(self.row_offsets[-1])
         arrays = self.rows[:n], self.cols[:n], self.row_offsets, self.shape, self.products[:n]
         pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
@@ -593,7 +593,7 @@ class PaddedPattern:
     @cached_property
     def by_feature(self) -> tuple[torch.Tensor, ...]:
         """Feature-major: (order [n] that sorts the places, rows [n], feature_offsets [F + 1], extra_offsets [F + 1] and
-        extra_feature [n // CHUNK]: which chunks each feature has beyond its first, and whose each of these is).
+        extra_feature [n // CHUNK]: the range of each feature's chunks beyond the first, and the feature of each).
         """
         num_features, device = self.shape[1], self.cols.device
         narrow = torch.int16 if num_features < 2**15 else torch.int32  # half the passes of a radix sort
@@ -607,13 +607,13 @@ class PaddedPattern:
         return order, self.rows[order], feature_offsets, extra_offsets, extra_feature
 
     def sparse_tensor(self, values: torch.Tensor) -> torch.Tensor:
-        """values [n] as a sparse (COO) tensor [B, F]; with zeros past the last place it is not coalesced."""
+        """values [n] as a sparse (COO) tensor [B, F]. With unused places (zeros) it is not coalesced."""
         index = torch.stack([self.rows, self.cols.clamp(max=self.shape[1] - 1)]).long()
         coalesced = not self.is_padded
         return torch.sparse_coo_tensor(index, values, self.shape, is_coalesced=coalesced, check_invariants=False)
 
     def spmm(self, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """[B, d]: of each row, Σ value · table[col], of a table [F, d]."""
+        """[B, d]: per row Σ value · table[col], with a table [F, d]."""
         table = table.contiguous()
         d = table.shape[1]
         out = torch.empty(self.shape[0], d, device=values.device)
@@ -624,7 +624,7 @@ class PaddedPattern:
         return out
 
     def decode_gradients(self, values, W_dec, grad) -> tuple[torch.Tensor, torch.Tensor]:
-        """(grad[row] · W_dec[col] [n], [F, d] of each feature Σ value · grad[row]), of grad [B, d]."""
+        """(grad[row] · W_dec[col] [n]; per feature Σ value · grad[row] [F, d]), with grad [B, d]."""
         order, rows, *features = self.by_feature
         grad_values = torch.zeros_like(values)
         grad_W = self.gradient_buffer(W_dec.shape[1])
@@ -633,7 +633,7 @@ class PaddedPattern:
         return grad_values, grad_W[: self.shape[1]]
 
     def spmm_t(self, values, x) -> torch.Tensor:
-        """[F, d]: of each feature, Σ value · x[row]."""
+        """[F, d]: per feature Σ value · x[row]."""
         order, rows, *features = self.by_feature
         grad_W = self.gradient_buffer(x.shape[1])
         self.over_chunks(encode_gradients_kernel, values.contiguous(), rows, order, *features, x.contiguous(), grad_W)
@@ -643,7 +643,7 @@ class PaddedPattern:
         return torch.empty(self.shape[1] + len(self.cols) // CHUNK, d, device=self.cols.device)
 
     def over_chunks(self, kernel, *args) -> None:
-        """Run a feature-major kernel over all chunks of all features, and add up the chunks of each."""
+        """Run a feature-major kernel over all chunks of all features, and sum the chunks of each feature."""
         grad_W, num_features = args[-1], self.shape[1]
         d, extra_offsets = grad_W.shape[1], self.by_feature[3]
         block_d = triton.next_power_of_2(d)
@@ -654,7 +654,7 @@ class PaddedPattern:
         add_extra_chunks[(num_features,)](extra_offsets, grad_W, d, num_features, BLOCK_D=block_d)
 
     def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
-        """[F]: of each feature, Σ value."""
+        """[F]: per feature Σ value."""
         order, _, feature_offsets, *_ = self.by_feature
         out = torch.empty(self.shape[1], device=values.device)
         sum_features[(self.shape[1],)](values.contiguous(), order, feature_offsets, out, BLOCK=64)
@@ -666,7 +666,7 @@ class PaddedPattern:
 
 @triton.jit
 def adam_scales(norm, failure, step, lr, scales, max_norm, log2_beta1, log2_beta2):
-    """One program: whether the update is made, the step that it is, and what adam_rows needs to know."""
+    """One program: whether to update, the step number, and the scalars for adam_rows."""
     size = tl.load(norm)
     failed = tl.load(failure) | tl.where(size < float("inf"), 0, 1)  # NOT_FINITE; NaN is not less
     count = tl.load(step) + tl.where(failed == 0, 1.0, 0.0)
@@ -700,17 +700,17 @@ def adam_rows(
         w -= tl.load(scales + 3) * (mean / tl.load(scales + 1)) / (tl.sqrt(square / tl.load(scales + 2)) + 1e-8)
         if DECODER:
             w = w / tl.sqrt(tl.sum(w * w, axis=0))
-        # All stores come last: where a row is narrower than the threads, some of them load it twice.
+        # All stores come last: if a row is narrower than the block of threads, several threads load the same numbers.
         tl.store(means + o, mean, mask=inside)
         tl.store(squares + o, square, mask=inside)
         tl.store(weights + o, w, mask=inside)
 
 
 def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: torch.Tensor) -> None:
-    """One step of `optimizer` (torch.optim.Adam, whose state this uses), with clipping and the decoder's unit rows.
+    """One step of `optimizer` (torch.optim.Adam, whose state this uses), with clipping and decoder rows of unit norm.
 
-    The gradients are those of the parameters that it holds. Nothing is changed where failure [] int64 is not 0 or the
-    gradient's norm is not finite; then failure gets that bit. The learning rate may be a tensor on the device.
+    Reads the gradients of the parameters that the optimizer holds. Nothing changes if failure [] int64 is not 0, or if
+    the gradient's norm is not finite, which sets that bit of failure. The learning rate may be a device tensor.
     """
     group = optimizer.param_groups[0]
     (beta1, beta2), lr = group["betas"], group["lr"]
@@ -740,7 +740,7 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
 
 @triton.jit
 def split_kernel(source, parts, num_cols, row_stride, part_stride, LOW: tl.constexpr, BLOCK: tl.constexpr):
-    """A row as its first 8 bits in bfloat16, three times, the LOW-th time what they leave instead."""
+    """A row's high parts in bfloat16, three times, the LOW-th time the low parts (the rounding errors) instead."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(source + row * num_cols + col, mask=col < num_cols, other=0.0)
@@ -755,7 +755,7 @@ def split_kernel(source, parts, num_cols, row_stride, part_stride, LOW: tl.const
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [M, K] @ b [K, N], float32, as one product of bfloat16 [M, 3 K] @ [3 K, N]: high·high + high·low + low·high.
 
-    Left out are low·low and what two parts of 8 bits do not hold: the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖.
+    low·low and the rounding error of the low parts are neglected: the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖.
     """
     a, b = parts(a, inner=1, low=2), parts(b, inner=0, low=1)
     if not a.is_cuda:  # only there mm has out_dtype
@@ -764,7 +764,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def parts(matrix: torch.Tensor, inner: int, low: int) -> torch.Tensor:
-    """The three parts of a matrix beside each other in the dimension `inner`, the low-th the low bits."""
+    """The three parts of a matrix, concatenated in dimension `inner`; part number `low` holds the low parts."""
     if not matrix.is_contiguous() and matrix.T.is_contiguous():
         return parts(matrix.T, 1 - inner, low).T
     rows, cols = matrix.shape
@@ -780,7 +780,7 @@ def parts(matrix: torch.Tensor, inner: int, low: int) -> torch.Tensor:
 
 
 def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
-    """[capacity] int64: where the mask [n] is True, in order, then n."""
+    """[capacity] int64: the indices where the mask [n] is True, in order, padded with n."""
     n = len(mask)
     if capacity == 0:
         return torch.empty(0, dtype=torch.int64, device=mask.device)
