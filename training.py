@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import sparse_ops
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
-from config import InputError, num_steps, out_of_memory, tell
+from config import num_steps
+from console import InputError, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -52,8 +53,8 @@ def train_sae(sae, activation_store, model, cfg: dict) -> dict:
 def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resume_anyway: bool = False) -> list[dict]:
     """Train SAEs side by side on one stream: the language model runs once, and each sees the same batches.
 
-    `cfgs` are completed configs that agree on config.GROUP_KEYS; each run has its own record and its own sae/
-    folder in output_dir/sweep/name. No SAE of a group changes another. Where a checkpoint holds all these runs,
+    `cfgs` are completed configs that agree on all `in_group` keys (config.py); each run has its own record and its own
+    sae/ folder in output_dir/sweep/name. No SAE of a group changes another. Where a checkpoint holds all these runs,
     training goes on from there, to the bit as if it had never stopped. Returns the final held-out metrics.
 
     Raises InputError if a run is over or in use, if its checkpoint was made with something else (versions, threads,
