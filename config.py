@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 
 from console import CONTROL, InputError
 
@@ -43,106 +44,90 @@ class Key:
     portable: bool = True  # it means something on other machines
 
 
-NO_RESULT = dict(in_name=False, in_point=False)  # it changes no result (another device only rounds differently)
+OfSAE = partial(Key, in_group=False)  # each SAE of a group may have its own
+NoResult = partial(Key, in_name=False, in_point=False)  # changes no result (another device only rounds differently)
 
 # fmt: off
-SECTIONS = {
-    "The SAE": (
-        Key("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk" or "jumprelu"', choices=SAE_TYPES, in_group=False),
-        Key("dict_size", 12288, "F, number of features", at_least=1, in_group=False),
-        Key("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk)",
-            at_least=1, types=TOP_K_TYPES, in_group=False),
-        Key("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk)",
-            at_least=1, types=TOP_K_TYPES, in_group=False),
-        Key("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk)",
-            at_least=0, types=TOP_K_TYPES, in_group=False),
-        Key("l1_coeff", 0.0, "coefficient of the L1 penalty; of the L0 penalty for jumprelu",
-            at_least=0, in_group=False),
-        Key("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
-            above=0, types=("jumprelu",), in_group=False),
-        Key("n_batches_to_dead", 5, "a feature inactive for this many batches is dead", at_least=1, in_group=False),
-        Key("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1",
-            in_group=False),
-        Key("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"",
-            choices=("float32", "float64"), in_group=False),
-    ),
-    "Its training": (
-        Key("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_group=False, in_point=False),
-        Key("batch_size", 4096, "tokens per training step", at_least=1),
-        Key("num_tokens", 1_000_000_000, "tokens to train on, rounded up to whole batches", at_least=1),
-        Key("lr", 3e-4, "Adam's learning rate", above=0, in_group=False),
-        Key("lr_warmup_steps", 0, "over the first so many steps the rate rises from 0 to lr, in a straight line",
-            at_least=0, in_group=False),
-        Key("lr_decay_steps", 0, "over the last so many steps it falls to 0, in a straight line",
-            at_least=0, in_group=False),
-        Key("beta1", 0.9, "Adam's decay of the mean gradient", at_least=0, below=1, in_group=False),
-        Key("beta2", 0.99, "Adam's decay of the mean squared gradient", at_least=0, below=1, in_group=False),
-        Key("max_grad_norm", 100_000.0, "the norm of the whole gradient is clipped to this", above=0, in_group=False),
-    ),
-    "The language model and where it is read": (
-        Key("model_name", "gpt2-small", "hub name, short name of transformer_lens, or local Hugging Face directory",
-            in_cache=True),
-        Key("site", "resid_pre", "resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name"),
-        Key("layer", 8, "block whose site is read (a full hook name overrides it)", at_least=0),
-        Key("act_size", 768, "d, width of the activations; None: read it from the model",
-            optional=int, at_least=2, in_name=False),
-        Key("model_dtype", "float32",
-            'the model is run in "float32" (on CUDA with TF32 products), "bfloat16" or "float16"',
-            choices=DTYPES, in_cache=True),
-        Key("device", "best present", '"cuda" or "cpu"; the default is cuda if it is there', **NO_RESULT),
-    ),
-    "The stream of activations": (
-        Key("dataset_path", "Skylion007/openwebtext", "hub name, or a local file, folder or saved dataset",
-            in_cache=True),
-        Key("dataset_config", None, 'configuration of a hub dataset, e.g. "en"', optional=str, in_cache=True),
-        Key("dataset_split", "train", "split of the dataset", in_cache=True),
-        Key("dataset_revision", None, "branch, tag or commit of a hub dataset", optional=str, in_cache=True),
-        Key("dataset_column", None, "column that holds text, tokens or chats; None: tokens, input_ids or text",
-            optional=str, in_cache=True, added_later=True),
-        Key("num_epochs", 1, "times that the dataset may be gone through", at_least=1),
-        Key("bad_documents", "stop", 'data that cannot be read or used: "stop", or "skip" it with a line that names it',
-            choices=("stop", "skip"), in_cache=True),
-        Key("stream_retries", 8, "tries to open a hub dataset again where the network fails, after 1, 2, 4, ... 60 s",
-            at_least=0, **NO_RESULT),
-        Key("bos_per_context", False, "begin every context with BOS, not only every document",
-            in_cache=True, set_by_model=True),
-        Key("seq_len", 128, "tokens per context; cut to what the model can take",
-            at_least=2, in_cache=True, set_by_model=True),
-        Key("model_batch_size", 512, "contexts per forward of the language model", at_least=1, in_cache=True),
-        Key("num_batches_in_buffer", 10, "forwards whose activations are shuffled together", at_least=1),
-        Key("activation_dtype", "float32", 'they wait in the buffer as "float32", "bfloat16" or "float16"',
-            choices=DTYPES, in_cache=True),
-        Key("activation_cache", None, "folder that keeps the activations, so that later runs need not harvest them",
-            optional=str, **NO_RESULT, portable=False),
-        Key("shuffle_seed", 49, "of that shuffle; runs share a stream only if they agree on it",
-            at_least=0, below=2**63),
-        Key("exclude_tokens", None, 'tokens left out of training and evaluation: "bos", "special", or a list of ids',
-            optional=list, in_cache=True, added_later=True, set_by_model=True),
-    ),
-    "Evaluation: the first documents of the dataset are held out and never trained on": (
-        Key("eval_tokens", 65_536, "held-out tokens, rounded up to whole contexts", at_least=1, in_cache=True),
-        Key("eval_skip_positions", 1, "first positions of a context that evaluation leaves alone (attention sink)",
-            at_least=0),
-    ),
-    "Records": (
-        Key("log_freq", 50, "steps between lines of training metrics", at_least=1, **NO_RESULT),
-        Key("perf_log_freq", 1000, "steps between evaluations on the first batch_size held-out tokens",
-            at_least=1, **NO_RESULT),
-        Key("checkpoint_freq", 10_000, "steps between checkpoints (every 15 minutes there is one anyway)",
-            at_least=1, **NO_RESULT),
-        Key("keep_checkpoints", 2, "the newest checkpoints that are kept", at_least=1, **NO_RESULT),
-        Key("save_errors", "stop", 'where a checkpoint or record cannot be written: "stop", or "go_on" without',
-            choices=("stop", "go_on"), **NO_RESULT),
-        Key("output_dir", "runs", "where records go: output_dir/sweep/name",
-            in_group=False, **NO_RESULT, portable=False),
-        Key("sweep", "single", "folder of the runs that belong together; main.py sets it", in_group=False, **NO_RESULT),
-        Key("wandb_project", "sparse_autoencoders", "Weights & Biases project", in_group=False, **NO_RESULT),
-        Key("wandb_mode", None, '"online", "offline" or "disabled"; None: online if logged in, or WANDB_MODE',
-            optional=str, choices=("online", "offline", "disabled"), in_group=False, **NO_RESULT),
-    ),
-}
+TABLE = (  # the keys under the titles of their sections
+    "The SAE",
+    OfSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk" or "jumprelu"', choices=SAE_TYPES),
+    OfSAE("dict_size", 12288, "F, number of features", at_least=1),
+    OfSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk)",
+        at_least=1, types=TOP_K_TYPES),
+    OfSAE("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk)",
+        at_least=1, types=TOP_K_TYPES),
+    OfSAE("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk)", at_least=0, types=TOP_K_TYPES),
+    OfSAE("l1_coeff", 0.0, "coefficient of the L1 penalty; of the L0 penalty for jumprelu", at_least=0),
+    OfSAE("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
+        above=0, types=("jumprelu",)),
+    OfSAE("n_batches_to_dead", 5, "a feature inactive for this many batches is dead", at_least=1),
+    OfSAE("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1"),
+    OfSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
+    "Its training",
+    OfSAE("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_point=False),
+    Key("batch_size", 4096, "tokens per training step", at_least=1),
+    Key("num_tokens", 1_000_000_000, "tokens to train on, rounded up to whole batches", at_least=1),
+    OfSAE("lr", 3e-4, "Adam's learning rate", above=0),
+    OfSAE("lr_warmup_steps", 0, "over the first so many steps the rate rises from 0 to lr, in a straight line",
+        at_least=0),
+    OfSAE("lr_decay_steps", 0, "over the last so many steps it falls to 0, in a straight line", at_least=0),
+    OfSAE("beta1", 0.9, "Adam's decay of the mean gradient", at_least=0, below=1),
+    OfSAE("beta2", 0.99, "Adam's decay of the mean squared gradient", at_least=0, below=1),
+    OfSAE("max_grad_norm", 100_000.0, "the norm of the whole gradient is clipped to this", above=0),
+    "The language model and where it is read",
+    Key("model_name", "gpt2-small", "hub name, short name of transformer_lens, or local Hugging Face directory",
+        in_cache=True),
+    Key("site", "resid_pre", "resid_pre, resid_mid, resid_post, mlp_out, attn_out, or a full hook name"),
+    Key("layer", 8, "block whose site is read (a full hook name overrides it)", at_least=0),
+    Key("act_size", 768, "d, width of the activations; None: read it from the model",
+        optional=int, at_least=2, in_name=False),
+    Key("model_dtype", "float32", 'the model is run in "float32" (on CUDA with TF32 products), "bfloat16" or "float16"',
+        choices=DTYPES, in_cache=True),
+    NoResult("device", "best present", '"cuda" or "cpu"; the default is cuda if it is there'),
+    "The stream of activations",
+    Key("dataset_path", "Skylion007/openwebtext", "hub name, or a local file, folder or saved dataset", in_cache=True),
+    Key("dataset_config", None, 'configuration of a hub dataset, e.g. "en"', optional=str, in_cache=True),
+    Key("dataset_split", "train", "split of the dataset", in_cache=True),
+    Key("dataset_revision", None, "branch, tag or commit of a hub dataset", optional=str, in_cache=True),
+    Key("dataset_column", None, "column that holds text, tokens or chats; None: tokens, input_ids or text",
+        optional=str, in_cache=True, added_later=True),
+    Key("num_epochs", 1, "times that the dataset may be gone through", at_least=1),
+    Key("bad_documents", "stop", 'data that cannot be read or used: "stop", or "skip" it with a line that names it',
+        choices=("stop", "skip"), in_cache=True),
+    NoResult("stream_retries", 8, "tries to open a hub dataset again where the network fails, after 1, 2, 4, ... 60 s",
+        at_least=0),
+    Key("bos_per_context", False, "begin every context with BOS, not only every document",
+        in_cache=True, set_by_model=True),
+    Key("seq_len", 128, "tokens per context; cut to what the model can take",
+        at_least=2, in_cache=True, set_by_model=True),
+    Key("model_batch_size", 512, "contexts per forward of the language model", at_least=1, in_cache=True),
+    Key("num_batches_in_buffer", 10, "forwards whose activations are shuffled together", at_least=1),
+    Key("activation_dtype", "float32", 'they wait in the buffer as "float32", "bfloat16" or "float16"',
+        choices=DTYPES, in_cache=True),
+    NoResult("activation_cache", None, "folder that keeps the activations, so that later runs need not harvest them",
+        optional=str, portable=False),
+    Key("shuffle_seed", 49, "of that shuffle; runs share a stream only if they agree on it", at_least=0, below=2**63),
+    Key("exclude_tokens", None, 'tokens left out of training and evaluation: "bos", "special", or a list of ids',
+        optional=list, in_cache=True, added_later=True, set_by_model=True),
+    "Evaluation: the first documents of the dataset are held out and never trained on",
+    Key("eval_tokens", 65_536, "held-out tokens, rounded up to whole contexts", at_least=1, in_cache=True),
+    Key("eval_skip_positions", 1, "first positions of a context that evaluation leaves alone (attention sink)",
+        at_least=0),
+    "Records",
+    NoResult("log_freq", 50, "steps between lines of training metrics", at_least=1),
+    NoResult("perf_log_freq", 1000, "steps between evaluations on the first batch_size held-out tokens", at_least=1),
+    NoResult("checkpoint_freq", 10_000, "steps between checkpoints (every 15 minutes there is one anyway)", at_least=1),
+    NoResult("keep_checkpoints", 2, "the newest checkpoints that are kept", at_least=1),
+    NoResult("save_errors", "stop", 'where a checkpoint or record cannot be written: "stop", or "go_on" without',
+        choices=("stop", "go_on")),
+    NoResult("output_dir", "runs", "where records go: output_dir/sweep/name", in_group=False, portable=False),
+    NoResult("sweep", "single", "folder of the runs that belong together; main.py sets it", in_group=False),
+    NoResult("wandb_project", "sparse_autoencoders", "Weights & Biases project", in_group=False),
+    NoResult("wandb_mode", None, '"online", "offline" or "disabled"; None: online if logged in, or WANDB_MODE',
+        optional=str, choices=("online", "offline", "disabled"), in_group=False),
+)
 # fmt: on
-KEYS = {key.name: key for keys in SECTIONS.values() for key in keys}
+KEYS = {key.name: key for key in TABLE if isinstance(key, Key)}
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
 # What saved configs may hold beside these keys. language_model.complete_cfg adds `asked`, what was asked for where the
@@ -291,11 +276,12 @@ def device_problem(device: str) -> str | None:
 def keys_table() -> str:
     """The keys as a Markdown table, a row each, with their defaults."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
-    for section, keys in SECTIONS.items():
-        lines.append(f"| **{section}** | | |")
-        for key in keys:
-            default = f"{key.default:_}" if type(key.default) is int else key.default
-            lines.append(f"| `{key.name}` | {default} | {key.doc} |")
+    for row in TABLE:
+        if isinstance(row, str):
+            lines.append(f"| **{row}** | | |")
+        else:
+            default = f"{row.default:_}" if type(row.default) is int else row.default
+            lines.append(f"| `{row.name}` | {default} | {row.doc} |")
     return "\n".join(lines)
 
 
