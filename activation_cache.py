@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import sync, write_json
-from config import InputError, gib, tell
+from console import InputError, gib, tell
 
 
 class ActivationCache:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from activation_cache import ActivationCache
-from config import InputError, num_steps, tell
+from config import num_steps, values_of
+from console import InputError, tell
 from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint, tokenizer_of
 from text_stream import TextStream
 
@@ -93,19 +94,10 @@ class ActivationsStore:
         )
 
     def open_cache(self) -> ActivationCache:
-        determined_by = (
-            "model_name", "hook_point", "model_dtype", "dataset_path", "dataset_config", "dataset_split",
-            "dataset_revision", "bad_documents", "bos_per_context", "model_batch_size", "eval_tokens",
-            "activation_dtype",
-        )  # fmt: skip
-        identity = {key: self.cfg[key] for key in determined_by}
-        if self.cfg["dataset_column"] is not None:  # else caches from before there was this key stay valid
-            identity["dataset_column"] = self.cfg["dataset_column"]
-        identity |= {"act_size": self.act_size, "seq_len": self.seq_len, "buffer_rows": len(self.memory)}
+        identity = values_of(self.cfg, "in_cache") | {"hook_point": self.cfg["hook_point"]}
+        identity |= {"act_size": self.act_size, "buffer_rows": len(self.memory)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()
-        if self.cfg["exclude_tokens"] is not None:
-            identity["exclude_tokens"] = self.cfg["exclude_tokens"]
         return ActivationCache(self.cfg["activation_cache"], identity, len(self.memory), self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:

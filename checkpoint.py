@@ -21,7 +21,8 @@ from pathlib import Path
 import safetensors.torch
 from safetensors.torch import load_file
 
-from config import InputError, one_line, post_init_cfg, tell
+from config import post_init_cfg
+from console import InputError, one_line, tell
 from sae import SAE_CLASSES, BaseAutoencoder
 
 # What state.json holds: steps taken, seconds it took, the store's state, the last step in each run's metrics.jsonl.

@@ -26,7 +26,7 @@ from datasets.utils.file_utils import readline, xopen
 from fsspec.utils import glob_translate
 from pandas.errors import ParserWarning
 
-from config import InputError, one_line, tell
+from console import InputError, one_line, tell
 from hub import offline_hint
 
 COLUMNS = ("tokens", "input_ids", "text")  # what is read without a dataset_column, in order of preference

@@ -49,7 +49,8 @@ import torch.nn.functional as F
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
-from config import InputError, best_device, one_line, run_command, tell
+from config import best_device
+from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 

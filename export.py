@@ -30,7 +30,8 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, serialized, sync, write, write_json
-from config import SITES, InputError, num_steps, one_line, post_init_cfg, run_command
+from config import KEYS, SITES, num_steps, post_init_cfg
+from console import InputError, one_line, run_command
 from language_model import hub_name
 from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
@@ -148,7 +149,7 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
 
 def portable_cfg(sae: BaseAutoencoder) -> dict:
     """The config without the folders of this machine that no reader has a use for."""
-    return {key: value for key, value in sae.cfg.items() if key not in ("output_dir", "activation_cache")}
+    return {key: value for key, value in sae.cfg.items() if key not in KEYS or KEYS[key].portable}
 
 
 def weights_of(sae: BaseAutoencoder) -> dict:

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import SITES, InputError, run_command
+from config import SITES
+from console import InputError, run_command
 from evaluation import DENSE, heldout_activations, kept, open_run, read_record
 
 EXAMPLES = 8  # top contexts of a feature

@@ -18,7 +18,8 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES
 
-from config import SET_BY_MODEL, InputError, one_line, post_init_cfg, tell
+from config import post_init_cfg
+from console import InputError, one_line, tell
 from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
 from sparse_ops import full_precision, screen_dtype
 
@@ -120,8 +121,8 @@ def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
     Raises InputError if exclude_tokens names tokens that the model does not have, or if nothing is left to evaluate.
     """
     has_bos = tokenizer_of(model, cfg).bos_token_id is not None
-    values = min(cfg["seq_len"], model.cfg.n_ctx), cfg["bos_per_context"] and has_bos, excluded_ids(cfg, model)
-    effective = dict(zip(SET_BY_MODEL, values))
+    effective = {"seq_len": min(cfg["seq_len"], model.cfg.n_ctx), "bos_per_context": cfg["bos_per_context"] and has_bos}
+    effective["exclude_tokens"] = excluded_ids(cfg, model)
     asked = {key: cfg[key] for key in effective if cfg[key] != effective[key]} | cfg.get("asked", {})
     return post_init_cfg(cfg | effective | {"has_bos": has_bos, "asked": asked})
 

@@ -23,7 +23,7 @@ import torch
 import wandb
 
 from checkpoint import SaveError, run_folder, saved_sae, write, write_json
-from config import InputError, one_line, tell
+from console import InputError, one_line, tell
 from language_model import model_fingerprint
 
 WANDB_PATIENCE = 30  # seconds that a run's end waits for Weights & Biases to take what is left of it

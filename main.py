@@ -18,18 +18,8 @@ from pathlib import Path
 import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint, remove_checkpoints
-from config import (
-    DERIVED,
-    GROUP_KEYS,
-    NONE_ALLOWED,
-    NOT_IN_NAME,
-    RECORDED,
-    InputError,
-    get_default_cfg,
-    post_init_cfg,
-    run_command,
-    tell,
-)  # fmt: skip
+from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
+from console import InputError, run_command, tell
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
@@ -146,8 +136,8 @@ def parse_override(text: str) -> tuple[str, object]:
         raise InputError(
             f"{key} cannot be set: it follows from the sweep, other keys and the model (hook_point from site and layer)"
         )
-    default = get_default_cfg().get(key)
-    if isinstance(default, str) or (NONE_ALLOWED.get(key) is str and value.lower() != "none"):
+    known = KEYS.get(key)
+    if known and (isinstance(known.default, str) or (known.optional is str and value.lower() != "none")):
         return key, value
     try:
         return key, ast.literal_eval({"none": "None", "true": "True", "false": "False"}.get(value.lower(), value))
@@ -166,7 +156,7 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
     if seeds and "seed" in overrides:
         raise InputError(f"seed = {overrides['seed']} and --seeds are both given: one of them is enough")
     completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are one value
-    changes = {key: completed[key] for key in sorted(overrides) if key not in NOT_IN_NAME}
+    changes = {key: completed[key] for key in sorted(overrides) if KEYS[key].in_name}
     folder = f"{sweep}-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:6]}" if changes else sweep
     per_seed = [{"seed": seed} for seed in seeds] if seeds else [{}]
     cfgs = {}
@@ -186,7 +176,7 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     """
     groups, failed = {}, []
     for cfg in cfgs:
-        key = newest_checkpoint(cfg), json.dumps([cfg[key] for key in GROUP_KEYS])
+        key = newest_checkpoint(cfg), json.dumps(values_of(cfg, "in_group"))
         groups.setdefault(key, []).append(cfg)
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from config import NOT_IN_NAME, RECORDED
+from config import KEYS
 from dataset import file_kind
 from evaluation import read_record, with_error
 from language_model import hub_name
@@ -30,10 +30,6 @@ METRICS = {  # evaluation.py's, in its definitions
     "recovery_from_zero": "share of the loss of zero ablation that the SAE wins back",
     "recovery_from_mean": "share of the loss of mean ablation that the SAE wins back",
 }
-UNUSED = {  # config keys that say nothing about an SAE of that type
-    "vanilla": {"bandwidth", "top_k", "top_k_aux", "aux_penalty"}, "topk": {"bandwidth"}, "batchtopk": {"bandwidth"},
-    "jumprelu": {"top_k", "top_k_aux", "aux_penalty"},
-}  # fmt: skip
 LIBRARIES = {"saelens": "saelens", "dictionary_learning": "dictionary_learning"}  # to the hub; else our own
 LOADING = {  # with what, its imports, and what follows
     "saelens": (
@@ -125,7 +121,8 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     keys = {"sae_type", "act_size", "dict_size", "input_unit_norm", "dtype", "model_name", "hook_point"}
     training = "How it was trained is not recorded here, and the config in this folder may not be what it was."
     if num_tokens:
-        keys |= cfg.keys() - NOT_IN_NAME - {*RECORDED, "bad_documents", "site", "layer"} - UNUSED[cfg["sae_type"]]
+        keys |= {key.name for key in KEYS.values() if key.in_name and cfg["sae_type"] in key.types}
+        keys -= {"bad_documents", "site", "layer"}
         training = f"It was trained on {num_tokens:,} tokens of `{cfg['dataset_path']}`, in contexts of "
         training += f"{cfg['seq_len']} tokens"
         separator = "BOS before each" if cfg.get("has_bos", True) else "without BOS, which the model does not have"

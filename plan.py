@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from config import InputError, gib, num_steps, tell
+from config import num_steps
+from console import InputError, gib, tell
 from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype

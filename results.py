@@ -15,7 +15,6 @@ as PNG and PDF, and the numbers, of finished runs only:
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator
+
+from config import KEYS, RECORDED
+from console import InputError, run_command, tell
 
 # Drawn at the width of a paper's page, 6.8 inches, so that fonts keep their size in points in print.
 plt.rcParams.update({
@@ -47,10 +49,7 @@ STYLES = {
 LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3, 2)), (0, (3, 1, 1, 1, 1, 1))]
 FEWEST_ACTIVE = 0.1  # L0 below which a run counts as dead
 # A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
-NOT_IN_POINT = {
-    "seed", "name", "device", "output_dir", "sweep", "wandb_project", "wandb_mode", "log_freq", "perf_log_freq",
-    "checkpoint_freq", "keep_checkpoints", "save_errors", "stream_retries", "activation_cache",
-}  # fmt: skip
+NOT_IN_POINT = {"name", *RECORDED, *(key.name for key in KEYS.values() if not key.in_point)}
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # and their signs in legends
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
@@ -102,7 +101,7 @@ def read(path: Path) -> dict | list[dict]:
             return [json.loads(line) for line in text.split("\n")[:-1]]
         return json.loads(text or "{}")
     except ValueError as error:
-        fail(f"{path} is not JSON ({error}): restore it, or move its run away")
+        raise InputError(f"{path} is not JSON ({error}): restore it, or move its run away") from error
 
 
 def wandb_runs(project: str, sweep: str | None) -> list[Run]:
@@ -113,10 +112,10 @@ def wandb_runs(project: str, sweep: str | None) -> list[Run]:
     import wandb
 
     if project.count("/") != 1:
-        fail(f"--wandb {project} is not of the form ENTITY/PROJECT")
+        raise InputError(f"--wandb {project} is not of the form ENTITY/PROJECT")
     try:
         if not wandb.login(prompt=False):
-            fail("not logged in to Weights & Biases: run `wandb login`, or set WANDB_API_KEY")
+            raise InputError("not logged in to Weights & Biases: run `wandb login`, or set WANDB_API_KEY")
         api, skipped = wandb.Api(), set()
 
         def runs_of(filters: dict) -> Iterator:
@@ -129,11 +128,16 @@ def wandb_runs(project: str, sweep: str | None) -> list[Run]:
         if sweep is None:
             sweep = next((run.config["sweep"] for run in runs_of({})), "")
         runs = list(map(from_wandb, runs_of({"group": sweep}))) if sweep else []
+    except InputError:
+        raise
     except (wandb.Error, ValueError) as error:  # what the client raises: no access, no such project, no network
-        fail(f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}")
+        line = f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}"
+        raise InputError(line) from error
     if skipped:
-        print(f"Skipped runs of {project} that are not from a sweep of this program: {len(skipped)}", file=sys.stderr)
-    return runs or fail(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
+        tell(f"Skipped runs of {project} that are not from a sweep of this program: {len(skipped)}")
+    if not runs:
+        raise InputError(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
+    return runs
 
 
 def from_wandb(run) -> Run:
@@ -158,8 +162,7 @@ def run_table(runs: list[Run]) -> pd.DataFrame:
 
 def point_keys(table: pd.DataFrame) -> list[str]:
     """The config keys that runs must agree on to be one point."""
-    recorded = {"asked", "has_bos"}  # beside the config, by language_model.complete_cfg
-    return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT - recorded)
+    return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -444,26 +447,25 @@ def sweep_folder(asked: Path) -> Path:
             return folder
     sweeps = [folder for folder in asked.glob("*") if run_configs(folder)]
     if not sweeps:
-        fail(f"{asked} holds no run records; train a sweep first (python main.py demo)")
+        raise InputError(f"{asked} holds no run records; train a sweep first (python main.py demo)")
     return max(sweeps, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*/*.json")))
 
 
-def fail(line: str):
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "folder", nargs="?", type=Path, metavar="RUNS or SWEEP",
         help="a sweep's folder or its name in runs/, or a folder of sweeps: the newest in it (default: runs)",
     )  # fmt: skip
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from this W&B project")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.wandb:
         runs = wandb_runs(args.wandb, args.folder and args.folder.name)
         folder = args.folder if args.folder and len(args.folder.parts) > 1 else Path("runs", runs[0].config["sweep"])
         draw_results(folder, runs)
     else:
         draw_results(sweep_folder(args.folder or Path("runs")))
+
+
+if __name__ == "__main__":
+    run_command(main)

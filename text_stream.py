@@ -34,7 +34,7 @@ import datasets
 import numpy as np
 import torch
 
-from config import InputError, one_line, tell
+from console import InputError, one_line, tell
 from dataset import COLUMNS, is_chat, load_text
 from hub import StreamError, give_up_soon, hub_reachable, may_pass
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import sparse_ops
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
-from config import InputError, num_steps, out_of_memory, tell
+from config import num_steps
+from console import InputError, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -52,8 +53,8 @@ def train_sae(sae, activation_store, model, cfg: dict) -> dict:
 def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resume_anyway: bool = False) -> list[dict]:
     """Train SAEs side by side on one stream: the language model runs once, and all see the same batches.
 
-    `cfgs` are completed configs that agree on config.GROUP_KEYS. Each run has its own record and its own sae/ folder in
-    output_dir/sweep/name. The SAEs of a group do not influence each other. If a checkpoint holds all these runs,
+    `cfgs` are completed configs that agree on all `in_group` keys (config.py). Each run has its own record and its own
+    sae/ folder in output_dir/sweep/name. The SAEs of a group do not influence each other. If a checkpoint holds all these runs,
     training resumes from it, with the same results as without the interruption. Returns the final held-out metrics.
 
     Raises, after what was trained has been saved:

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer
 
 from activation_store import ActivationsStore
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from language_model import load_model
 
 DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"

@@ -14,7 +14,7 @@ import checkpoint
 import training
 from activation_store import ActivationsStore
 from checkpoint import damage, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
-from config import InputError
+from console import InputError
 from logs import run_folder
 from sae import SAE_CLASSES
 

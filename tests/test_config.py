@@ -1,14 +1,15 @@
 """Config dicts: the paper's defaults, what is rejected and how, and names that tell runs apart."""
 
 import copy
-import inspect
 import re
 import warnings
 
 import pytest
+import torch
 
-import config
-from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
+from config import KEYS, get_default_cfg, keys_table, post_init_cfg
+from console import InputError
+from sae import SAE_CLASSES
 
 # For every key a value that is allowed and is not the default.
 OTHER_VALUE = {
@@ -96,11 +97,20 @@ def test_defaults_are_the_papers():
     assert post_init_cfg({})["hook_point"] == "blocks.8.hook_resid_pre"
 
 
-def test_every_key_is_explained():
-    """get_default_cfg has a comment on every key."""
-    source = inspect.getsource(get_default_cfg)
-    for key in DEFAULTS:
-        assert re.search(rf'^ +"{key}": .*,  # \S', source, re.MULTILINE), key
+def test_table_of_keys():
+    """`python config.py` prints a row for every key, in the order of the dict; a default is what a user would write."""
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", keys_table(), re.MULTILINE)
+    assert [key for key, _, _ in rows] == list(DEFAULTS)
+    for key, default, doc in rows:
+        assert doc == KEYS[key].doc
+        if not isinstance(DEFAULTS[key], str):
+            assert eval(default) == DEFAULTS[key]
+    assert "| `device` | best present |" in keys_table() and "\n| **Records** | | |\n| `log_freq` |" in keys_table()
+
+
+def test_sae_types_are_those_of_sae():
+    """config.py names the SAE types, and sae.py has their classes."""
+    assert tuple(SAE_CLASSES) == KEYS["sae_type"].choices
 
 
 def test_defaults_are_a_fresh_dict():
@@ -111,24 +121,39 @@ def test_defaults_are_a_fresh_dict():
 
 @pytest.mark.parametrize("key", list(DEFAULTS))
 def test_a_key_changes_the_name_or_is_documented_as_not_changing_the_result(key):
-    """Two configs that differ in a key that changes the result have different names; NOT_IN_NAME is the rest."""
+    """Two configs that differ in a key that changes the result have different names; others do not."""
     before, after = completed(), completed(**{key: OTHER_VALUE[key]})
     assert after[key] == OTHER_VALUE[key] != before[key], "the value is taken over"
-    assert (before["name"] == after["name"]) == (key in NOT_IN_NAME)
+    assert (before["name"] == after["name"]) == (not KEYS[key].in_name)
 
 
 def test_not_in_name_holds_only_what_cannot_change_the_result():
     """What is left out of the name is how a run is recorded, how its data come, and what follows from other keys."""
     records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
-    assert NOT_IN_NAME == records | {
-        "keep_checkpoints", "save_errors",
-        "device", "act_size", "name", "hook_point", "stream_retries", "activation_cache",
-    }  # fmt: skip
+    no_result = records | {"keep_checkpoints", "save_errors", "device", "stream_retries", "activation_cache"}
+    assert {key for key in KEYS if not KEYS[key].in_name} == no_result | {"act_size"}
+    assert {key for key in KEYS if not KEYS[key].in_point} == no_result | {"seed"}
 
 
-def test_keys_that_came_later_leave_earlier_names_alone():
-    """A run of the defaults has the name that it had before there were these keys."""
-    assert completed()["name"] == "batchtopk_12288_k32_seed49_fe20d5f7"
+NAMES = {  # as they were in runs of earlier versions
+    "batchtopk_12288_k32_seed49_fe20d5f7": {},
+    "topk_12288_k64_seed49_8e8e8757": dict(sae_type="topk", top_k=64),
+    "jumprelu_12288_l1_0.004_seed49_16481b3e": dict(sae_type="jumprelu", l1_coeff=0.004, bandwidth=0.002),
+    "vanilla_12288_l1_0.001_seed50_5589614d": dict(
+        sae_type="vanilla", l1_coeff=1e-3, seed=50, site="blocks.3.hook_mlp_out"
+    ),
+    "batchtopk_12288_k32_seed49_647f3837": dict(exclude_tokens=[3, 0], dataset_column="content"),
+    "batchtopk_12288_k32_seed49_5b2671cd": dict(num_tokens=1e9, lr=1, sweep="x", act_size=None, log_freq=1),
+    "batchtopk_12288_k32_seed49_b7f073e8": dict(
+        dataset_config="en", dataset_revision="main", bos_per_context=True, seq_len=64, eval_tokens=1000
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stay_as_they_were(name):
+    """Runs keep the names that they had: also where a key came later and has its default."""
+    assert completed(**NAMES[name])["name"] == name
 
 
 def test_names_of_all_types_differ():
@@ -159,7 +184,7 @@ def test_group_keys_are_config_keys_that_decide_the_stream():
         "lr_warmup_steps", "lr_decay_steps",
     }  # fmt: skip
     records = {"output_dir", "sweep", "wandb_project", "wandb_mode"}
-    assert set(GROUP_KEYS) == set(DEFAULTS) - per_sae - records
+    assert {key for key in KEYS if not KEYS[key].in_group} == per_sae | records
 
 
 @pytest.mark.parametrize("changes", [{}, OTHER_VALUE, {"num_tokens": 1e9, "lr": 1, "site": "blocks.3.hook_mlp_out"}])
@@ -193,7 +218,7 @@ def test_unknown_key_suggests_the_nearest(wrong, meant):
 
 def wrong_types():
     for key, default in DEFAULTS.items():
-        kind = NONE_ALLOWED.get(key, type(default))
+        kind = KEYS[key].optional or type(default)
         wrong = {
             int: [True, "3", 1.5, [1]],
             float: [True, "0.1", [0.1]],
@@ -202,7 +227,7 @@ def wrong_types():
             list: ["eos", True, 1.5, [], [1.5], [-1], [True], ["bos"], {"ids": [1]}],  # exclude_tokens
         }[kind]
         yield from ((key, value) for value in wrong)
-        if key not in NONE_ALLOWED:
+        if not KEYS[key].optional:
             yield key, None
 
 
@@ -210,11 +235,11 @@ def wrong_types():
 def test_wrong_type_is_rejected(key, value):
     """A value of the wrong type is rejected with the key, the value and the type it must have."""
     message = rejection(**{key: value})
-    kind = NONE_ALLOWED.get(key, type(DEFAULTS[key]))
+    kind = KEYS[key].optional or type(DEFAULTS[key])
     assert message.startswith(f"{key} = {value!r} ") and kind.__name__ in message
 
 
-@pytest.mark.parametrize("key", NONE_ALLOWED)
+@pytest.mark.parametrize("key", [key for key in KEYS if KEYS[key].optional])
 def test_none_where_it_means_something(key):
     """None is a value of the keys that document it."""
     assert completed(**{key: None})[key] is None
@@ -315,12 +340,6 @@ def test_no_sparsity_penalty_is_warned_of():
 def test_default_device_is_the_best_one_present(monkeypatch):
     """The default device is CUDA where there is one, else the CPU: Apple's MPS has no float64."""
     for cuda, mps, best in [(True, True, "cuda"), (False, True, "cpu"), (False, False, "cpu")]:
-        monkeypatch.setattr(config.torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        monkeypatch.setattr(config.torch.backends.mps, "is_available", lambda mps=mps: mps)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
         assert get_default_cfg()["device"] == best
-
-
-def test_messages_hold_no_control_characters(capsys):
-    """What tell prints may hold a file's name: a control sequence in it never reaches the terminal."""
-    tell("a\x1b[31m\nb\x9b")
-    assert capsys.readouterr().err == "a\\x1b[31m\nb\\x9b\n"

@@ -19,7 +19,7 @@ from test_activation_store import BOS, DEMO_LM, SEQ_LEN, make_cfg
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from config import InputError
+from console import InputError
 from text_stream import TextStream
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}, 'naïve {i}'\n" * 2 for i in range(40)]

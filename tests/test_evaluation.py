@@ -28,7 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 import evaluation
 from activation_store import ActivationsStore
 from checkpoint import save_sae, write_json
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from language_model import load_model

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, save_sae
-from config import InputError, get_default_cfg, post_init_cfg, run_command
+from config import get_default_cfg, post_init_cfg
+from console import InputError, run_command
 from export import export_sae, import_sae, main
 from language_model import load_model, run_bridge_to_hook
 from sae import SAE_CLASSES

@@ -18,7 +18,8 @@ import transformers
 import features
 from activation_store import ActivationsStore
 from checkpoint import save_sae, write_json
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step

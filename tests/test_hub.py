@@ -39,7 +39,8 @@ import datasets, torch
 import training
 from activation_store import ActivationsStore
 from checkpoint import run_folder
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from language_model import load_model
 from main import DEMO_BASE
 from sae import SAE_CLASSES

@@ -28,7 +28,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 import language_model
 from activation_store import ActivationsStore
 from checkpoint import load_sae, save_sae
-from config import InputError
+from console import InputError
 from export import export_sae
 from language_model import (
     Loader,

@@ -20,7 +20,8 @@ from test_export import FOREIGN, ours, published_forward
 import evaluation
 import model_card
 from checkpoint import save_sae
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from export import export_sae, main, upload
 from sae import SAE_CLASSES
 

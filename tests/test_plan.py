@@ -12,7 +12,7 @@ import main
 import plan
 from activation_store import ActivationsStore
 from checkpoint import load_sae
-from config import InputError
+from console import InputError
 from logs import run_folder
 
 PEAK = """

@@ -15,7 +15,8 @@ import pytest
 from wandb_server import WandbServer, offline_run
 
 import results
-from config import NOT_IN_NAME, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from logs import RunLog
 
 REPO = Path(__file__).resolve().parent.parent
@@ -137,12 +138,6 @@ def test_values_that_are_no_single_one(tmp_path, capsys):
     assert finished_points(tmp_path / "sweep")["seeds"].tolist() == [2, 2, 2]
     results.draw_results(tmp_path / "sweep")
     assert re.search(r"differ in exclude_tokens\b", capsys.readouterr().out)
-
-
-def test_what_does_not_change_a_result_does_not_part_seeds():
-    """Keys that are no part of a run's name are none of a point, but for those that follow from others."""
-    assert NOT_IN_NAME - {"act_size", "hook_point"} <= results.NOT_IN_POINT
-    assert results.NOT_IN_POINT - NOT_IN_NAME == {"seed"}
 
 
 def test_a_config_counts_once(tmp_path, capsys):
@@ -388,7 +383,10 @@ def test_other_folders_beside_runs(tmp_path, config):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    """No records, no folder, a broken record, no login, a wrong project name: one line that names it, exit code 2."""
+    """No records, no folder, a broken record, no login, a wrong project name: one line that names it, exit code 2.
+
+    Called as functions, they raise InputError and leave the process running.
+    """
     (tmp_path / "empty").mkdir()
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
@@ -397,12 +395,16 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ("missing", f"{tmp_path / 'missing'} holds no run records"),
         ("broken", f"{name}/metrics.jsonl is not JSON"),
     ]:
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(InputError, match=f"^.*{re.escape(said)}.*$"):
             results.draw_results(results.sweep_folder(tmp_path / folder))
-        out, err = capsys.readouterr()
-        assert stopped.value.code == 2 and not out and re.fullmatch(r"error: .*\n", err) and said in err
-    for project, said in [("me/project", "wandb login"), ("project", "ENTITY/PROJECT")]:
-        done = run("demo", "--wandb", project, home=tmp_path / "home")
+        assert capsys.readouterr() == ("", "")
+    commands = [
+        (["demo", "--wandb", "me/project"], "wandb login"),
+        (["demo", "--wandb", "project"], "ENTITY/PROJECT"),
+        ([tmp_path / "broken"], "is not JSON"),
+    ]
+    for command, said in commands:
+        done = run(*command, home=tmp_path / "home")
         assert done.returncode == 2 and not done.stdout
         assert re.fullmatch(r"error: .*\n", done.stderr) and said in done.stderr
     assert not (tmp_path / "missing").exists() and not list(tmp_path.glob("*/results*"))

@@ -23,7 +23,7 @@ import main
 import training
 from activation_store import ActivationsStore
 from checkpoint import SaveError, groups_folder, load_sae, newest_checkpoint
-from config import InputError, run_command
+from console import InputError, run_command
 from hub import StreamError
 from logs import RunLog, is_finished, is_over, run_folder, why_stopped
 from sae import SAE_CLASSES

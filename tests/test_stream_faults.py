@@ -32,7 +32,7 @@ from test_hub import LM, ONE_SMALL_RUN, ROOT
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from config import InputError
+from console import InputError
 from text_stream import TextStream
 
 # The hub's client waits 1 and 2 s before it makes a request again.

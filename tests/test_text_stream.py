@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 
 import text_stream
 from activation_store import ActivationsStore
-from config import InputError
+from console import InputError
 from text_stream import TextStream
 
 EVAL_CONTEXTS = 3

@@ -12,7 +12,8 @@ import torch
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae
-from config import InputError, get_default_cfg, post_init_cfg
+from config import get_default_cfg, post_init_cfg
+from console import InputError
 from evaluation import evaluate, heldout_baseline
 from export import export_sae
 from language_model import load_model

@@ -14,7 +14,7 @@ from test_sae import KINDS, assert_same_state, dense, make_cfg, make_sae, make_x
 
 import checkpoint
 from checkpoint import load_sae, save_sae
-from config import InputError
+from console import InputError
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 

@@ -1,0 +1,63 @@
+"""What the user reads: errors of one line, messages, exit codes. Without torch, so that results.py starts fast."""
+
+import re
+import sys
+import warnings
+
+from tqdm import tqdm
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what, the value, what is allowed."""
+
+    exit_code = 2
+
+
+def tell(line: str) -> None:
+    """A line (or a table) for the user, above any progress bar."""
+    tqdm.write(printable(line), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Control characters but for the ends of lines escaped: a message may hold a file's text, such as a name."""
+    return CONTROL.sub(lambda match: match[0] if match[0] == "\n" else repr(match[0])[1:-1], text)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: a device's, which torch.OutOfMemoryError says (known by its name, without torch), or the
+    machine's, where torch raises a plain RuntimeError.
+    """
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
+
+
+def run_command(main, interrupted: str = "Stopped") -> None:
+    """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
+    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(4)
+    except Exception as error:
+        if out_of_memory(error):
+            print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
+            sys.exit(3)
+        if not hasattr(error, "exit_code"):
+            raise
+        print(f"error: {printable(str(error))}".replace("\n", "\\n"), file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error of another library, cut to a readable length."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return line if len(line) <= 200 else line[:200] + " …"
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
