@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import sparse_ops
-from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
+from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, save_sae
 from config import InputError, num_steps, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
@@ -81,12 +81,12 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
 
         num_tokens = activation_store.tokens_needed
         results = evaluate([run.sae for run in runs], activation_store, baseline) if runs else []
-        with disk(cfg | {"save_errors": "stop"}, "the SAEs"):
+        with handle_save_errors(cfg | {"save_errors": "stop"}, "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run.log.folder / "sae")
         for run, result in zip(runs, results):
             result |= {"tokens": num_tokens, "steps": num_tokens // cfg["batch_size"], "seconds": seconds}
-            with disk(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
+            with handle_save_errors(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
                 run.log.finish(result)
         remove_checkpoints(cfg, lambda name: is_over(cfg | {"name": name}))
     if failed:
@@ -122,7 +122,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             except (InputError, StreamError, Stopped) as error:  # also: the data ended early, or the network is down
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
-                    with disk(cfg, "the SAEs"):
+                    with handle_save_errors(cfg, "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
@@ -133,7 +133,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     outputs.remove(output)
                     failed.append(f"{run.cfg['name']}: step {step}: {output}")
                     tell(failed[-1])
-                    with disk(cfg, f"{run.log.folder}"):
+                    with handle_save_errors(cfg, f"{run.log.folder}"):
                         save_sae(run.sae, run.log.folder / "sae")
                         run.log.stop(step, str(output))
             if not runs:
@@ -157,7 +157,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
                     tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")
                 if values:
-                    with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
+                    with handle_save_errors(cfg, f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
             if signals.asked or step == last_step or checkpoints.due(step):
                 checkpoints.save(step, activation_store.state_dict())

@@ -280,7 +280,7 @@ def test_a_signal_while_activations_are_awaited_stops_at_once(model, make_cfg): 
     class Store(ActivationsStore):
         def fill_buffer(self):
             super().fill_buffer()
-            if self.here["buffer"] == 2:
+            if self.buffer_start["buffer"] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise AssertionError("not reached")
 
