@@ -356,7 +356,7 @@ def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -
         if key not in ("versions", "commit", "python") and before.get(key) != now[key]
     ]  # fmt: skip
     if changed and not resume_anyway:
-        raise InputError(f"cannot resume from {path}: {'; '.join(changed)} (use --resume-anyway to resume anyway)")
+        raise InputError(f"cannot resume from {path}: {'; '.join(changed)} (--resume-anyway ignores this)")
     if changed:
         tell(f"{path}: {'; '.join(changed)}; resuming anyway")
 

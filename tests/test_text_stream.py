@@ -158,7 +158,7 @@ def test_which_bytes_the_fingerprint_covers(tmp_path, monkeypatch, read):
 def test_too_few_epochs(model, jsonl):  # noqa: F811
     """Too few tokens in num_epochs are an error before training, which names the tokens, the epochs and num_tokens."""
     path = jsonl(counted_documents(48, 400), "tokens")
-    with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2 .* num_tokens = 820"):
+    with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2, .* num_tokens = 820"):
         ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
     store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
     assert sum(len(store.next_batch()) for _ in range(20)) == 800
