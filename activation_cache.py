@@ -1,10 +1,10 @@
-"""Activations on the disk: harvested once, then read at the disk's speed in place of the language model.
+"""Activations on disk: harvested once, then read instead of running the language model.
 
-    <activation_cache>/<hash of what determines them>/buffer_000000.bin   a buffer in the order of the text, [rows, d]
-                                                      manifest.json       what they are; rows, SHA-256 and stream
-                                                                          positions of every buffer
+    <activation_cache>/<hash of the identity>/buffer_000000.bin   a buffer in text order, [rows, d]
+                                              manifest.json       the identity; rows, SHA-256 and next stream position
+                                                                  of every buffer
 
-A buffer is written the first time it is harvested, so a run that is cut off leaves all but its last one to the next.
+A buffer is written when it is first harvested, so an interrupted run leaves its complete buffers to the next run.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from console import InputError, gib, tell
 class ActivationCache:
     """The buffers of one stream of activations.
 
-    `identity` is all that determines them, `num_rows` how many the run needs. Says how much disk that takes; raises
-    InputError if there is not as much, or if the folder cannot be written.
+    `identity` holds everything that determines the activations; `num_rows` is how many the run needs. Reports the disk
+    space; raises InputError if there is too little of it or the folder cannot be written.
     """
 
     def __init__(self, folder: str, identity: dict, buffer_rows: int, num_rows: int):
@@ -40,11 +40,11 @@ class ActivationCache:
         row_bytes = self.width * self.dtype.itemsize
         needed, free = (num_rows - present) * row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise InputError(f"{where}: {gib(needed)} of activations are to be written, and {gib(free)} are free")
+            raise InputError(f"{where}: the activations need {gib(needed)} of disk space, and {gib(free)} are free")
         if needed > 0:
             tell(f"{self.folder}: {gib(needed)} of activations will be written ({gib(free)} are free)")
         if present > 0:
-            tell(f"{self.folder}: {gib(present * row_bytes)} of activations are read, without the language model")
+            tell(f"{self.folder}: {gib(present * row_bytes)} of activations are read from disk")
 
     def read_manifest(self) -> list[dict]:
         path = self.folder / "manifest.json"
@@ -53,15 +53,15 @@ class ActivationCache:
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            tell(f"{path} is damaged ({error}): the activations are harvested again")
+            tell(f"{path} is corrupt ({error}): the activations are harvested again")
             return []
 
     def read(self, index: int, buffer: torch.Tensor) -> dict | None:
-        """Fill `buffer` [rows, d] with buffer number `index`; the position after it; None if it is not there."""
-        if index >= len(self.buffers) or self.buffers[index]["rows"] < len(buffer):  # more: of a longer run
+        """Fill `buffer` [rows, d] with cached buffer `index`; returns the next position, None if it is not cached."""
+        if index >= len(self.buffers) or self.buffers[index]["rows"] < len(buffer):  # a longer run's buffer has more
             return None
         path, entry = self.path(index), self.buffers[index]
-        problem = "it is not there"
+        problem = "it is missing"
         if path.is_file():
             problem = "its size is wrong"
             size = entry["rows"] * self.width
@@ -71,13 +71,13 @@ class ActivationCache:
                 if digest(rows) == entry["sha256"]:
                     buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
                     return entry["next"]
-        tell(f"{path} is damaged ({problem}): its activations are harvested again")
+        tell(f"{path} is corrupt ({problem}): its activations are harvested again")
         return None
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
-        """Keep `buffer` [rows, d] as number `index`. Raises InputError if it cannot be written."""
+        """Write `buffer` [rows, d] as buffer `index`. Raises InputError if it cannot be written."""
         if index > len(self.buffers):
-            return  # training began without this cache: what it lacks before would be counted as this
+            return  # training began without this cache, and the manifest cannot have gaps
         rows = buffer.cpu().view(torch.uint8).numpy()
         path = self.path(index)
         temporary = path.with_suffix(".tmp")

@@ -1,12 +1,12 @@
-"""What is on the disk: SAEs and checkpoints, in safetensors and JSON; loading runs no code.
+"""SAEs and checkpoints on disk, in safetensors and JSON; loading runs no code.
 
-A checkpoint is all that a group of runs needs to go on as if it had never stopped:
+A checkpoint holds everything that a group of runs needs to resume with bit-identical results:
 
     output_dir/sweep/groups/<hash of its runs>/step_000000600/00.safetensors …   a run's SAE and optimizer
                                                               state.json         step, stream, runs, provenance
                                                               manifest.json      SHA-256 of the others; written last
 
-Everything is written under a temporary name, flushed, and renamed, so a kill leaves the old or the new.
+Everything is written under a temporary name, flushed, and renamed: after a kill, the old or the new version is there.
 """
 
 import functools
@@ -25,16 +25,16 @@ from config import post_init_cfg
 from console import InputError, one_line, tell
 from sae import SAE_CLASSES, BaseAutoencoder
 
-# What state.json holds: steps taken, seconds it took, the store's state, the last step in each run's metrics.jsonl.
+# Keys of state.json; logged: the last step in each run's metrics.jsonl; stream: the store's state.
 STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": list, "provenance": dict}
-# What SAEs were once saved without. It is no part of what they compute: it stays as an untrained one has it.
+# Buffers that older SAE files lack. They do not affect the SAE's output and keep their initial values.
 ADDED_LATER = ("batches_until_sparse",)
-WEIGHTS_SHA256 = "weights_sha256"  # the key of sae/cfg.json that is none of the config
-LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
+WEIGHTS_SHA256 = "weights_sha256"  # the only key of sae/cfg.json that is not part of the config
+MAX_CHECKPOINT_INTERVAL = 900  # seconds, unless writing is slow
 
 
 class SaveError(RuntimeError):
-    """Something could not be written. One line says what; the same command goes on once there is room."""
+    """A file could not be written. The message is one line; the same command resumes once there is space."""
 
     exit_code = 3
 
@@ -43,8 +43,8 @@ class SaveError(RuntimeError):
 
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
-    """Write sae_weights.safetensors and cfg.json with its SHA-256 to `folder`; a kill leaves the old one or the new."""
-    temporary, old = Path(f"{folder}.tmp"), old_of(folder)
+    """Write sae_weights.safetensors and cfg.json with its SHA-256 to `folder`; a kill leaves the old or the new SAE."""
+    temporary, old = Path(f"{folder}.tmp"), backup_path(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights, cfg = serialized(sae, sae.cfg)
@@ -52,48 +52,48 @@ def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
     write_json(temporary / "cfg.json", cfg)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)  # from here to the next line saved_sae finds the SAE there
+        folder.rename(old)  # if killed before the next line, saved_sae finds the SAE there
     temporary.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def serialized(sae: BaseAutoencoder, cfg: dict) -> tuple[bytes, dict]:
-    """An SAE's sae_weights.safetensors and cfg.json."""
+    """The contents of an SAE's sae_weights.safetensors and cfg.json."""
     weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in sae.state_dict().items()})
     return weights, cfg | {WEIGHTS_SHA256: hashlib.sha256(weights).hexdigest()}
 
 
-def old_of(folder: Path) -> Path:
+def backup_path(folder: Path) -> Path:
     return Path(f"{folder}.old")
 
 
 def saved_sae(folder: Path) -> Path | None:
-    """Where the SAE is that was saved to `folder`: there, or beside it where save_sae was cut off; None if nowhere."""
-    return next((place for place in (folder, old_of(folder)) if place.is_dir()), None)
+    """The SAE saved to `folder`, or its backup if save_sae was interrupted; None if there is neither."""
+    return next((path for path in (folder, backup_path(folder)) if path.is_dir()), None)
 
 
 def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
-    """The SAE of a run's folder or of its sae/ folder, in eval mode, on `device` (the config's by default).
+    """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU).
 
-    Raises InputError if the folder holds no SAE, weights that do not fit its config, or a file of weights with another
-    SHA-256 than cfg.json gives (older ones give none). No more memory is taken than the weights' file is worth,
-    whatever the config says.
+    Raises InputError if the folder holds no SAE, the weights do not fit its config, or their SHA-256 differs from that
+    in cfg.json (older files have none). Memory use is bounded by the size of the weights file, whatever the config
+    says.
     """
     folder = saved_sae(Path(folder) / "sae") or saved_sae(Path(folder)) or Path(folder)
     weights = folder / "sae_weights.safetensors"
     for file in (weights, folder / "cfg.json"):
         if not file.is_file():
-            raise InputError(f"{folder} holds no SAE: there is no {file.name}")
+            raise InputError(f"{folder} holds no SAE: {file.name} is missing")
     try:
         cfg = json.loads((folder / "cfg.json").read_text())
         recorded = cfg.pop(WEIGHTS_SHA256, None)
         if recorded is not None and recorded != sha256_of(weights):
-            raise InputError(f"{weights} is corrupt: its SHA-256 is not that of {folder / 'cfg.json'}")
+            raise InputError(f"{weights} is corrupt: its SHA-256 differs from that in {folder / 'cfg.json'}")
         cfg = post_init_cfg(cfg | {"device": device or "cpu"})
         tensors = load_file(weights)
-        # Before an SAE of any size is built.
-        check_tensor("W_dec", described(tensors.get("W_dec")), f"{cfg['dtype']} {[cfg['dict_size'], cfg['act_size']]}")
+        # Before an SAE of that size is allocated.
+        check_tensor("W_dec", describe(tensors.get("W_dec")), f"{cfg['dtype']} {[cfg['dict_size'], cfg['act_size']]}")
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         load_weights(sae, tensors)
     except InputError:
@@ -104,20 +104,20 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
 
 
 def load_weights(sae: BaseAutoencoder, tensors: dict) -> None:
-    """Put a saved state into an SAE. Raises ValueError unless it is one of this SAE, to the shapes and dtypes."""
+    """Load a saved state into an SAE. Raises ValueError unless names, shapes and dtypes match."""
     state = sae.state_dict()
     tensors = {name: state[name] for name in ADDED_LATER if name in state} | tensors
     for name in [*state, *tensors]:
-        check_tensor(name, described(tensors.get(name)), described(state.get(name)))
+        check_tensor(name, describe(tensors.get(name)), describe(state.get(name)))
     sae.load_state_dict(tensors)
 
 
-def check_tensor(name: str, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise ValueError(f"{name} is {found}; by its config it must be {wanted}")
+def check_tensor(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{name} is {found}; its config requires {expected}")
 
 
-def described(tensor) -> str:
+def describe(tensor) -> str:
     return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -125,11 +125,11 @@ def described(tensor) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a group of runs (training.Run). If there is one that holds them all, it is loaded.
+    """The checkpoints of a group of runs (training.Run). Loads the newest one that holds all of them.
 
-    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of the newest; `ahead` has the
-    runs, by name, that have taken one step more, each with the numbers of that step's output. Raises InputError
-    if what they were made with differs from `provenance`, unless resume_anyway, or if all that there are are damaged.
+    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of this checkpoint. `ahead` maps
+    the names of runs that have taken one step more to the values in that step's output. Raises InputError if the
+    checkpoint's provenance differs from `provenance`, unless resume_anyway, or if there are only corrupt checkpoints.
     """
 
     def __init__(self, runs: list, provenance: dict, resume_anyway: bool):
@@ -138,7 +138,7 @@ class Checkpoints:
         paths = {newest_checkpoint(run.cfg) for run in runs}
         if len(paths) > 1:
             found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
-            raise InputError(f"these runs cannot go on together: their newest checkpoints are {found}")
+            raise InputError(f"these runs cannot be resumed together: their newest checkpoints are {found}")
         path = paths.pop()
         state = {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
         if path:
@@ -148,60 +148,61 @@ class Checkpoints:
         if path:
             check_provenance(state["provenance"], provenance, path, resume_anyway)
             load_checkpoint(path, state, runs)
-            tell(f"Going on after step {self.step}, from {path}")
-        self.begun = self.saved_at = time.time()
-        self.took = 0.0
+            tell(f"Resuming after step {self.step} from {path}")
+        self.started_at = self.saved_at = time.time()
+        self.save_seconds = 0.0
 
     def due(self, step: int) -> bool:
-        """Every checkpoint_freq steps, and every 15 minutes if writing one takes less than 2 % of the time so."""
-        pause = max(LONGEST_PAUSE, 50 * self.took)
-        return step % self.cfg["checkpoint_freq"] == 0 or time.time() - self.saved_at > pause
+        """Every checkpoint_freq steps, and every 15 minutes unless saving would then take over 2 % of the time."""
+        interval = max(MAX_CHECKPOINT_INTERVAL, 50 * self.save_seconds)
+        return step % self.cfg["checkpoint_freq"] == 0 or time.time() - self.saved_at > interval
 
     def save(self, step: int, stream: dict, ahead: dict | None = None) -> None:
-        """Save the runs as they are after `step` (those in `ahead`, after the next one), unless a checkpoint of `step`
-        is there. Raises SaveError as save_errors says.
+        """Save the runs after `step` (those in `ahead` after the next step), unless a checkpoint of `step` exists.
+
+        Raises SaveError if it cannot be written and save_errors is "stop".
         """
         if step <= self.step or not self.runs:
             return
-        begun = time.time()
+        started_at = time.time()
         state = {"step": step, "seconds": self.elapsed(), "stream": stream, "provenance": self.provenance}
         state |= {"logged": {run.cfg["name"]: run.log.last_step for run in self.runs}, "ahead": ahead or {}}
-        with disk(self.cfg, f"the checkpoint after step {step}"):
+        with handle_save_errors(self.cfg, f"the checkpoint after step {step}"):
             for run in self.runs:
                 run.log.sync()
             save_checkpoint(self.folder, self.runs, state, self.cfg["keep_checkpoints"])
             self.step = step
-        self.saved_at, self.took = time.time(), time.time() - begun
+        self.saved_at, self.save_seconds = time.time(), time.time() - started_at
 
     def elapsed(self) -> float:
-        """Seconds of training, those before a stop included."""
-        return self.seconds + time.time() - self.begun
+        """Seconds of training, including those before resuming."""
+        return self.seconds + time.time() - self.started_at
 
 
 @contextmanager
-def disk(cfg: dict, what: str):
-    """Where something cannot be written: the end (SaveError), or a line about it, as save_errors says."""
+def handle_save_errors(cfg: dict, what: str):
+    """Handle failed writes as cfg["save_errors"] says: raise SaveError, or report them and continue."""
     try:
         yield
     except OSError as error:
         line = f"{what} cannot be written: {error.strerror or error}"
         if cfg["save_errors"] == "stop":
-            raise SaveError(f"{line}; once it can, the same command goes on from the last checkpoint") from error
-        tell(f"{line}; training goes on without (save_errors)")
+            raise SaveError(f"{line}; once this is fixed, the same command resumes from the last checkpoint") from error
+        tell(f"{line}; training continues without it (save_errors)")
 
 
 def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
-    """Write a checkpoint of `runs` (each with .sae, .optimizer, .cfg) into `folder`, and delete all but the newest
-    `keep` once it has been read back. `state` holds "step" and whatever else is to come back, in plain values.
+    """Write a checkpoint of `runs` (each with .sae, .optimizer, .cfg) to `folder`, verify it, and delete all but the
+    newest `keep`. `state` holds "step" and further values that JSON can hold.
 
-    Raises OSError if it cannot be written; the older ones are left as they are then.
+    Raises OSError if it cannot be written; older checkpoints are then kept.
     """
     path = folder / f"step_{state['step']:09}"
     temporary = path.with_name(path.name + ".tmp")
-    for left_over in folder.glob("step_*.tmp"):
-        shutil.rmtree(left_over)
+    for unfinished in folder.glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
     temporary.mkdir(parents=True)
-    if not (folder / "runs.json").exists():  # whose checkpoints these are, should their own files be damaged
+    if not (folder / "runs.json").exists():  # tells whose checkpoints these are, even if their own files are corrupt
         write_json(folder / "runs.json", {"runs": [run.cfg["name"] for run in runs]})
     digests = {}
     for name, run in {f"{i:02}.safetensors": run for i, run in enumerate(runs)}.items():
@@ -209,11 +210,11 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     state = state | {"runs": [run.cfg["name"] for run in runs]}
     digests["state.json"] = write(temporary / "state.json", json.dumps(state, indent=2).encode())
     write_json(temporary / "manifest.json", digests)
-    if path.exists():  # damaged, or it would have been gone on from
+    if path.exists():  # corrupt, or the runs would have resumed from it
         shutil.rmtree(path)
     temporary.rename(path)
     sync_folder(folder)
-    if problem := damage(path):
+    if problem := find_corruption(path):
         raise OSError(f"{path} was written, but {problem}")
     older = sorted(old for old in folder.glob("step_*[0-9]") if old.name < path.name)
     for old in older[: len(older) + 1 - keep] if keep <= len(older) else ():
@@ -221,7 +222,7 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: it is none from the first moment on. One that cannot be deleted does no harm."""
+    """Delete a checkpoint. It is renamed first, so that a partly deleted one is never found; failures are ignored."""
     with suppress(OSError):
         temporary = path.with_name(path.name + ".tmp")
         path.rename(temporary)
@@ -229,7 +230,7 @@ def remove(path: Path) -> None:
 
 
 def tensors_of(run) -> dict:
-    """The SAE's parameters and buffers as sae.*, Adam's state of parameter i as adam.i.*"""
+    """The SAE's parameters and buffers as sae.*, Adam's state for parameter i as adam.i.*"""
     tensors = {f"sae.{name}": tensor for name, tensor in run.sae.state_dict().items()}
     for i, values in run.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{key}": tensor for key, tensor in values.items()}
@@ -237,11 +238,11 @@ def tensors_of(run) -> dict:
 
 
 def load_checkpoint(path: Path, state: dict, runs: list) -> None:
-    """Load each run's SAE and optimizer; `state` is that of the checkpoint's state.json."""
+    """Load each run's SAE and optimizer; `state` is the content of the checkpoint's state.json."""
     for run in runs:
         try:
             tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
-            load_weights(run.sae, part(tensors, "sae"))
+            load_weights(run.sae, with_prefix(tensors, "sae"))
             run.optimizer.load_state_dict({
                 "state": adam_state(tensors, run.optimizer.param_groups[0]["params"]),
                 "param_groups": run.optimizer.state_dict()["param_groups"],
@@ -251,20 +252,20 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
 
 
 def adam_state(tensors: dict, parameters: list) -> dict:
-    """Adam's state of each parameter that ever had a gradient. torch does not look, and would read beyond its ends."""
-    state = {i: part(tensors, f"adam.{i}") for i in range(len(parameters))}
+    """Adam's state for each parameter that has had a gradient. The shapes are checked here because torch does not."""
+    state = {i: with_prefix(tensors, f"adam.{i}") for i in range(len(parameters))}
     state = {i: values for i, values in state.items() if values}
     for i, values in state.items():
         shapes = {key: tuple(value.shape) for key, value in values.items()}
         if shapes != {"step": (), "exp_avg": (shape := tuple(parameters[i].shape)), "exp_avg_sq": shape}:
             raise ValueError(f"adam.{i} has {shapes} for a parameter of shape {shape}")
     if not state:
-        raise ValueError("there is no state of the optimizer")
+        raise ValueError("the optimizer state is missing")
     return state
 
 
-def part(tensors: dict, prefix: str) -> dict:
-    """Copies: what safetensors gives is a view of the file, which would keep that from being deleted."""
+def with_prefix(tensors: dict, prefix: str) -> dict:
+    """The tensors named prefix.*, copied: safetensors maps the file, which could then not be deleted."""
     return {k.removeprefix(f"{prefix}."): tensor.clone() for k, tensor in tensors.items() if k.startswith(f"{prefix}.")}
 
 
@@ -273,7 +274,7 @@ def run_folder(cfg: dict) -> Path:
 
 
 def group_folder(cfgs: list[dict]) -> Path:
-    """Where a group of these runs keeps its checkpoints."""
+    """The folder for the checkpoints of a group of these runs."""
     names = "\n".join(sorted(cfg["name"] for cfg in cfgs))
     return groups_folder(cfgs[0]) / hashlib.sha256(names.encode()).hexdigest()[:12]
 
@@ -283,32 +284,32 @@ def groups_folder(cfg: dict) -> Path:
 
 
 def newest_checkpoint(cfg: dict) -> Path | None:
-    """The sound one with the most steps that holds this run; None if it was never saved, or its record was taken away.
+    """The valid checkpoint of this run with the most steps; None if there is none, or the run has no config.json.
 
-    Damaged ones are told of and passed over. Raises InputError if there are damaged ones only: what was trained may
-    be in them, and nothing is to be begun anew over that.
+    Corrupt checkpoints are reported and skipped. Raises InputError if all are corrupt: training from the beginning
+    would overwrite what they hold.
     """
     if not (run_folder(cfg) / "config.json").is_file():
         return None
-    damaged = []
+    corrupt = []
     for path in sorted(groups_folder(cfg).glob("*/step_*[0-9]"), key=lambda path: path.name, reverse=True):
         if (runs := runs_of(path)) is not None and cfg["name"] not in runs:
             continue
-        problem = damage(path)
+        problem = find_corruption(path)
         if not problem:
             return path
-        damaged.append(path)
-        tell_once(f"{path} is damaged ({problem}): it is passed over")
-    if damaged:
+        corrupt.append(path)
+        tell_once(f"{path} is corrupt ({problem}): skipped")
+    if corrupt:
         raise InputError(
-            f"{damaged[0].parent} holds only damaged checkpoints of {cfg['name']}: move it away to train it from the "
-            f"beginning"
+            f"{corrupt[0].parent} holds only corrupt checkpoints of {cfg['name']}: move this folder away to train from "
+            f"the beginning"
         )
     return None
 
 
 def runs_of(path: Path) -> set[str] | None:
-    """The names of the runs in a checkpoint, or in its group; None if they cannot be told."""
+    """The names of the runs in a checkpoint or in its group; None if neither file can be read."""
     for file in (path / "state.json", path.parent / "runs.json"):
         try:
             return set(json.loads(file.read_text())["runs"])
@@ -317,52 +318,52 @@ def runs_of(path: Path) -> set[str] | None:
     return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if all that it needs is there and as its manifest has it."""
+def find_corruption(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is complete and matches its manifest."""
     try:
         files = tuple(sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in path.iterdir()))
     except OSError as error:
         return error.strerror
-    return damage_of_files(path, files)
+    return find_corruption_in_files(path, files)
 
 
-@functools.lru_cache  # reading gigabytes once for all the runs of a group
-def damage_of_files(path: Path, files: tuple) -> str | None:
+@functools.lru_cache  # read gigabytes once for all runs of a group
+def find_corruption_in_files(path: Path, files: tuple) -> str | None:
     try:
         digests = json.loads((path / "manifest.json").read_text())
         for name in sorted({"state.json", *digests}):
             if Path(name).name != name:
                 return f"manifest.json names {name!r}"
             if sha256_of(path / name) != digests.get(name):
-                return f"{name} has not the SHA-256 that manifest.json gives"
+                return f"the SHA-256 of {name} differs from that in manifest.json"
         state = json.loads((path / "state.json").read_text())
         for key, kind in STATE.items():
             if not isinstance(state[key], kind):
-                return f"{key} in state.json is no {kind.__name__}"
+                return f"{key} in state.json is not of type {kind.__name__}"
         if not {f"{i:02}.safetensors" for i in range(len(state["runs"]))} <= set(digests):
-            return "it lacks the weights of some of its runs"
+            return "the weights of some of its runs are missing"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except Exception as error:  # whatever JSON can be
+    except Exception as error:  # JSON of any other form
         return f"its JSON is not that of a checkpoint: {one_line(error)}"
     return None
 
 
 def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -> None:
-    """Raises InputError where a checkpoint was made with something else than there is now, or tells of it."""
+    """Raise InputError if a checkpoint's provenance differs from the current one; with resume_anyway, report it."""
     before, now = (made_with | made_with["versions"] for made_with in (before, now))
     changed = [
         f"{key} was {before.get(key)} and is {now[key]}" for key in now
         if key not in ("versions", "commit", "python") and before.get(key) != now[key]
     ]  # fmt: skip
     if changed and not resume_anyway:
-        raise InputError(f"{path} cannot be gone on from: {'; '.join(changed)} (--resume-anyway does it all the same)")
+        raise InputError(f"cannot resume from {path}: {'; '.join(changed)} (--resume-anyway ignores this)")
     if changed:
-        tell(f"{path}: {'; '.join(changed)}; going on all the same")
+        tell(f"{path}: {'; '.join(changed)}; resuming anyway")
 
 
 def remove_checkpoints(cfg: dict, is_over) -> None:
-    """Delete those of a sweep whose runs are over, all of them: is_over(name)."""
+    """Delete the checkpoints of those groups of a sweep in which every run is over: is_over(name)."""
     folder = groups_folder(cfg)
     with suppress(OSError):
         for group in list(folder.iterdir()):
@@ -381,23 +382,23 @@ tell_once = functools.cache(tell)
 
 
 def write(path: Path, content: bytes) -> str:
-    """Write a file, flush it; the SHA-256 of what should be in it."""
+    """Write and flush a file; returns the SHA-256 of `content`."""
     path.write_bytes(content)
     sync(path)
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, read in pieces."""
+    """The SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name, flush it, rename it, and flush the folder: all the names that it has."""
+    """Write JSON under a temporary name, flush it, rename it, and flush the folder."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary, json.dumps(content, indent=2).encode() + b"\n")
     temporary.replace(path)
@@ -405,13 +406,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a written file is on the disk, so that the rename after it cannot outrun its content."""
+    """Flush a written file to disk, so that it is complete before it is renamed."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """The same for the names in a folder, where the system allows it."""
+    """Flush the names in a folder to disk, where the system supports it."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""Opening a dataset: its files, its split and its column, as one stream of rows that hold that column alone.
+"""Opens a dataset: its files, split and column, as one stream of rows with only this column.
 
-`datasets` does the reading. By itself it casts all columns of all files to the types of the first file; here every
-column but the needed one is dropped before that, so the others cannot decide whether the text can be read.
+`datasets` reads the files. By default it casts all columns of all files to the types of the first file. Here all other
+columns are dropped before that, so that their types cannot make the text unreadable.
 """
 
 import codecs
@@ -29,28 +29,28 @@ from pandas.errors import ParserWarning
 from console import InputError, one_line, tell
 from hub import offline_hint
 
-COLUMNS = ("tokens", "input_ids", "text")  # what is read without a dataset_column, in order of preference
+COLUMNS = ("tokens", "input_ids", "text")  # the columns to read if dataset_column is None, in order of preference
 BUILDERS = {
     ".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
 }  # fmt: skip
-# A folder that holds one of these is read as that kind; .json comes last.
-FIRST_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
-METADATA = (*FILES_TO_IGNORE, "state.json")  # what `datasets` writes beside data
+# In a folder of several kinds of file, these are preferred; .json comes last.
+PREFERRED_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
+METADATA = (*FILES_TO_IGNORE, "state.json")  # files that `datasets` writes next to the data
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 SPACE = re.compile(r"\s*")
-COMPRESSED = ("text", "json", "csv")  # the builders that decompress
+COMPRESSED = ("text", "json", "csv")  # builders that support compression
 
 
 def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str | None]:
     """The dataset of a config as a stream of rows, their column, the names of its shards, and its commit on the hub.
 
-    dataset_path is a local file, a folder of files of one kind, a dataset saved with save_to_disk, or a hub name,
+    dataset_path is a local file, a folder of files of one kind, a dataset saved with save_to_disk, or a hub dataset,
     which is streamed. Raises InputError if it cannot be opened, is empty, or lacks the split or the column.
     """
     path, where = Path(cfg["dataset_path"]), f"dataset_path = {cfg['dataset_path']!r}"
     datasets.disable_progress_bars()
-    # What they log is also raised, and reported in one line.
+    # The libraries also raise what they log; it is reported in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity_error()
     try:
@@ -62,15 +62,15 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
             dataset, column = one_column(builder, "train", cfg)
             commit = None
         elif file_kind(path) or cfg["dataset_path"].count("/") > 1 or cfg["dataset_path"].startswith((".", "/", "~")):
-            raise InputError(f"{where}: there is no such file or folder, and it is no hub name")
+            raise InputError(f"{where}: no such file or folder, and not a hub name")
         else:
             builder = hub_builder(cfg)
             dataset, column = one_column(builder, cfg["dataset_split"], cfg)
-            # The local cache, which is looked into without a network, has shards of its own: that is other data.
+            # Without a network the local cache is read. Its shards differ, so it counts as other data: no commit.
             names, commit = [], builder.hash if builder.config.data_files else None
     except InputError:
         raise
-    except StopIteration as error:  # what datasets raises for a file of no rows
+    except StopIteration as error:  # `datasets` raises this for a file without rows
         raise InputError(f"{where} is empty") from error
     except Exception as error:
         hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
@@ -82,7 +82,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
 
 
 def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
-    """Read by an iterator of its own, so that no document is lost."""
+    """The first row, read with a separate iterator, so that no document is lost."""
     try:
         row = next(iter(dataset), None)
     except Exception as error:
@@ -96,31 +96,31 @@ def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
 
 
 def choose_column(names, cfg: dict) -> str:
-    """dataset_column, or else the first of COLUMNS that is there; where several are, a line says which is read."""
-    where, wanted = f"dataset_path = {cfg['dataset_path']!r}", COLUMNS
+    """dataset_column, or the first of COLUMNS in `names`. If there are several, reports which one is read."""
+    where, accepted = f"dataset_path = {cfg['dataset_path']!r}", COLUMNS
     if cfg["dataset_column"] is not None:
-        wanted = (cfg["dataset_column"],)
-    found = [name for name in wanted if name in names]
+        accepted = (cfg["dataset_column"],)
+    found = [name for name in accepted if name in names]
     if not found and cfg["dataset_column"] is not None:
         raise InputError(f"{where} has no column {cfg['dataset_column']!r}: it has {', '.join(names)}")
     if not found:
         raise InputError(
-            f"{where} has none of the columns {', '.join(wanted)}: it has {', '.join(names)} "
-            f"(dataset_column names the one to read)"
+            f"{where} has none of the columns {', '.join(accepted)}: it has {', '.join(names)} "
+            f"(set dataset_column to the one to read)"
         )
     if len(found) > 1:
-        tell(f"{where} has the columns {', '.join(found)}: {found[0]} is read (dataset_column names another)")
+        tell(f"{where} has the columns {', '.join(found)}: reading {found[0]} (set dataset_column for another)")
     return found[0]
 
 
 def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
-    """The rows of a split with one column, and its name."""
+    """The rows of a split with one column only, and its name."""
     if isinstance(builder, JsonBuilder) and builder.config.field is None and builder.config.encoding == "utf-8":
         return json_column(builder, split, cfg)
     dataset = builder.as_streaming_dataset(split)
-    features = builder.info.features  # of text and CSV none are known before they are read
+    features = builder.info.features  # None for text and CSV before they are read
     column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
-    if not hasattr(builder, "_cast_table"):  # such as the local cache, where all files have the same types
+    if not hasattr(builder, "_cast_table"):  # e.g. the local cache, where all files have the same types
         return dataset, column
     cast, generate, report_missing = builder._cast_table, builder._generate_tables, reporter(column, cfg)
 
@@ -133,7 +133,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
             values = table[column] if column in table.column_names else pyarrow.nulls(len(table))
             try:
                 return cast(pyarrow.table({column: values}), **options)
-            except TypeError as error:  # of several lines
+            except TypeError as error:  # its message has several lines
                 raise TypeError(" ".join(str(error).split())) from error
 
         builder._cast_table = cast_column
@@ -141,31 +141,27 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
 
     builder._generate_tables = tables
     if features:
-        nothing_yet = features[column] == datasets.Value("null")  # in the first file
-        builder.info.features = datasets.Features(
-            {column: datasets.Value("string") if nothing_yet else features[column]}
-        )
+        all_null = features[column] == datasets.Value("null")  # in the first file
+        builder.info.features = datasets.Features({column: datasets.Value("string") if all_null else features[column]})
     return builder.as_streaming_dataset(split), column
 
 
 def reporter(column: str, cfg: dict):
-    """A function that reports, once for each file, that it has no such column."""
+    """A function that reports, once per file, that the file lacks the column."""
     return functools.cache(
-        lambda file: tell(
-            f"dataset_path = {cfg['dataset_path']!r}: {file} has no column {column!r}: nothing of it is read"
-        )
+        lambda file: tell(f"dataset_path = {cfg['dataset_path']!r}: {file} has no column {column!r} and is skipped")
     )
 
 
 def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
-    """The same for JSON, which is parsed here: `datasets` types all columns, and fails on some that change.
+    """one_column for JSON. It is parsed here because `datasets` types all columns and fails if some types change.
 
-    Each value is handed on as JSON, so values of one column may differ in type. A file is read in the same parts as by
-    `datasets`, because positions in the stream count in them.
+    Each value is passed on as JSON, so values of one column may differ in type. A file is read in the same parts as by
+    `datasets`, because positions in the stream are counted in them.
     """
 
-    def names_of_columns(files_iterables, allow_full_read=True, **_):
-        if not allow_full_read:  # asks for the types of the columns
+    def column_names(files_iterables, allow_full_read=True, **_):
+        if not allow_full_read:  # a call to infer the column types
             raise FullReadDisallowed
         for file in chain.from_iterable(files_iterables):
             for rows, by_lines in json_parts(file, builder.config.chunksize):
@@ -189,13 +185,13 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
             if names and column not in names:
                 report_missing(file)
 
-    in_card, builder.info.features = builder.info.features, None
-    builder._generate_tables = names_of_columns
+    card_features, builder.info.features = builder.info.features, None
+    builder._generate_tables = column_names
     first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
     column = choose_column(first["names"], cfg)
     report_missing = reporter(column, cfg)
-    # `datasets` infers no types from a list, and its positions then have another form: keep it where it was in use.
-    typed = bool(in_card) or first["by_lines"] or column not in COLUMNS
+    # `datasets` infers no types from a JSON list, and its state then has another form: keep it for older checkpoints.
+    typed = bool(card_features) or first["by_lines"] or column not in COLUMNS
     if typed:
         builder.info.features = datasets.Features({column: datasets.Json()})
     builder._generate_tables = tables
@@ -203,12 +199,12 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
 
 
 def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
-    """The rows of a JSON file, in parts of about `size` bytes, and True; or all the elements of a list, and False.
+    """Yields the rows of a JSON file, in parts of about `size` bytes, and True; or all elements of a list, and False.
 
-    Raises ValueError, with the line in the file, for what is not JSON or not an object.
+    Raises ValueError, with the line number, for invalid JSON and for values that are not objects.
     """
     with xopen(file, "rb") as content:
-        line, rest = 1, b""  # of the next part: the number of its first line, and the object that it continues
+        line, rest = 1, b""  # the next part's first line number, and the beginning of an object that it continues
         while (part := content.read(size)) or rest:
             if line == 1 and not rest:  # the beginning of the file
                 part = part.removeprefix(codecs.BOM_UTF8)
@@ -228,12 +224,12 @@ def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
 
 
 def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
-    """The objects in a file's lines from number `line` on, and the beginning of one that is not complete."""
+    """The objects in a part of a file that begins at line number `line`, and the rest: an incomplete object."""
     with suppress(ValueError):
         rows = [json.loads(row) for row in part.splitlines() if row.strip()]
         if all(isinstance(row, dict) for row in rows):
             return rows, b""
-    # Not one object per line, or bad data: slower, but with positions.
+    # Not one object per line, or invalid: this is slower, but has the positions of errors.
     try:
         text = part.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
@@ -249,7 +245,7 @@ def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
             raise ValueError(f"{error.msg}: line {line + error.lineno - 1} column {error.colno}") from error
         if not isinstance(row, dict):
             line += text.count("\n", 0, at)
-            raise ValueError(f"line {line} is JSON, but no object with named columns")
+            raise ValueError(f"line {line} is valid JSON but not an object")
         rows.append(row)
         at = end
     return rows, b""
@@ -260,17 +256,17 @@ def is_chat(document) -> bool:
     return isinstance(document, list) and bool(document) and isinstance(document[0], dict)
 
 
-# Where the data is
+# Files and splits
 
 
 def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]:
-    """A dataset that save_to_disk wrote, and the column that is read."""
+    """A dataset written by save_to_disk, and the column to read."""
     saved, split = datasets.load_from_disk(str(path)), cfg["dataset_split"]
     if isinstance(saved, dict):
         saved = saved[check_split(cfg, saved)]
     elif split != "train":
         check_split(cfg, [str(saved.split or "train")])
-    # The stored format may give tensors, and only some of the columns.
+    # The stored format may convert to tensors and hide columns.
     saved = saved.with_format(None)
     column = choose_column(saved.column_names, cfg)
     return saved.select_columns(column).to_iterable_dataset(), column
@@ -286,37 +282,33 @@ def check_split(cfg: dict, splits, note: str = "") -> str:
 
 
 def hub_builder(cfg: dict) -> datasets.DatasetBuilder:
-    """Its `hash` is the commit to which `datasets` resolved the name, and of which it reads all files."""
+    """The builder of a hub dataset. Its `hash` is the commit that `datasets` resolved and reads all files from."""
     name, revision = cfg["dataset_path"], cfg["dataset_revision"]
     try:
         return datasets.load_dataset_builder(name, cfg["dataset_config"], revision=revision)
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error) or revision is not None:
             raise
-        tell(
-            f"{name} is only a loading script, which datasets no longer runs: reading its revision refs/convert/parquet"
-        )
+        tell(f"{name} is a loading script, which datasets no longer runs: reading its revision refs/convert/parquet")
         return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
 
 
 def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
-    """The `datasets` builder for a file, or for the files of a split of a folder, and these in alphabetical order."""
+    """The `datasets` builder for a file or for one split of a folder, and its files in alphabetical order."""
     files = [path] if path.is_file() else data_files(path)
     found = {file_kind(file) for file in files}
-    kinds = sorted(found.intersection(FIRST_KINDS) or found.difference([".json"]) or found)
+    kinds = sorted(found.intersection(PREFERRED_KINDS) or found.difference([".json"]) or found)
     if len(kinds) != 1 or not kinds[0]:
-        what = path.suffix if path.is_file() else "no such file"
+        what = f"is a file of type {path.suffix or 'unknown'}" if path.is_file() else "has no such file"
         if len(kinds) > 1:
-            what = "several kinds of file: " + ", ".join(kinds)
+            what = "has several types: " + ", ".join(kinds)
         raise InputError(
-            f"dataset_path = {cfg['dataset_path']!r}: it must be, or hold, files of one of the kinds "
-            f"{', '.join(BUILDERS)} (text, JSON and CSV also with {', '.join(COMPRESSIONS)}), and it is or holds {what}"
+            f"dataset_path = {cfg['dataset_path']!r} must be a file, or a folder of files, of one of the types "
+            f"{', '.join(BUILDERS)} (text, JSON and CSV also with {', '.join(COMPRESSIONS)}), but it {what}"
         )
     (kind,) = kinds
     if others := sorted(found.difference(kinds)):
-        tell(
-            f"dataset_path = {cfg['dataset_path']!r}: its {kind} files are read, and not its {', '.join(others)} files"
-        )
+        tell(f"dataset_path = {cfg['dataset_path']!r}: reading its {kind} files, not its {', '.join(others)} files")
     files = [file for file in files if file_kind(file) == kind]
     splits = {"train": files} if path.is_file() else files_by_split(path, files)
     note = ""
@@ -327,19 +319,19 @@ def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[
         tell(f"dataset_path = {cfg['dataset_path']!r}: {note}")
     files = [str(file) for file in splits[split]]
     options = {"sample_by": "document"} if kind.startswith(".txt") else {}
-    if kind.startswith((".csv", ".tsv")):  # all text, "123" and "null" too
+    if kind.startswith((".csv", ".tsv")):  # every value is text, also "123" and "null"
         columns = [cfg["dataset_column"]] if cfg["dataset_column"] else COLUMNS
         options = {
             "converters": dict.fromkeys(columns, str),
             "keep_default_na": False,
-            "index_col": False,  # else the first field of rows longer than the header is an index
+            "index_col": False,  # otherwise the first field of rows longer than the header becomes an index
             "sep": "\t" if kind.startswith(".tsv") else ",",
         }
-    # A DataFilesList is taken as it is; of plain names each would be looked for once more.
+    # A DataFilesList is used as it is; `datasets` would look up each plain name again.
     train_files = {"train": DataFilesList(files, [])}
     builder = datasets.load_dataset_builder(BUILDERS["." + kind.split(".")[1]], data_files=train_files, **options)
     if "index_col" in options:
-        warnings.filterwarnings("error", category=ParserWarning)  # what pandas gives for fields that it drops
+        warnings.filterwarnings("error", category=ParserWarning)  # pandas warns when it drops fields
         builder._generate_tables = functools.partial(csv_tables, builder._generate_tables)
     return builder, files
 
@@ -352,15 +344,16 @@ def csv_tables(generate, **sources):
 
 
 def file_kind(path: Path) -> str:
-    """The ending of a file that can be read, with that of its compression: ".jsonl", ".csv.gz"; else ""."""
+    """The suffix of a readable file, with that of its compression (".jsonl", ".csv.gz"); "" for other files."""
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    ending = Path(path.stem).suffix if compression else path.suffix
-    readable = BUILDERS.get(ending) in COMPRESSED if compression else ending in BUILDERS
-    return ending + compression if readable else ""
+    suffix = Path(path.stem).suffix if compression else path.suffix
+    readable = BUILDERS.get(suffix) in COMPRESSED if compression else suffix in BUILDERS
+    return suffix + compression if readable else ""
 
 
 def data_files(folder: Path) -> list[Path]:
-    """What can be read in a folder and those in it; like `datasets`, nothing hidden, no __pycache__ and no metadata."""
+    """The readable files in a folder and its subfolders. As in `datasets`, hidden files, __pycache__ and metadata are
+    ignored."""
     found = []
     for file in folder.rglob("*"):
         *folders, name = file.relative_to(folder).parts
@@ -371,7 +364,7 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def files_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The splits that `datasets` sees in the names of files and folders; all is "train" if it sees none."""
+    """The splits that `datasets` infers from the names of files and folders; one split "train" if it finds none."""
 
     def matching(pattern: str) -> list[str]:
         match = re.compile(glob_translate("data/" + pattern)).match

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: how long it is waited for, which of its faults may pass, and what is done without it."""
+"""The Hugging Face hub: retries, timeouts, transient errors, and work without a network."""
 
 import functools
 import inspect
@@ -14,16 +14,16 @@ from huggingface_hub.utils import _http, httpx  # the httpx whose errors it rais
 
 
 class StreamError(RuntimeError):
-    """The data cannot be read on for a reason that may pass; the same command may work later. One line says it."""
+    """A transient error stopped the stream; the same command may work later. The message is one line."""
 
     exit_code = 3
 
 
-def give_up_soon() -> None:
-    """Bound what the hub's libraries do by themselves: their tries, 20 of 6 requests, would multiply with ours.
+def limit_retries() -> None:
+    """Limit the retries of the hub's libraries, which would multiply with ours: by default 20 of 6 requests each.
 
-    A request that fails is made three times in 3 s, or when the hub says, so that not every fault makes us read a file
-    anew; one that gets no answer in time is made once.
+    A failed request is sent three times, within 3 s or when the hub says, so that few faults make us reopen a file.
+    A request that times out is sent once.
     """
     for layer in ("READ", "OPEN"):
         setattr(datasets.config, f"STREAMING_{layer}_MAX_RETRIES", 1)  # counts the first try; a pause follows each
@@ -32,40 +32,40 @@ def give_up_soon() -> None:
     for function in (_http.http_backoff, _http.http_stream_backoff):
         defaults = inspect.unwrap(function).__kwdefaults__  # there is no setting
         defaults.update(max_retries=2, retry_on_exceptions=(httpx.NetworkError, httpx.RemoteProtocolError))
-    never_wait_for_ever()
+    set_timeouts()
 
 
-@functools.cache  # it closes the connections that there are
-def never_wait_for_ever() -> None:
-    """No request to the hub waits longer than HF_HUB_DOWNLOAD_TIMEOUT (10 s); by themselves some do for ever."""
+@functools.cache  # setting the factory closes all open connections
+def set_timeouts() -> None:
+    """Give every request to the hub a timeout of HF_HUB_DOWNLOAD_TIMEOUT (10 s); by default some have none."""
     huggingface_hub.set_client_factory(hub_client)
 
 
 def hub_client() -> httpx.Client:
     client = _http.default_client_factory()
-    client.event_hooks["request"].append(limit_wait)
+    client.event_hooks["request"].append(limit_timeout)
     client.event_hooks["response"].append(check_length)
     return client
 
 
-def limit_wait(request: httpx.Request) -> None:
+def limit_timeout(request: httpx.Request) -> None:
     if request.method in ("GET", "HEAD"):  # an upload may take longer
         limit = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
-        asked = request.extensions["timeout"]
-        request.extensions["timeout"] = {of: limit if wait is None else min(wait, limit) for of, wait in asked.items()}
+        timeouts = request.extensions["timeout"].items()
+        request.extensions["timeout"] = {kind: limit if time is None else min(time, limit) for kind, time in timeouts}
 
 
 def check_length(response: httpx.Response) -> None:
-    """An answer that ends early without a word would be taken for the end of the file."""
-    asked = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("range", ""))
-    if asked and response.status_code in (200, 206):
-        length, found = int(asked[2]) - int(asked[1]) + 1, len(response.read())
+    """Raise an error for a truncated response: `datasets` would take it for the end of the file."""
+    requested = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("range", ""))
+    if requested and response.status_code in (200, 206):
+        length, found = int(requested[2]) - int(requested[1]) + 1, len(response.read())
         if found != length:
-            raise httpx.RemoteProtocolError(f"the hub sent {found} bytes where {length} were asked for")
+            raise httpx.RemoteProtocolError(f"the hub sent {found} bytes instead of {length}")
 
 
-def may_pass(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of the network or the server, so that a later try may succeed."""
+def is_transient(error: BaseException | None) -> bool:
+    """Whether an error or one of its causes is a network or server error, so that a retry may succeed."""
     while error is not None:
         if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
             status = error.response.status_code if error.response is not None else 0
@@ -77,20 +77,20 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 def stay_offline_without_network(*names: str) -> None:
-    """Where a hub name is asked for and the hub cannot be reached, look in the local cache alone, without retries."""
+    """If one of `names` is a hub name and the hub is unreachable, use only the local cache, without retries."""
     if not all(Path(name).exists() for name in names) and not hub_reachable():
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def offline_hint(name: str) -> str:
-    """What to do about a hub that cannot be reached; empty if it can, or if `name` is local."""
+    """What to do if the hub is unreachable; empty if it is reachable or `name` is local."""
     if Path(name).exists() or hub_reachable():
         return ""
     return ". Without a network, try `python main.py demo`, or name a local model_name and dataset_path"
 
 
 def hub_reachable() -> bool:
-    """Whether something answers at the hub's address within a few seconds (a proxy is taken to work)."""
+    """Whether the hub's address accepts a connection within 5 s. A proxy is assumed to work."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
     url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))

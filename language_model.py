@@ -1,9 +1,9 @@
 """The language model: loaded by hub name or from a local directory, and run up to one hook point.
 
-There are two forms of it, with the same weights. transformer_lens' TransformerBridge names the hook points, but its
-attention is written out for its hooks. Harvesting needs one tensor only, so it runs the model as transformers has it,
-with fused attention, up to the module that the hook point names. Evaluation runs that form from the hook point on.
-Where it has no such module, or gives something else there, the bridge is run instead.
+It exists in two forms that share their weights. transformer_lens' TransformerBridge defines the hook points, but its
+attention is not fused, so that it can be hooked. Harvesting needs one tensor only: it runs the plain transformers
+model, with fused attention, up to the module at the hook point. Evaluation runs the plain model from the hook point on.
+If the plain model has no such module, or its output there differs, the bridge is run instead.
 """
 
 import copy
@@ -20,22 +20,22 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from config import post_init_cfg
 from console import InputError, one_line, tell
-from hub import StreamError, may_pass, never_wait_for_ever, offline_hint
+from hub import StreamError, is_transient, offline_hint, set_timeouts
 from sparse_ops import full_precision, screen_dtype
 
 
 def load_model(cfg: dict) -> TransformerBridge:
-    """The language model of a config in its model_dtype and in eval mode; `model.plain` is its form in transformers,
-    `model.plain_tokenizer` its tokenizer as saved (the bridge's own has a BOS even where the model has none).
+    """The language model of a config in its model_dtype and in eval mode. `model.plain` is the plain transformers
+    model, `model.plain_tokenizer` the tokenizer as saved (the bridge's has a BOS even if the model has none).
 
-    Code in a model's repository is never run. Raises InputError if there is no such model, it needs such code, it has
-    no weights or no tokenizer, or the hub cannot be reached.
+    Code in a model's repository is never run. Raises InputError if the model does not exist, needs such code, or has
+    no weights or tokenizer, or if the hub is unreachable; StreamError after a transient error of the hub.
     """
     name = hub_name(cfg["model_name"])
     where = f"model_name = {cfg['model_name']!r}"
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise InputError(f"{where}: this folder has no config.json, so it is no Hugging Face model")
+            raise InputError(f"{where}: this folder has no config.json, so it is not a Hugging Face model")
         if not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("pytorch_model*.bin")):
             raise InputError(f"{where}: this folder has no weights (model.safetensors)")
         if not any(
@@ -44,13 +44,13 @@ def load_model(cfg: dict) -> TransformerBridge:
         ):
             raise InputError(f"{where}: this folder has no tokenizer (tokenizer.json)")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{where}: there is no such folder, and it is no hub name")
+        raise InputError(f"{where}: no such folder, and not a hub name")
     else:
-        never_wait_for_ever()
+        set_timeouts()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
-        tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times as fast")
+        tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times faster")
     loader = Loader()
     source = model_source(name)
     try:
@@ -62,25 +62,23 @@ def load_model(cfg: dict) -> TransformerBridge:
             trust_remote_code=False,
         )
         tokenizer = load_tokenizer(name)
-    except Exception as error:  # the libraries below raise what they like; the user gets one line
+    except Exception as error:  # the libraries raise errors of any type; the user gets one line
         if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{where} needs Python code from its own files, and such code is never run here"
-            ) from error
+            raise InputError(f"{where} needs Python code from its repository, and such code is never run") from error
         hint = offline_hint(name)
-        kind = StreamError if may_pass(error) and not hint else InputError
+        kind = StreamError if is_transient(error) and not hint else InputError
         raise kind(f"{where} cannot be loaded: {one_line(error)}{hint}") from error
     if model.tokenizer is None:
-        raise InputError(f"{where} comes without a tokenizer")
+        raise InputError(f"{where} has no tokenizer")
     model.requires_grad_(False).eval()
-    # Not a submodule: its parameters are the bridge's own.
+    # Not a submodule: it shares the bridge's parameters.
     object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
     object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model
 
 
 def model_source(name: str) -> str:
-    """A hub name; of a folder its path, with "./" so that none is taken for an alias."""
+    """A hub name, or a folder's path with "./", so that it is not mistaken for an alias."""
     return os.path.join(".", name) if Path(name).is_dir() else name
 
 
@@ -89,14 +87,14 @@ def load_tokenizer(name: str):
 
 
 def tokenizer_of(model: TransformerBridge, cfg: dict):
-    """The model's tokenizer as saved: load_model's, or that of cfg["model_name"] for a bridge made otherwise."""
+    """The model's tokenizer as saved: from load_model, or loaded by cfg["model_name"] for any other bridge."""
     if not hasattr(model, "plain_tokenizer"):
         object.__setattr__(model, "plain_tokenizer", load_tokenizer(hub_name(cfg["model_name"])))
     return model.plain_tokenizer
 
 
 def slow_dtype(device: str, dtype: str) -> str | None:
-    """Why a dtype is slow on this device, or None: a CPU without instructions for it converts every number."""
+    """Why a dtype is slow on this device, or None. A CPU without instructions for it converts every value."""
     if not device.startswith("cpu"):
         return None
     if dtype == "bfloat16" and screen_dtype(torch.device("cpu")) != torch.bfloat16:
@@ -107,18 +105,18 @@ def slow_dtype(device: str, dtype: str) -> str | None:
 
 
 def hub_name(model_name: str) -> str:
-    """What the hub calls a model, also one given by a short name of transformer_lens. A local folder keeps its name."""
+    """A model's name on the hub; aliases of transformer_lens are resolved. A local folder keeps its name."""
     if Path(model_name).exists():
         return model_name
     return next((name for name, aliases in MODEL_ALIASES.items() if model_name in aliases), model_name)
 
 
 def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
-    """A completed config with what only the model can tell: seq_len and bos_per_context as they will be, exclude_tokens
-    as a list of ids, and has_bos = False where there is no BOS. `asked` keeps the values that this changes; the name
-    stays that of the run as it was asked for.
+    """A completed config with the values set by the model: effective seq_len and bos_per_context, exclude_tokens as a
+    list of ids, and has_bos = False if there is no BOS. `asked` keeps the original values of changed keys; the run's
+    name is still that of the original config.
 
-    Raises InputError if exclude_tokens names tokens that the model does not have, or if nothing is left to evaluate.
+    Raises InputError if exclude_tokens contains tokens that the model does not have, or if nothing is left to evaluate.
     """
     has_bos = tokenizer_of(model, cfg).bos_token_id is not None
     effective = {"seq_len": min(cfg["seq_len"], model.cfg.n_ctx), "bos_per_context": cfg["bos_per_context"] and has_bos}
@@ -128,7 +126,7 @@ def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
 
 
 def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
-    """The token ids that exclude_tokens of a completed config names."""
+    """exclude_tokens of a completed config as token ids."""
     excluded = cfg["exclude_tokens"]
     if excluded is None:
         return None
@@ -138,33 +136,33 @@ def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
     elif excluded == "special":
         excluded = sorted({i for i in tokenizer_of(model, cfg).all_special_ids if i < model.cfg.d_vocab})
     if not excluded or max(excluded) >= model.cfg.d_vocab:
-        has = "has none" if not excluded else f"has tokens 0 to {model.cfg.d_vocab - 1}"
+        has = "has no such token" if not excluded else f"has tokens 0 to {model.cfg.d_vocab - 1}"
         raise InputError(f"exclude_tokens = {cfg['exclude_tokens']!r} is not possible: {cfg['model_name']} {has}")
     return excluded
 
 
 class Loader:
-    """What the bridge loads its model with; keeps a copy as it is before the bridge replaces its modules."""
+    """Loads the model for the bridge, and keeps it in `plain` as it is before the bridge replaces its modules."""
 
     def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
-        """Raises ValueError if weights are missing: transformers itself makes up what is missing."""
+        """Raises ValueError if weights are missing: transformers would initialize them at random."""
         # By default transformers asks on the terminal whether to run a model's own code.
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             name, **options | {"output_loading_info": True, "trust_remote_code": False}
         )
         if missing := sorted(loaded["missing_keys"]):
-            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.plain = copy.deepcopy(model, shared)
         try:
             self.plain.set_attn_implementation("sdpa")
         except ValueError:
-            pass  # an architecture without it keeps the attention that it was loaded with
+            pass  # not supported by this architecture: the attention stays as loaded
         return model
 
 
 def model_fingerprint(model: TransformerBridge) -> str:
-    """SHA-256 of the names and the values of all weights."""
+    """SHA-256 of the names and values of all weights."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(name.encode())
@@ -173,9 +171,9 @@ def model_fingerprint(model: TransformerBridge) -> str:
 
 
 def check_hook_point(model: TransformerBridge, cfg: dict) -> int:
-    """The width of the activations at the hook point, by a look at one token's.
+    """The width of the activations at the hook point, from a forward pass on one token.
 
-    Raises InputError if the model has no such hook point, or if the width is not act_size.
+    Raises InputError if the model has no such hook point, or if the width differs from act_size.
     """
     hook_point = cfg["hook_point"]
     if hook_point not in model.hook_dict:
@@ -187,26 +185,26 @@ def check_hook_point(model: TransformerBridge, cfg: dict) -> int:
         raise InputError(f"hook point {hook_point!r} gives {acts.ndim} dimensions; it must give [context, position, d]")
     if cfg["act_size"] not in (None, acts.shape[-1]):
         raise InputError(
-            f"act_size = {cfg['act_size']} does not fit {cfg['model_name']}: {hook_point} is {acts.shape[-1]} wide "
-            f"(act_size=None takes it from the model)"
+            f"act_size = {cfg['act_size']} does not fit {cfg['model_name']}: the width of {hook_point} is "
+            f"{acts.shape[-1]} (act_size=None takes it from the model)"
         )
     return acts.shape[-1]
 
 
 class HookReached(Exception):
-    """Ends the forward at the hook point."""
+    """Ends a forward pass at the hook point."""
 
 
 class Harvester:
-    """Activations at a hook point, nothing after it computed: `harvester(tokens [n, seq_len])` -> [n, seq_len, d]."""
+    """Runs the model up to a hook point: `harvester(tokens [n, seq_len])` -> activations [n, seq_len, d]."""
 
     def __init__(self, model: TransformerBridge, hook_point: str):
         self.model, self.hook_point = model, hook_point
         self.module, self.side = plain_module(model, hook_point)
-        if self.module is not None and not self.plain_form_agrees():
+        if self.module is not None and not self.plain_matches_bridge():
             self.module = None
         if self.module is None:
-            tell(f"{hook_point} is read from transformer_lens' form of the model, which is slower")
+            tell(f"{hook_point} is harvested with transformer_lens' TransformerBridge, which is slower")
 
     @torch.no_grad()
     @full_precision("tf32")
@@ -240,12 +238,12 @@ class Harvester:
 
     @torch.no_grad()
     @full_precision("tf32")
-    def plain_form_agrees(self) -> bool:
-        """Whether both forms give the same activations on some tokens."""
-        tokens = some_tokens(self.model)
+    def plain_matches_bridge(self) -> bool:
+        """Whether the plain model and the bridge give the same activations on sample tokens."""
+        tokens = sample_tokens(self.model)
         try:
             plain = self.run_plain(tokens)
-        except Exception:  # another architecture's module may be called in another way: then the bridge knows how
+        except Exception:  # the module may have another signature in other architectures
             return False
         return nearly_equal(plain, run_bridge_to_hook(self.model, tokens, self.hook_point))
 
@@ -254,8 +252,8 @@ class Predictor:
     """Logits with given activations at a hook point: `predictor(tokens [n, seq_len], acts [n, seq_len, d])` ->
     [n, seq_len, d_vocab].
 
-    At the residual stream before or after a block, the blocks below are not computed: each of them gives `acts`.
-    Elsewhere, or where the model's form in transformers does not agree, the bridge computes all of the model.
+    At the residual stream before or after a block, the blocks below are replaced: each returns `acts`. At other hook
+    points, or if the plain model's logits differ, the bridge runs the whole model.
     """
 
     def __init__(self, model: TransformerBridge, hook_point: str):
@@ -265,7 +263,7 @@ class Predictor:
             blocks = list(model.plain.get_submodule(model.adapter.component_mapping["blocks"].name))
             if module in blocks:
                 self.below = blocks[: blocks.index(module) + (side == "out")]
-        if self.below and not self.agrees():
+        if self.below and not self.plain_matches_bridge():
             self.below = []
 
     @torch.no_grad()
@@ -288,38 +286,38 @@ class Predictor:
 
     @torch.no_grad()
     @full_precision("tf32")
-    def agrees(self) -> bool:
-        """Whether the blocks above give the bridge's logits on some tokens."""
-        tokens = some_tokens(self.model)
+    def plain_matches_bridge(self) -> bool:
+        """Whether the blocks above the hook point give the bridge's logits on sample tokens."""
+        tokens = sample_tokens(self.model)
         outputs = []
         handle = self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             self.model.plain(tokens, use_cache=False)
             self.returns_tuple = isinstance(outputs[0], tuple)
             logits = self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
-        except Exception:  # another architecture's blocks may be called in another way
+        except Exception:  # blocks may have another signature in other architectures
             return False
         finally:
             handle.remove()
         return nearly_equal(logits, self.model(tokens, return_type="logits"))
 
 
-def some_tokens(model: TransformerBridge) -> torch.Tensor:
-    """Two short contexts to compare the forms of the model on."""
+def sample_tokens(model: TransformerBridge) -> torch.Tensor:
+    """Two short contexts, to compare the plain model with the bridge."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(16, model.cfg.n_ctx)), generator=generator)
     return tokens.to(next(model.parameters()).device)
 
 
 def nearly_equal(plain: torch.Tensor, bridge: torch.Tensor) -> bool:
-    """Equal but for what fused attention and the products' precision round; another place differs by about 1."""
+    """Equal up to rounding in fused attention and matrix products. The relative error at a wrong module is about 1."""
     eps = 2.0**-10 if bridge.is_cuda and bridge.dtype == torch.float32 else torch.finfo(bridge.dtype).eps  # TF32's
     return plain.shape == bridge.shape and bool((plain - bridge).norm() <= max(1e-4, 6 * eps) * bridge.norm())
 
 
 def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Module | None, str]:
-    """The module of model.plain whose input ("in") or output ("out") the hook point is; None if it is neither."""
-    # The bridge's name for it, e.g. blocks.8.hook_in for blocks.8.hook_resid_pre, blocks.8.ln2.hook_in for resid_mid.
+    """The module of model.plain whose input ("in") or output ("out") is the hook point; None if there is none."""
+    # The bridge's own name, e.g. blocks.8.hook_in for blocks.8.hook_resid_pre, blocks.8.ln2.hook_in for resid_mid.
     match = re.fullmatch(r"blocks\.(\d+)\.(?:(\w+)\.)?hook_(in|out)", str(model.hook_dict[hook_point].name))
     if match is None or not hasattr(model, "plain"):
         return None, ""
@@ -336,7 +334,7 @@ def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Mo
 
 @torch.no_grad()
 def run_bridge_to_hook(model: TransformerBridge, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
-    """Activations at the hook point of contexts [n, seq_len] by the bridge; nothing after it is computed."""
+    """Activations of contexts [n, seq_len] at the hook point, from the bridge, which is stopped there."""
     caught = []
 
     def stop(acts, hook):
@@ -347,6 +345,6 @@ def run_bridge_to_hook(model: TransformerBridge, tokens: torch.Tensor, hook_poin
         model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_point, stop)])
     except HookReached:
         return caught[0]
-    except ValueError as error:  # the bridge refuses hook points that a mode of its own must be set for
+    except ValueError as error:  # the bridge rejects hook points that need one of its modes
         raise InputError(f"hook point {hook_point!r} cannot be read: {one_line(error)}") from error
-    raise InputError(f"hook point {hook_point!r} is never reached in a forward of this model")
+    raise InputError(f"hook point {hook_point!r} is never reached in a forward pass of this model")

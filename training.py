@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import sparse_ops
-from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
+from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, save_sae
 from config import num_steps
 from console import InputError, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
@@ -54,8 +54,9 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     """Train SAEs side by side on one stream: the language model runs once, and all see the same batches.
 
     `cfgs` are completed configs that agree on all `in_group` keys (config.py). Each run has its own record and its own
-    sae/ folder in output_dir/sweep/name. The SAEs of a group do not influence each other. If a checkpoint holds all these runs,
-    training resumes from it, with the same results as without the interruption. Returns the final held-out metrics.
+    sae/ folder in output_dir/sweep/name. The SAEs of a group do not influence each other. If a checkpoint holds all
+    these runs, training resumes from it, with the same results as without the interruption. Returns the final held-out
+    metrics.
 
     Raises, after what was trained has been saved:
         InputError     a run is over or in use; its checkpoint was made with other versions, threads, device, model or
@@ -85,12 +86,12 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
 
         num_tokens = activation_store.tokens_needed
         results = evaluate([run.sae for run in runs], activation_store, baseline) if runs else []
-        with disk(cfg | {"save_errors": "stop"}, "the SAEs"):
+        with handle_save_errors(cfg | {"save_errors": "stop"}, "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run.log.folder / "sae")
         for run, result in zip(runs, results):
             result |= {"tokens": num_tokens, "steps": num_tokens // cfg["batch_size"], "seconds": seconds}
-            with disk(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
+            with handle_save_errors(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
                 run.log.finish(result)
         remove_checkpoints(cfg, lambda name: is_over(cfg | {"name": name}))
     if failed:
@@ -127,7 +128,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
-                    with disk(cfg, "the SAEs"):
+                    with handle_save_errors(cfg, "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
@@ -138,7 +139,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     outputs.remove(output)
                     failed.append(f"{run.cfg['name']}: step {step}: {output}")
                     tell(failed[-1])
-                    with disk(cfg, f"{run.log.folder}"):
+                    with handle_save_errors(cfg, f"{run.log.folder}"):
                         save_sae(run.sae, run.log.folder / "sae")
                         run.log.stop(step, str(output))
             if not runs:
@@ -162,7 +163,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
                     tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")
                 if values:
-                    with disk(cfg, f"{run.log.folder}/metrics.jsonl"):
+                    with handle_save_errors(cfg, f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
 
             # Checkpoints

@@ -7,6 +7,7 @@ writes checkpoints as training does: flushed, read back, the older ones deleted.
 """
 
 import argparse
+import json
 import shutil
 import statistics
 import sys
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import cpu_name  # noqa: E402
 
-from checkpoint import LONGEST_PAUSE, load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoint import MAX_CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint  # noqa: E402
 from config import get_default_cfg  # noqa: E402
 from main import sweep_configs  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
         seconds.append(time.perf_counter() - begun)
     path = max(folder.glob("step_*"))
     begun = time.perf_counter()
-    load_checkpoint(path, runs)
+    load_checkpoint(path, json.loads((path / "state.json").read_text()), runs)
     loading = time.perf_counter() - begun
     size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
     shutil.rmtree(folder)
@@ -60,8 +61,9 @@ def main() -> None:
         f"a checkpoint: {size:.2f} GiB, {took:.1f} s ({min(seconds):.1f} – {max(seconds):.1f}); loading {loading:.1f} s"
     )
     print(f"a step of all SAEs: {step_seconds:.1f} s, so that every {freq:,} steps it takes", end=" ")
-    print(f"{took / (freq * step_seconds + took):.3%} of the time, and every {LONGEST_PAUSE / 60:.0f} minutes", end=" ")
-    print(f"{took / max(LONGEST_PAUSE, 50 * took):.2%}")
+    interval = MAX_CHECKPOINT_INTERVAL
+    print(f"{took / (freq * step_seconds + took):.3%} of the time, and every {interval / 60:.0f} minutes", end=" ")
+    print(f"{took / max(interval, 50 * took):.2%}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def measure(cfg: dict, rounds: int) -> dict:
     live = ActivationsStore(model, cfg | {"activation_cache": None})
     cached = ActivationsStore(model, cfg)
     bare = bare_blocks(cfg, cfg["layer"])
-    rows, per_buffer = len(live.memory), len(live.memory) // cfg["batch_size"]
+    rows, per_buffer = len(live.storage), len(live.storage) // cfg["batch_size"]
     contexts = live.get_batch_tokens()
     expected = live.get_activations(contexts)
     tolerance = 1e-3 if cfg["model_dtype"] == "float32" else 0.1
@@ -85,8 +85,8 @@ def measure(cfg: dict, rounds: int) -> dict:
         return buffer_of(cached)
 
     def tokenize() -> int:
-        lots = live.stream.reader.lots(live.stream.reader.beginning, num_epochs=1)
-        return sum(len(next(lots)[1]) for _ in range(2))
+        chunks = live.stream.reader.token_chunks(live.stream.reader.beginning, num_epochs=1)
+        return sum(len(next(chunks)[1]) for _ in range(2))
 
     start = cached.state_dict()
     buffer_of(cached)  # fills the cache
@@ -109,7 +109,7 @@ def measure(cfg: dict, rounds: int) -> dict:
         "rates": rates,
         "same_context": statistics.mean(same),
         "same_context_unshuffled": (live.seq_len - 1) / (cfg["batch_size"] - 1),
-        "buffer_bytes": live.memory.nbytes,
+        "buffer_bytes": live.storage.nbytes,
         "memory_growth_bytes": memory[-1] - memory[1],
     }
 

@@ -61,7 +61,7 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
     runs = [Run(sae.cfg, sae, make_optimizer(sae, sae.cfg), log=None) for sae in saes]
     contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len].to(cfg["device"])
-    num_batches = len(store.memory) // cfg["batch_size"]  # in a buffer
+    num_batches = len(store.storage) // cfg["batch_size"]  # in a buffer
     parts = {"harvest": [], "step": [], "bridge": [], "dense step": []}
     dead = []
 

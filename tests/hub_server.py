@@ -1,11 +1,11 @@
-"""A stand-in for the Hugging Face hub on this machine, for tests that go through the real libraries.
+"""A local stand-in for the Hugging Face hub, for tests with the real libraries.
 
     with Hub({"models/someone/lm": {"main": folder}, "datasets/someone/text": {"main": folder}}) as hub:
         subprocess.run(..., env=os.environ | {"HF_ENDPOINT": hub.url})
 
-It speaks as much of the hub's protocol as reading a model and streaming a dataset take: what is known of a
-repository, its folders, and its files, by branch or by commit; UploadHub takes uploads too. Whatever it sends goes
-through `Hub.send`: a test that needs a hub which errs, stalls or cuts the connection overrides that.
+It implements the part of the hub's protocol that loading a model and streaming a dataset need: a repository's metadata,
+folders and files, by branch or commit. UploadHub also accepts uploads. All responses go through `Hub.send`, which tests
+override for a hub that fails, stalls or closes the connection.
 """
 
 import base64
@@ -25,9 +25,9 @@ Answer = tuple[int, dict, bytes]  # status, headers, body
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `repos` at `url` until its `with` block ends. `requests` lists what was asked: "GET /path?query".
+    """Serves `repos` at `url` until its `with` block ends. `requests` lists the requests: "GET /path?query".
 
-    repos: {"models/NAME" or "datasets/NAME": {revision: folder}}, or the new name of a repository that has moved.
+    repos: {"models/NAME" or "datasets/NAME": {revision: folder}, or the new name of a moved repository}.
     """
 
     def __init__(self, repos: dict[str, dict[str, Path] | str]):
@@ -46,31 +46,31 @@ class Hub(ThreadingHTTPServer):
     def answer(self, url: str, byte_range: str | None) -> Answer:
         path, query = urlsplit(url).path, urlsplit(url).query
         if match := API.fullmatch(path):
-            asked = match.groupdict()
-            repo = asked["repo"]
+            parts = match.groupdict()
+            repo = parts["repo"]
         elif match := FILE.fullmatch(path):
-            asked = match.groupdict() | {"what": "file"}
-            repo = asked["repo"] if asked["repo"].startswith("datasets/") else f"models/{asked['repo']}"
+            parts = match.groupdict() | {"what": "file"}
+            repo = parts["repo"] if parts["repo"].startswith("datasets/") else f"models/{parts['repo']}"
         else:
             return error(404, "EntryNotFound")
         revisions = self.repos.get(repo)
         if revisions is None:
-            return error(401, "RepoNotFound")  # what the hub says to somebody who is not logged in
+            return error(401, "RepoNotFound")  # the hub's response without a login
         if isinstance(revisions, str):
             old, new = (name.partition("/")[2] for name in (repo, revisions))
             return 307, {"Location": url.replace(old, new, 1), "Content-Length": "0"}, b""
 
-        revision = unquote(asked["revision"] or "main")
+        revision = unquote(parts["revision"] or "main")
         revision = {commit_of(repo, name): name for name in revisions}.get(revision, revision)
         if revision not in revisions:
             return error(404, "RevisionNotFound")
         folder, commit = revisions[revision], commit_of(repo, revision)
-        file = folder / unquote(asked["path"] or "")
+        file = folder / unquote(parts["path"] or "")
         if not file.exists():
             return error(404, "EntryNotFound")
-        if asked["what"] == "file":
+        if parts["what"] == "file":
             return file_answer(file, commit, byte_range)
-        if asked["what"] == "tree":
+        if parts["what"] == "tree":
             files = file.rglob("*") if "recursive=true" in query else file.iterdir()
             return json_answer([tree_entry(file, folder) for file in sorted(files)])
         return json_answer({"id": repo.partition("/")[2], "sha": commit})
@@ -87,10 +87,10 @@ class Hub(ThreadingHTTPServer):
 
 
 class UploadHub(Hub):
-    """Takes uploads too: into `folder`/OWNER/NAME, of who shows `token`, which may write as `owner` only.
+    """Also accepts uploads into `folder`/OWNER/NAME, with `token`, which may write as `owner` only.
 
-    Creating a repository, asking how each file is to come (weights as large files, by LFS), these, and the commit.
-    `commits` lists what each commit was told to hold, {path: "regular" or "lfs"}; `visibility` is of the repositories.
+    It implements creating a repository, asking for the upload mode of each file (LFS for weights), LFS uploads and the
+    commit. `commits` lists the files of each commit, {path: "regular" or "lfs"}; `visibility` is by repository.
     """
 
     def __init__(self, folder: Path, token: str, owner: str):
@@ -105,19 +105,19 @@ class UploadHub(Hub):
         return answer
 
     def receive(self, path: str, headers, body: bytes) -> Answer:
-        if match := re.fullmatch(r"/large/(\w+)", path):  # the address is the permission
+        if match := re.fullmatch(r"/large/(\w+)", path):  # needs no token
             assert hashlib.sha256(body).hexdigest() == match[1]
             self.large_files[match[1]] = body
             return json_answer({})
         if headers["Authorization"] != f"Bearer {self.token}":
             return error(401, "", "Invalid credentials in Authorization header")
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if asked["organization"] != self.owner:
+            request = json.loads(body)
+            repo = f"{request['organization']}/{request['name']}"
+            if request["organization"] != self.owner:
                 return error(403, "", "You don't have the rights to create a model under this namespace")
             found = repo in self.visibility
-            self.visibility.setdefault(repo, asked.get("visibility", "public"))
+            self.visibility.setdefault(repo, request.get("visibility", "public"))
             (self.folder / repo).mkdir(parents=True, exist_ok=True)
             self.repos[f"models/{repo}"] = {"main": self.folder / repo}
             return json_answer({"url": f"{self.url}/{repo}"}, 409 if found else 200)
@@ -144,7 +144,7 @@ class UploadHub(Hub):
 
 
 class Request(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections stay open, as the hub's do
+    protocol_version = "HTTP/1.1"  # connections stay open, as on the real hub
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))

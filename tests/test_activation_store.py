@@ -1,4 +1,4 @@
-"""The stream of activations: every token once, held-out tokens apart, and bad data said in one line."""
+"""The stream of activations: each token once, held-out tokens apart, and bad data reported in one line."""
 
 import inspect
 import json
@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """The functions of a module of the standard library, an empty document and one that is not ASCII."""
+    """Functions from the standard library, an empty document and a non-ASCII one."""
     functions = [inspect.getsource(value) for _, value in inspect.getmembers(textwrap, inspect.isroutine)]
     methods = [inspect.getsource(value) for _, value in inspect.getmembers(textwrap.TextWrapper, inspect.isfunction)]
     return [*functions[:2], "", "naïve café — 東京 🙂\n\n  indented", *functions[2:], "x", *methods]
@@ -48,14 +48,14 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokens(texts) -> list[list[int]]:
-    """Plain reference: the documents as BOS + their tokens, those without tokens left out."""
+    """Reference: the documents as BOS + tokens, without empty ones."""
     tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     return [[BOS] + tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
 
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """Write a column of documents as JSON lines; the path."""
+    """A function that writes a column of documents as JSON lines and returns the path."""
 
     def write(documents: list, column: str = "text", name: str = "data.jsonl") -> str:
         path = tmp_path / name
@@ -66,14 +66,14 @@ def jsonl(tmp_path):
 
 
 def reference_contexts(tokens: list[list[int]], seq_len: int, num_eval: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Held-out contexts, and those to train on: they begin with the token after the last held-out one."""
+    """Held-out contexts and training contexts, which begin with the token after the last held-out one."""
     stream = [token for document in tokens for token in document]
     contexts = torch.tensor(stream[: len(stream) // seq_len * seq_len]).view(-1, seq_len)
     return contexts[:num_eval], contexts[num_eval:]
 
 
 def all_contexts(store) -> torch.Tensor:
-    """Every context that the store has left."""
+    """All remaining contexts of the store."""
     contexts = []
     while True:
         try:
@@ -83,13 +83,13 @@ def all_contexts(store) -> torch.Tensor:
 
 
 def sorted_rows(rows: torch.Tensor) -> np.ndarray:
-    """Rows in lexicographic order: the multiset of them."""
+    """Rows in lexicographic order, to compare them as multisets."""
     rows = rows.numpy()
     return rows[np.lexsort(rows.T[::-1])]
 
 
 def counted_documents(num_eval: int, num_train: int) -> list[list[int]]:
-    """A held-out document and training documents of exactly so many tokens, BOS included; no other token repeats."""
+    """A held-out document and training documents of exactly these lengths, with BOS; no other token repeats."""
     lengths, ids = [num_eval], iter(range(1, 4096))
     while num_train > 0:
         lengths.append(min(num_train, 7 + 3 * len(lengths)))
@@ -101,7 +101,7 @@ def counted_documents(num_eval: int, num_train: int) -> list[list[int]]:
 
 
 def test_contexts_equal_a_plain_reference(model, jsonl, texts, tokens):
-    """Documents become BOS + tokens, joined and cut into contexts, and no token is lost over many refills."""
+    """Documents become BOS + tokens, concatenated and cut into contexts; no token is lost over many refills."""
     heldout, rest = reference_contexts(tokens, SEQ_LEN, 3)
     store = ActivationsStore(model, make_cfg(dataset_path=jsonl(texts)))
     assert torch.equal(store.eval_contexts, heldout)
@@ -111,13 +111,13 @@ def test_contexts_equal_a_plain_reference(model, jsonl, texts, tokens):
 
 
 def test_training_goes_through_the_stream_in_order(model, jsonl, texts, tokens):
-    """The batches are harvested from the contexts of the reference, in its order, one buffer after another."""
+    """The batches are harvested from the reference's contexts in order, one buffer after another."""
     _, rest = reference_contexts(tokens, SEQ_LEN, 3)
     num_tokens = rest.numel() // 40 * 40
     store = ActivationsStore(model, make_cfg(dataset_path=jsonl(texts), num_tokens=num_tokens))
     batches = [store.next_batch() for _ in range(num_tokens // 40)]
     reference = torch.cat([store.get_activations(part) for part in rest.split(3)]).flatten(0, 1)
-    # A buffer is the next rows of the reference: as many as two forwards give, in whole batches.
+    # A buffer holds the next rows of the reference: those of two forward passes, in whole batches.
     rows = 2 * 3 * SEQ_LEN // 40 * 40
     for i in range(0, num_tokens - rows, rows):
         buffer = torch.cat(batches[i // 40 : (i + rows) // 40])
@@ -126,7 +126,7 @@ def test_training_goes_through_the_stream_in_order(model, jsonl, texts, tokens):
 
 @pytest.fixture(scope="module")
 def formats(tmp_path_factory, texts) -> dict[str, str]:
-    """The same documents in every form of local data."""
+    """The same documents in every format of local data."""
     folder, texts = tmp_path_factory.mktemp("formats"), [text for text in texts if text]
     data = datasets.Dataset.from_dict({"text": texts, "id": list(range(len(texts)))})
     halves = {"a": data.select(range(7)), "b": data.select(range(7, len(data)))}
@@ -154,8 +154,8 @@ def formats(tmp_path_factory, texts) -> dict[str, str]:
         "folder_text", "folder_jsonl", "folder_parquet", "folder_arrow",
     ],
 )  # fmt: skip
-def test_every_form_of_local_data_gives_the_same_tokens(model, formats, tokens, name):
-    """Files, folders of files and saved datasets: same documents, same contexts, none lost to a look at the columns."""
+def test_every_format_of_local_data_gives_the_same_tokens(model, formats, tokens, name):
+    """Files, folders of files and saved datasets give the same contexts; no document is lost to the column check."""
     heldout, rest = reference_contexts(tokens, SEQ_LEN, 3)
     store = ActivationsStore(model, make_cfg(dataset_path=formats[name]))
     assert torch.equal(store.eval_contexts, heldout)
@@ -163,7 +163,7 @@ def test_every_form_of_local_data_gives_the_same_tokens(model, formats, tokens, 
 
 
 def test_a_text_file_is_one_document(model, tmp_path, texts):
-    """A .txt file is one document: its start is held out, and what follows is trained on."""
+    """A .txt file is one document: its beginning is held out, and the rest is trained on."""
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(texts), encoding="utf-8", newline="")
     ids = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json")).encode("\n\n".join(texts), add_special_tokens=False).ids
@@ -172,19 +172,19 @@ def test_a_text_file_is_one_document(model, tmp_path, texts):
     assert torch.equal(store.eval_contexts.flatten(), stream[: 3 * SEQ_LEN])
     trained_on = all_contexts(store).flatten()
     rest = stream[3 * SEQ_LEN :]
-    assert torch.equal(trained_on, rest[: len(rest) // SEQ_LEN * SEQ_LEN]), "the document goes on, nothing is lost"
+    assert torch.equal(trained_on, rest[: len(rest) // SEQ_LEN * SEQ_LEN])
 
 
 @pytest.mark.parametrize("column", ["text", "tokens", "input_ids"])
 def test_columns(model, jsonl, texts, tokens, column):
-    """text, tokens and input_ids are recognised; token documents that begin with BOS get no second one."""
+    """text, tokens and input_ids are recognized; token documents that begin with BOS get no second one."""
     documents = texts if column == "text" else tokens
     store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, column)))
     assert torch.equal(all_contexts(store), reference_contexts(tokens, SEQ_LEN, 3)[1])
 
 
 def test_token_documents_without_bos_get_one(model, jsonl, tokens):
-    """BOS is put before token documents that lack it; empty ones are passed over."""
+    """BOS is prepended to token documents that lack it; empty ones are skipped."""
     documents = [document[1:] for document in tokens]
     documents.insert(2, [])
     store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, "tokens")))
@@ -192,29 +192,29 @@ def test_token_documents_without_bos_get_one(model, jsonl, tokens):
 
 
 def test_split_of_a_saved_dataset_dict(model, formats):
-    """dataset_split picks the split of a saved DatasetDict; one that is not there is an error that lists them."""
+    """dataset_split selects the split of a saved DatasetDict; the error about a missing split lists the others."""
     with pytest.raises(InputError, match="no split 'validation'.*test, train"):
         ActivationsStore(model, make_cfg(dataset_path=formats["dataset_dict"], dataset_split="validation"))
     with pytest.raises(InputError, match="too short"):  # the split "test" has one document
         ActivationsStore(model, make_cfg(dataset_path=formats["dataset_dict"], dataset_split="test", num_tokens=10_000))
 
 
-def test_contexts_are_cut_to_what_the_model_can_take(model, jsonl, texts, tokens, capsys):
-    """A seq_len beyond the model's context is cut to it, and the log says so."""
+def test_seq_len_is_limited_by_the_model(model, jsonl, texts, tokens, capsys):
+    """A seq_len beyond the model's context length is reduced to it, which is reported."""
     documents = texts * 8
     cfg = make_cfg(dataset_path=jsonl(documents), seq_len=1000, eval_tokens=200)
     store = ActivationsStore(model, cfg)
     assert store.seq_len == 128 and store.eval_contexts.shape == (2, 128)
     assert torch.equal(all_contexts(store), reference_contexts(tokens * 8, 128, 2)[1])
-    assert "128" in capsys.readouterr().err
+    assert "seq_len is reduced to 128" in capsys.readouterr().err
 
 
 # Held out
 
 
 def test_held_out_tokens_are_apart_from_the_training_tokens(model, jsonl):
-    """The stream's first eval_tokens are held out, and no token of theirs is ever trained on."""
-    documents = counted_documents(50, 10 * 40)  # the first document goes on in the first context trained on
+    """The stream's first eval_tokens are held out and never trained on."""
+    documents = counted_documents(50, 10 * 40)  # the first document continues in the first training context
     store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, "tokens")))
     heldout = store.eval_contexts.flatten().tolist()
     assert heldout == documents[0][:48]
@@ -229,8 +229,8 @@ def test_eval_tokens_are_rounded_up_to_whole_contexts(model, jsonl, texts):
     assert ActivationsStore(model, make_cfg(dataset_path=jsonl(texts), eval_tokens=33)).eval_contexts.shape == (3, 16)
 
 
-def test_fingerprint_tells_held_out_tokens_apart(model, jsonl, texts):
-    """The fingerprint is that of the held-out tokens: the same for the same data, another for another cut."""
+def test_fingerprint_identifies_the_held_out_tokens(model, jsonl, texts):
+    """The fingerprint is the same for the same held-out tokens, and differs for others."""
     path = jsonl(texts)
     prints = [ActivationsStore(model, make_cfg(dataset_path=path, eval_tokens=n)).fingerprint() for n in (48, 48, 64)]
     assert prints[0] == prints[1] != prints[2]
@@ -248,7 +248,7 @@ def counted(tmp_path_factory) -> str:
 
 
 def stream_of(model, path, **changes) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ten batches [10, 40, d] of the counted data, and its activations in the order of the text [400, d]."""
+    """All ten batches [10, 40, d] of the counted data, and its activations in text order [400, d]."""
     store = ActivationsStore(model, make_cfg(dataset_path=path, **changes))
     batches = torch.stack([store.next_batch() for _ in range(10)])
     contexts = torch.tensor([t for document in counted_documents(48, 400)[1:] for t in document]).view(-1, SEQ_LEN)
@@ -258,14 +258,14 @@ def stream_of(model, path, **changes) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("model_batch_size, buffer", [(3, 2), (1, 3), (25, 1), (7, 100), (4, 4)])
 def test_every_training_token_is_handed_out_exactly_once(model, counted, model_batch_size, buffer):
-    """Over all batches each activation comes once, whatever the buffer; none is lost where buffers join."""
+    """Over all batches each activation comes once, whatever the buffer size; none is lost between buffers."""
     batches, in_order = stream_of(model, counted, model_batch_size=model_batch_size, num_batches_in_buffer=buffer)
     assert batches.shape == (10, 40, 128)
     assert np.array_equal(sorted_rows(batches.flatten(0, 1)), sorted_rows(in_order))
 
 
 def test_batches_are_whole_when_the_buffer_is_smaller_than_a_batch(model, counted):
-    """next_batch gives batch_size activations even where num_batches_in_buffer forwards hold fewer."""
+    """next_batch returns batch_size activations even if num_batches_in_buffer forward passes give fewer."""
     store = ActivationsStore(
         model, make_cfg(dataset_path=counted, batch_size=100, model_batch_size=1, num_batches_in_buffer=2)
     )
@@ -275,7 +275,7 @@ def test_batches_are_whole_when_the_buffer_is_smaller_than_a_batch(model, counte
 
 
 def test_batches_are_shuffled_and_deterministic(model, counted):
-    """The same shuffle_seed gives the same batches, another one others; the order is not that of the text."""
+    """The same shuffle_seed gives the same batches, another seed others; they are not in text order."""
     first, in_order = stream_of(model, counted, model_batch_size=8)
     again, _ = stream_of(model, counted, model_batch_size=8)
     other, _ = stream_of(model, counted, model_batch_size=8, shuffle_seed=50)
@@ -287,11 +287,11 @@ def test_batches_are_shuffled_and_deterministic(model, counted):
     assert (np.diff(places) == 1).mean() < 0.1, "neighbours in the text are not neighbours in a batch"
 
 
-# Tokens that are left out
+# Excluded tokens
 
 
 def kept_rows(store, excluded: list[int]) -> torch.Tensor:
-    """The activations [n, d] to train on, in the order of the text, without those of excluded tokens."""
+    """The activations [n, d] to train on, in text order, without those of excluded tokens."""
     fresh = ActivationsStore(store.model, store.cfg | {"exclude_tokens": None, "activation_cache": None})
     contexts = all_contexts(fresh)
     rows = torch.cat([store.get_activations(part) for part in contexts.split(store.cfg["model_batch_size"])])
@@ -300,18 +300,18 @@ def kept_rows(store, excluded: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"bos_per_context": True}, {"model_batch_size": 1, "num_epochs": 2}])
 def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
-    """Batches are whole, and over all of them every other token comes once, in the buffers' order; no row is lost."""
+    """Batches are whole and contain every other token once, in the order of the buffers."""
     excluded = [BOS, 3, 200, 201]
     cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=excluded, **changes)
     rows = kept_rows(ActivationsStore(model, cfg), excluded)
     num_tokens = len(rows) // 40 * 40
     store = ActivationsStore(model, cfg | {"num_tokens": num_tokens})
     batches = torch.cat([store.next_batch() for _ in range(num_tokens // 40)])
-    size = len(store.memory)
+    size = len(store.storage)
     assert size % 40 == 0 and len(batches) == num_tokens
     for i in range(0, num_tokens, size):
         assert np.array_equal(sorted_rows(batches[i : i + size]), sorted_rows(rows[i : min(i + size, num_tokens)]))
-    ActivationsStore(model, cfg | {"num_tokens": len(rows), "batch_size": 1})  # just enough is enough
+    ActivationsStore(model, cfg | {"num_tokens": len(rows), "batch_size": 1})  # exactly enough
     usable = f"{len(rows):,}" if "bos_per_context" not in changes else r"[\d,]+"  # an upper bound
     with pytest.raises(InputError, match=f"too short: {usable} tokens to train on.* without exclude_tokens"):
         store = ActivationsStore(model, cfg | {"num_tokens": len(rows) // 40 * 40 + 40})
@@ -319,8 +319,8 @@ def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
             store.next_batch()
 
 
-def test_a_stream_with_excluded_tokens_resumes_to_the_bit(model, jsonl, texts, tmp_path):
-    """From any batch on, live and from the cache, which belongs to these tokens alone."""
+def test_a_stream_with_excluded_tokens_resumes_bit_identically(model, jsonl, texts, tmp_path):
+    """From any batch, live and from the cache, which is separate for each exclude_tokens."""
     cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=[BOS, 3], num_batches_in_buffer=3)
     store = ActivationsStore(model, cfg)
     batches, states = [], []
@@ -339,10 +339,10 @@ def test_a_stream_with_excluded_tokens_resumes_to_the_bit(model, jsonl, texts, t
     assert len(identities) == 3 and sum("exclude_tokens" in identity for identity in identities) == 2
 
 
-def test_what_exclude_tokens_can_be(model, counted):
-    """Ids, or the words for what the tokenizer has; the config then has ids, and the run the name of what was asked."""
-    for asked, ids in (("bos", [BOS]), ("special", [BOS]), ([9, 5, 9], [5, 9]), (5, [5])):
-        cfg = make_cfg(dataset_path=counted, exclude_tokens=asked, num_tokens=40)
+def test_values_of_exclude_tokens(model, counted):
+    """Ids, "bos" or "special". The store's config has ids; the run's name is that of the original config."""
+    for value, ids in (("bos", [BOS]), ("special", [BOS]), ([9, 5, 9], [5, 9]), (5, [5])):
+        cfg = make_cfg(dataset_path=counted, exclude_tokens=value, num_tokens=40)
         assert ActivationsStore(model, cfg).cfg["exclude_tokens"] == ids
         assert ActivationsStore(model, cfg).cfg["name"] == cfg["name"] != make_cfg(dataset_path=counted)["name"]
     assert "4095" in store_error(model, dataset_path=counted, exclude_tokens=[5, 4096])
@@ -355,8 +355,8 @@ def test_seed_of_the_weights_does_not_touch_the_stream(model, counted):
     assert torch.equal(stream_of(model, counted, seed=1)[0], stream_of(model, counted, seed=2)[0])
 
 
-def test_global_rng_is_left_alone(model, counted):
-    """Building a store and drawing from it neither reads nor sets the global random states."""
+def test_global_rng_is_untouched(model, counted):
+    """A store neither reads nor sets the global random states."""
 
     def states():
         return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
@@ -386,7 +386,7 @@ def store_error(model, **changes) -> str:
 
 
 def test_exactly_enough_data_is_enough(model, jsonl):
-    """A dataset with just the tokens asked passes and lasts to the last batch; one context fewer is an error."""
+    """A dataset with exactly the needed tokens lasts to the last batch; with one context fewer it is an error."""
     path = jsonl(counted_documents(48, 400), "tokens", "enough.jsonl")
     store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=361))  # rounded up to ten batches
     assert [len(store.next_batch()) for _ in range(10)] == [40] * 10
@@ -397,13 +397,13 @@ def test_exactly_enough_data_is_enough(model, jsonl):
 
 
 def test_too_short_for_the_held_out_tokens(model, jsonl):
-    """A dataset that ends before eval_tokens is too short, and the message names eval_tokens."""
+    """A dataset with fewer than eval_tokens is too short, and the message names eval_tokens."""
     message = store_error(model, dataset_path=jsonl(counted_documents(47, 0), "tokens"))
     assert "too short" in message and "47" in message and "eval_tokens = 48" in message
 
 
-def test_data_that_shrinks_is_noticed(model, jsonl):
-    """Where the length could not be known before, the end of the data is an error, not a short batch."""
+def test_the_end_of_the_data_is_an_error(model, jsonl):
+    """It is never a short batch."""
     path = jsonl(counted_documents(48, 400), "tokens")
     store = ActivationsStore(model, make_cfg(dataset_path=path))
     for _ in range(10):
@@ -414,8 +414,8 @@ def test_data_that_shrinks_is_noticed(model, jsonl):
 
 
 BAD_FILES = {
-    "missing.jsonl": (None, "no such file"),
-    "/nowhere/data": (None, "no such file"),
+    "missing.jsonl": (None, "no such file or folder"),
+    "/nowhere/data": (None, "no such file or folder"),
     "empty.jsonl": (b"", "empty"),
     "empty.txt": (b"", "short|empty"),
     "no_column.jsonl": (b'{"body": "a", "title": "b"}\n', "none of the columns tokens, input_ids, text.*body, title"),
@@ -424,17 +424,17 @@ BAD_FILES = {
     "broken.parquet": (b"PAR1 no it is not", "cannot be"),
     "broken.arrow": (b"not an arrow file", "cannot be"),
     "data.pdf": (b"%PDF-1.7", "pdf"),
-    "too_large.jsonl": (json.dumps({"tokens": [1, 4096]}).encode(), "tokens 4096.*4095"),
-    "negative.jsonl": (json.dumps({"tokens": [5, -1, 7]}).encode(), "has in its tokens -1"),
-    "words.jsonl": (json.dumps({"tokens": ["hello", "world"]}).encode(), "tokens.*(hello|str)"),
-    "fractions.jsonl": (json.dumps({"input_ids": [1.5] * 100}).encode() + b"\n", "input_ids.*(1.5|float)"),
-    "numbers.jsonl": (b'{"text": 5}\n' * 3, "text.*(5|int)"),
+    "too_large.jsonl": (json.dumps({"tokens": [1, 4096]}).encode(), "4096 in column 'tokens'.*4095"),
+    "negative.jsonl": (json.dumps({"tokens": [5, -1, 7]}).encode(), "has -1 in column 'tokens'"),
+    "words.jsonl": (json.dumps({"tokens": ["hello", "world"]}).encode(), "'hello' in column 'tokens'"),
+    "fractions.jsonl": (json.dumps({"input_ids": [1.5] * 100}).encode() + b"\n", "1.5 in column 'input_ids'"),
+    "numbers.jsonl": (b'{"text": 5}\n' * 3, "5 of type int in column 'text'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_data_is_one_clear_line(model, tmp_path, name):
-    """Data that cannot be used is an InputError of one line that names dataset_path and what is wrong with it."""
+    """Invalid data is an InputError of one line that names dataset_path and the problem."""
     content, pattern = BAD_FILES[name]
     path = tmp_path / name if "/" not in name else Path(name)
     if content is not None:
@@ -446,7 +446,7 @@ def test_bad_data_is_one_clear_line(model, tmp_path, name):
 
 
 def test_bad_folders_are_one_clear_line(model, tmp_path, texts):
-    """A folder without data, or with several kinds of it, is an InputError that says so."""
+    """A folder without data, or with several types of file, is an InputError that says so."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "a.txt").write_text("a")
@@ -457,6 +457,6 @@ def test_bad_folders_are_one_clear_line(model, tmp_path, texts):
 
 
 def test_skipping_more_than_a_cut_context(model, jsonl, texts):
-    """eval_skip_positions that leave nothing of the contexts the model can take is an InputError, not NaN."""
+    """eval_skip_positions that leave no position of the reduced contexts are an InputError, not NaN."""
     message = store_error(model, dataset_path=jsonl(texts * 8), seq_len=256, eval_skip_positions=127, eval_tokens=200)
     assert "eval_skip_positions = 127" in message

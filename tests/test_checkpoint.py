@@ -1,4 +1,4 @@
-"""A checkpoint that is damaged, half-written, half-deleted or hostile is found out, and the one before it is used."""
+"""Checkpoints that are corrupt, partly written, partly deleted or hostile are skipped for the previous one."""
 
 import hashlib
 import json
@@ -7,73 +7,73 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_resume import OFTEN, assert_as_uninterrupted, damaged, stopping_store, uninterrupted  # noqa: F401 (fixtures)
+from test_resume import OFTEN, assert_as_uninterrupted, corrupt, stopping_store, uninterrupted  # noqa: F401 (fixtures)
 from test_training import SAES, data, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
 
 import checkpoint
 import training
 from activation_store import ActivationsStore
-from checkpoint import damage, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
+from checkpoint import find_corruption, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
 from console import InputError
 from logs import run_folder
 from sae import SAE_CLASSES
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "state"])
-def test_a_damaged_checkpoint_is_passed_over(model, make_cfg, uninterrupted, capsys, how):  # noqa: F811
-    """The one before it is used, with a warning; with damaged ones only, nothing is begun anew over them."""
+def test_a_corrupt_checkpoint_is_skipped(model, make_cfg, uninterrupted, capsys, how):  # noqa: F811
+    """The previous one is used, with a warning. If all are corrupt, training does not start over."""
     cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
         train(model, cfgs, stopping_store(8, KeyboardInterrupt()))
     paths = sorted(group_folder(cfgs).glob("step_*"))
     assert [path.name for path in paths] == ["step_000000004", "step_000000006"], "keep_checkpoints is 2"
-    damaged(paths[1], how)
+    corrupt(paths[1], how)
     assert newest_checkpoint(cfgs[0]) == paths[0]
-    assert f"{paths[1]} is damaged" in capsys.readouterr().err
-    damaged(paths[0], how)
-    with pytest.raises(InputError, match="only damaged checkpoints"):
+    assert f"{paths[1]} is corrupt" in capsys.readouterr().err
+    corrupt(paths[0], how)
+    with pytest.raises(InputError, match="only corrupt checkpoints"):
         train(model, cfgs)
     if how == "flipped":
-        damaged(paths[0], how)  # flips it back
+        corrupt(paths[0], how)  # flips it back
         assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
-def test_a_half_written_checkpoint_is_none(model, make_cfg, monkeypatch):  # noqa: F811
-    """A save that is cut off at any write leaves the one before it, and its remains go with the next."""
+def test_a_partly_written_checkpoint_is_ignored(model, make_cfg, monkeypatch):  # noqa: F811
+    """A save that is interrupted at any write leaves the previous checkpoint; the next save removes its files."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     write, calls = checkpoint.write, []
-    for cut_at in range(1, 7):
+    for interrupt_at in range(1, 7):
 
-        def cut(path, content, cut_at=cut_at):
+        def interrupted(path, content, interrupt_at=interrupt_at):
             if path.is_relative_to(groups_folder(cfg)):
                 calls.append(path)
-            if len(calls) == cut_at:
+            if len(calls) == interrupt_at:
                 path.write_bytes(content[: len(content) // 2])
                 raise KeyboardInterrupt
             return write(path, content)
 
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(checkpoint, "write", cut)
+            patch.setattr(checkpoint, "write", interrupted)
             train(model, [cfg])
-        assert len(calls) == cut_at
+        assert len(calls) == interrupt_at
         path = newest_checkpoint(cfg)
-        assert path is None or damage(path) is None
+        assert path is None or find_corruption(path) is None
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     assert not list(groups_folder(cfg).glob("*/*.tmp"))
 
 
-def resigned(path: Path, name: str, content: bytes) -> None:
-    """Another content of a file, and its SHA-256 in the manifest."""
+def replace_file(path: Path, name: str, content: bytes) -> None:
+    """Replace a checkpoint's file, and its SHA-256 in the manifest."""
     digests = json.loads((path / "manifest.json").read_text())
     digests[name] = checkpoint.write(path / name, content)
     (path / "manifest.json").write_text(json.dumps(digests))
 
 
 @pytest.mark.parametrize("state", ["[]", "7", "{}", '{"step": "x"}', "[" * 9999, "no weights"])
-def test_a_state_that_is_none_is_damage(model, make_cfg, state):  # noqa: F811
-    """What is signed, and still not a checkpoint's."""
+def test_an_invalid_state_is_corrupt(model, make_cfg, state):  # noqa: F811
+    """Files with the right SHA-256 that are not those of a checkpoint."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
@@ -82,27 +82,27 @@ def test_a_state_that_is_none_is_damage(model, make_cfg, state):  # noqa: F811
         digests = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps({"state.json": digests["state.json"]}))
     else:
-        resigned(path, "state.json", state.encode())
-    assert damage(path)
-    with pytest.raises(InputError, match="only damaged"):
+        replace_file(path, "state.json", state.encode())
+    assert find_corruption(path)
+    with pytest.raises(InputError, match="only corrupt"):
         newest_checkpoint(cfg)
 
 
-def test_a_damaged_newer_checkpoint_is_not_kept_for_a_sound_older_one(model, make_cfg):  # noqa: F811
-    """What is deleted after a save is what is older than it."""
+def test_a_corrupt_newer_checkpoint_does_not_count_as_kept(model, make_cfg):  # noqa: F811
+    """A save deletes only checkpoints that are older than itself."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
     two = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [two], stopping_store(8, KeyboardInterrupt()))
     older, newer = sorted(group_folder([cfg]).glob("step_*"))
-    damaged(newer, "flipped")
+    corrupt(newer, "flipped")
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(2, training.Stopped()))
     assert newest_checkpoint(cfg).name == "step_000000005" and not older.exists()
 
 
 def test_provenance_is_checked_before_anything_is_loaded(model, make_cfg, monkeypatch):  # noqa: F811
-    """A checkpoint that is refused has changed nothing in the SAE that it was to be loaded into."""
+    """A rejected checkpoint leaves the SAE unchanged."""
     cfg = make_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
@@ -124,8 +124,8 @@ def saved(make_cfg, tmp_path):  # noqa: F811
     return sae, tmp_path / "sae"
 
 
-def test_a_flipped_byte_in_the_weights_is_found(saved):
-    """Wherever it is, loading refuses the file in one line."""
+def test_a_flipped_bit_in_the_weights_is_found(saved):
+    """Wherever it is, loading raises an error of one line."""
     sae, folder = saved
     path = folder / "sae_weights.safetensors"
     content = path.read_bytes()
@@ -138,8 +138,8 @@ def test_a_flipped_byte_in_the_weights_is_found(saved):
     assert same_bits(load_sae(folder), sae)
 
 
-def test_the_checksum_is_no_key_of_the_config(saved):
-    """It stands in cfg.json alone; a folder from before it was there still loads."""
+def test_the_checksum_is_not_part_of_the_config(saved):
+    """It is in cfg.json only; older folders without it still load."""
     sae, folder = saved
     cfg = json.loads((folder / "cfg.json").read_text())
     assert cfg.pop("weights_sha256") == hashlib.sha256((folder / "sae_weights.safetensors").read_bytes()).hexdigest()
@@ -148,9 +148,9 @@ def test_the_checksum_is_no_key_of_the_config(saved):
     assert same_bits(load_sae(folder), sae)
 
 
-def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811
-    """A kill while checkpoints are deleted leaves some without a state.json: other runs begin all the same, and the
-    remains go once theirs are over.
+def test_partly_deleted_checkpoints(model, make_cfg):  # noqa: F811
+    """A kill during deletion leaves checkpoints without a state.json. Other runs start nevertheless, and the files are
+    deleted once their own runs are over.
     """
     cfgs = [make_cfg(**changes) for changes in SAES[:2]]
     with pytest.raises(training.Stopped):
@@ -162,7 +162,7 @@ def test_what_is_half_deleted_is_in_nobodys_way(model, make_cfg):  # noqa: F811
     group = group_folder(cfgs[1:])
     (group / "step_000000001.tmp").mkdir(parents=True)
     checkpoint.remove_checkpoints(cfgs[0], lambda name: True)
-    assert list(groups_folder(cfgs[0]).iterdir()) == [group], "what is being written is left alone"
+    assert list(groups_folder(cfgs[0]).iterdir()) == [group], "a checkpoint that is being written is kept"
 
 
 HOSTILE = {
@@ -174,14 +174,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_manifests_are_damage(model, make_cfg, kind):  # noqa: F811
+def test_hostile_manifests_are_corrupt(model, make_cfg, kind):  # noqa: F811
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     path = newest_checkpoint(cfg)
-    name, content, said = HOSTILE[kind]
+    name, content, problem = HOSTILE[kind]
     (path / name).write_bytes(content((path / name).read_bytes()))
-    assert said in damage(path)
+    assert problem in find_corruption(path)
 
 
 CHANGES = {
@@ -195,8 +195,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_tensors_that_do_not_fit_are_refused(model, make_cfg, kind):  # noqa: F811
-    """Even where every SHA-256 is right."""
+def test_tensors_that_do_not_fit_are_an_error(model, make_cfg, kind):  # noqa: F811
+    """Even if every SHA-256 is right."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
@@ -211,13 +211,13 @@ def test_tensors_that_do_not_fit_are_refused(model, make_cfg, kind):  # noqa: F8
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_from_before_a_buffer_was_added(model, make_cfg):  # noqa: F811
-    """It goes on: batches_until_sparse is then as in an untrained SAE."""
+def test_a_checkpoint_older_than_a_buffer(model, make_cfg):  # noqa: F811
+    """It can be resumed: batches_until_sparse is then as in an untrained SAE."""
     cfg = make_cfg(**SAES[0])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
     path = newest_checkpoint(cfg)
     tensors = safetensors.torch.load_file(path / "00.safetensors")
     del tensors["sae.batches_until_sparse"]
-    resigned(path, "00.safetensors", safetensors.torch.save(tensors))
+    replace_file(path, "00.safetensors", safetensors.torch.save(tensors))
     assert len(train(model, [cfg])[1]) == 1

@@ -1,4 +1,4 @@
-"""Opening a dataset: files of every kind, splits, one column whatever the others hold, chats."""
+"""Opening a dataset: file types, splits, one column regardless of the others, chats."""
 
 import bz2
 import cProfile
@@ -23,7 +23,7 @@ from console import InputError
 from text_stream import TextStream
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}, 'naïve {i}'\n" * 2 for i in range(40)]
-ODD = ["123", "NA", "null", 'a "quoted", text', "{}", "[1]"]  # what a reader may take for something else
+ODD = ["123", "NA", "null", 'a "quoted", text', "{}", "[1]"]  # text that a reader may parse as something else
 
 
 def make_tokenizer():
@@ -36,7 +36,7 @@ def stream_of(path: Path, tokenizer=None, **changes) -> TextStream:
 
 
 def tokens_of(path: Path, tokenizer=None, **changes) -> list[int]:
-    """All tokens that a dataset gives, held-out ones first."""
+    """All tokens of a dataset, held-out ones first."""
     stream = stream_of(path, tokenizer, **changes)
     tokens = stream.held_out.flatten().tolist()
     while len(part := stream.contexts(7)):
@@ -45,7 +45,7 @@ def tokens_of(path: Path, tokenizer=None, **changes) -> list[int]:
 
 
 def expected(texts: list[str]) -> list[int]:
-    """Plain reference: BOS and tokens of each document, joined, in whole contexts."""
+    """Reference: BOS and tokens of each document, concatenated, in whole contexts."""
     tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     tokens = [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]]
     return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN]
@@ -65,7 +65,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-# Kinds of file
+# File types
 
 
 def lines(texts: list[str]) -> bytes:
@@ -92,8 +92,8 @@ FILES = {
 
 @pytest.mark.parametrize("folder", [False, True])
 @pytest.mark.parametrize("name", FILES)
-def test_what_datasets_reads_is_read(tmp_path, name, folder):
-    """JSON and CSV, compressed or not, alone and in a folder: the same tokens, and each state goes on where it was."""
+def test_json_and_csv_files(tmp_path, name, folder):
+    """JSON and CSV, compressed or not, alone and in a folder: the same tokens, also after resuming from each state."""
     texts = TEXTS[:20] + ODD + TEXTS[20:]
     (tmp_path / name).write_bytes(FILES[name](texts))
     path = tmp_path if folder else tmp_path / name
@@ -117,26 +117,27 @@ def test_compressed_text_files_are_documents(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.xlsx", "a.jsonl.rar"])
 def test_other_files_are_refused(tmp_path, name):
-    """The line names the ending and those that can be read."""
+    """The error names the suffix and the supported ones."""
     (tmp_path / name).write_bytes(b"text")
     message = error_of(tmp_path / name)
     assert message.endswith(Path(name).suffix) and ".jsonl" in message and ".zst" in message
 
 
-def test_new_kinds_beside_the_first_ones(tmp_path, capsys):
-    """A folder of JSON lines with a .json beside them is read as before there were other kinds, and a line says so."""
+def test_a_folder_of_several_file_types(tmp_path, capsys):
+    """In a folder of .jsonl and .json files, the .jsonl files are read and this is reported; .csv and .tsv are
+    ambiguous."""
     write_lines(tmp_path / "data.jsonl", [{"text": text} for text in TEXTS])
     (tmp_path / "about.json").write_text('{"made": "by hand"}')
     assert tokens_of(tmp_path) == expected(TEXTS)
-    assert "its .jsonl files are read, and not its .json files" in capsys.readouterr().err
+    assert "reading its .jsonl files, not its .json files" in capsys.readouterr().err
     (tmp_path / "data.jsonl").rename(tmp_path / "data.csv")
     (tmp_path / "about.json").rename(tmp_path / "about.tsv")
-    assert error_of(tmp_path).endswith("several kinds of file: .csv, .tsv")
+    assert error_of(tmp_path).endswith("several types: .csv, .tsv")
 
 
 @pytest.mark.parametrize("name", ["plain", "dataset_infos.json", "state.json", "dataset_info.json"])
-def test_json_beside_other_data_is_metadata(tmp_path, capsys, name):
-    """Any other kind goes before .json, and files that hold metadata of a dataset are ignored, even beside .json."""
+def test_json_next_to_other_data_is_metadata(tmp_path, capsys, name):
+    """Any other type is preferred to .json, and metadata files of a dataset are ignored, even next to .json data."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS)))
     (tmp_path / "data" / (name if name != "plain" else "train-1.json")).write_text('{"made": "by hand"}')
@@ -162,8 +163,8 @@ JSON_LAYOUTS = {
 
 @pytest.mark.parametrize("noise", [1, 1_000_000, 11_000_000])
 @pytest.mark.parametrize("layout", JSON_LAYOUTS)
-def test_json_need_not_have_an_object_per_line(tmp_path, layout, noise):
-    """JSON objects in any layout are rows, also where a part of the file that is read at once ends inside one."""
+def test_json_layouts(tmp_path, layout, noise):
+    """JSON objects in any layout are rows, also if an object spans two parts of the file."""
     rows = [{"text": text, "noise": ["x" * (noise if i in (3, 17, 30) else 1)]} for i, text in enumerate(TEXTS)]
     (tmp_path / "a.json").write_text(JSON_LAYOUTS[layout](rows))
     assert tokens_of(tmp_path) == expected(TEXTS)
@@ -176,12 +177,12 @@ def test_json_need_not_have_an_object_per_line(tmp_path, layout, noise):
         (b'{"text": "a"} b\n', "Expecting value: line 31 column 15"),
         (b'{"text": "\xff"}\n', "invalid start byte: line 31"),
         (b'{"text":\n', "line 33 column"),
-        (b"[5]\n", "line 31 is JSON, but no object"),
+        (b"[5]\n", "line 31 is valid JSON but not an object"),
     ],
 )
 @pytest.mark.parametrize("noise", [1, 11_000_000])
 def test_json_errors_name_the_line_of_the_file(tmp_path, bad, what, noise):
-    """Also where the file is read in several parts, the last of which is the bad one."""
+    """Also if the file is read in several parts and the last one is bad."""
     rows = [json.dumps({"text": text, "noise": "x" * (noise if i == 5 else 1)}) for i, text in enumerate(TEXTS)]
     content = ("\n".join(rows[:30]) + "\n").encode()
     (tmp_path / "a.jsonl").write_bytes(content + bad + "\n".join(rows[30:]).encode())
@@ -189,8 +190,8 @@ def test_json_errors_name_the_line_of_the_file(tmp_path, bad, what, noise):
 
 
 @pytest.mark.parametrize("last", ['{"text": "a"', '{\n"text": "a",\n', '{"text": "a'])
-def test_a_last_json_object_that_is_cut_off(tmp_path, last):
-    """It is an error, and no rows are lost without a word."""
+def test_a_truncated_last_json_object(tmp_path, last):
+    """It is an error with its line; no rows are silently lost."""
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + last.encode())
     assert re.search(r"line 4[1-3] column", error_of(tmp_path))
 
@@ -198,7 +199,7 @@ def test_a_last_json_object_that_is_cut_off(tmp_path, last):
 @pytest.mark.parametrize("rows", ["x,y", "x,y\nx", "x,"])
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_csv_rows_longer_than_the_header(tmp_path, capsys, kind, rows):
-    """Rows with more fields than the header are bad data. They were read without their first field."""
+    """Rows with more fields than the header are bad data."""
     (tmp_path / f"a.{kind}").write_bytes(table(TEXTS, "," if kind == "csv" else "\t"))
     bad = tmp_path / f"b.{kind}"
     bad.write_text(("text\n" + rows).replace(",", "," if kind == "csv" else "\t"))
@@ -215,7 +216,7 @@ def test_csv_rows_longer_than_the_header(tmp_path, capsys, kind, rows):
 @pytest.mark.parametrize("split", [None, "train"])
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
 def test_a_stored_format_is_ignored(tmp_path, kind, split):
-    """A saved dataset gives the tokens that it gives without its format, whatever columns the format has."""
+    """A saved dataset gives the same tokens with and without a format, whatever columns the format has."""
     ids = make_tokenizer()(TEXTS, add_special_tokens=False)["input_ids"]
     data = datasets.Dataset.from_dict({"tokens": ids, "label": list(range(len(ids)))})
     for columns in (["tokens"], ["label"]):
@@ -224,7 +225,7 @@ def test_a_stored_format_is_ignored(tmp_path, kind, split):
         assert tokens_of(tmp_path / columns[0]) == expected(TEXTS)
 
 
-OTHERS = {  # another column in the first and in the second file; "gone" is no column
+OTHERS = {  # the other column in the first and in the second file; "gone": the file lacks it
     "null, string": (None, "x"),
     "string, null": ("x", None),
     "one key more": ("gone", "x"),
@@ -252,10 +253,10 @@ def write_arrow(path: Path, rows: list[dict]) -> None:
     "kind, others",
     [
         (k, o) for k in WRITERS for o in OTHERS if (k, o) != ("parquet", "empty struct, string")
-    ],  # it has no such structs
+    ],  # parquet has no empty structs
 )
-def test_other_columns_do_not_decide_whether_text_is_read(tmp_path, kind, others):
-    """Where another column has another type in the second file, or is in one file only, all text is read."""
+def test_other_columns_do_not_matter(tmp_path, kind, others):
+    """If another column changes its type in the second file, or is in one file only, all text is read."""
     for name, texts, other in zip("ab", (TEXTS[:20], TEXTS[20:]), OTHERS[others]):
         rows = [{"text": text} | ({} if other == "gone" else {"meta": other}) for text in texts]
         WRITERS[kind](tmp_path / f"{name}.{kind}", rows)
@@ -264,7 +265,7 @@ def test_other_columns_do_not_decide_whether_text_is_read(tmp_path, kind, others
 
 @pytest.mark.parametrize("noise", [10, 6_000_000])
 def test_other_columns_may_change_within_a_file(tmp_path, noise):
-    """Other columns may come, go and change their type, within a part of a file that is read at once and after it."""
+    """Other columns may appear, disappear and change their type, within a part of the file and between parts."""
     others = [None, 1, "x", [1], {"a": None}, {"a": {"b": 1}}, {"c": [{}]}, [["x"], 1], "gone", True, 2**70]
     rows = []
     for i, text in enumerate(TEXTS):
@@ -275,8 +276,8 @@ def test_other_columns_may_change_within_a_file(tmp_path, noise):
     assert tokens_of(write_lines(tmp_path / "a.jsonl", rows)) == expected(TEXTS)
 
 
-def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
-    """Documents without text are skipped, also where the first file has no others."""
+def test_documents_without_text(tmp_path):
+    """Documents without text are skipped, even if the first file has no others."""
     write_lines(tmp_path / "a.jsonl", [{"text": None, "id": i} for i in range(3)])
     write_lines(tmp_path / "b.jsonl", [{"text": text} for text in TEXTS])
     write_lines(tmp_path / "c.jsonl", [{"id": 1}])
@@ -285,7 +286,7 @@ def test_text_that_is_missing_from_the_beginning_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("kind", [*WRITERS, "csv"])
 def test_a_file_without_the_column_is_reported_once(tmp_path, capsys, kind):
-    """One line names a file that lacks the column, however many epochs read it. Nulls in the column give no line."""
+    """A file that lacks the column is reported once, however many epochs read it; nulls in the column are not."""
     files = {
         "a": [{"text": text} for text in TEXTS],
         "b": [{"content": text} for text in TEXTS],
@@ -302,28 +303,29 @@ def test_a_file_without_the_column_is_reported_once(tmp_path, capsys, kind):
     capsys.readouterr()
     tokens_of(tmp_path, num_epochs=3)
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "no column" in line)
-    assert line.endswith(f"b.{kind} has no column 'text': nothing of it is read")
+    assert line.endswith(f"b.{kind} has no column 'text' and is skipped")
 
 
 def test_a_column_of_another_type_in_a_later_file(tmp_path, chat_tokenizer):
-    """The line about a file whose column cannot be cast names both types."""
+    """The error about a column that cannot be cast names the file and both types."""
     for name, chat in (("a", [{"role": "user", "content": "x"}]), ("b", [{"from": "human", "value": 1}])):
         WRITERS["parquet"](tmp_path / f"{name}.parquet", [{"messages": chat}] * 30)
     message = error_of(tmp_path, chat_tokenizer, dataset_column="messages")
-    assert re.search(r"b\.parquet on: Couldn't cast array of type struct<from: .*> to \{.role.: Value", message)
+    assert "b.parquet and later documents cannot be read: Couldn't cast array of type" in message
+    assert re.search(r"struct<from: .*> to \{.role.: Value", message)
 
 
 @pytest.mark.parametrize("value", [{"a": "x" * 1000}, [1, "x" * 1000], ["x" * 1000]])
 def test_bad_documents_are_quoted_in_brief(tmp_path, value):
-    """The error about a bad document shows its beginning only."""
+    """The error about a bad document quotes only its beginning."""
     path = write_lines(tmp_path / "a.jsonl", [{"content": text} for text in TEXTS] + [{"content": value}])
     message = error_of(path, dataset_column="content")
     assert "document 41 of" in message and "x" * 50 in message and "x" * 101 not in message
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_text_that_is_no_text_in_one_place(tmp_path, later):
-    """A number among the texts ends the program with a line that names it, and turns no other text into JSON."""
+def test_a_number_in_a_text_column(tmp_path, later):
+    """A number among the texts is an error that names its document; it does not turn other texts into JSON."""
     rows = [{"text": text, "noise": "x" * (11_000_000 if later and i == 30 else 1)} for i, text in enumerate(TEXTS)]
     rows[35]["text"] = 5
     path = write_lines(tmp_path / "a.jsonl", rows)
@@ -349,7 +351,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("odd_name", ["folder", "train [1]"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
 def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, monkeypatch, layout, odd_name):
-    """Each split has the files that `datasets` itself finds for it; a split that is not there is one line."""
+    """Each split has the files that `datasets` itself finds for it; an unknown split is an error."""
     texts = {name: TEXTS[i * 4 : i * 4 + 4] for i, name in enumerate(layout)}
     for name in layout:
         write_lines(tmp_path / odd_name / name, [{"text": text} for text in texts[name]])
@@ -371,7 +373,7 @@ def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, monkeypatch,
 
 
 def test_files_of_no_split_are_reported(tmp_path, capsys):
-    """A line counts the files that belong to no split and names one, as does the error about a missing split."""
+    """Files that belong to no split are counted and one is named, also in the error about a missing split."""
     for name in ("alpha.txt", "beta.txt", "train-notes.txt"):
         (tmp_path / name).write_text("".join(TEXTS))
     note = "2 of its 3 files belong to no split, such as alpha.txt"
@@ -385,7 +387,7 @@ def test_files_of_no_split_are_reported(tmp_path, capsys):
 
 
 def test_one_file_and_one_saved_dataset_are_the_split_train(tmp_path):
-    """Another split of them is refused in one line; the name of a single file does not count."""
+    """Another split of them is an error in one line; the name of a single file has no meaning."""
     path = write_lines(tmp_path / "test-0.jsonl", [{"text": text} for text in TEXTS])
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
     datasets.Dataset.from_dict({"text": TEXTS}, split="validation").save_to_disk(tmp_path / "validation")
@@ -401,7 +403,7 @@ def test_one_file_and_one_saved_dataset_are_the_split_train(tmp_path):
 
 
 def test_a_column_of_another_name(tmp_path):
-    """dataset_column names a column of text or of tokens; one that is not there is a line with those that are."""
+    """dataset_column names a column of text or tokens; the error about a missing column lists the existing ones."""
     ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
     path = write_lines(tmp_path / "a.jsonl", [{"content": text, "ids": i} for text, i in zip(TEXTS, ids)])
     (tmp_path / "csv").mkdir()
@@ -412,15 +414,16 @@ def test_a_column_of_another_name(tmp_path):
     assert tokens_of(tmp_path / "csv", dataset_column="prompt") == expected(TEXTS + ODD)
     assert tokens_of(tmp_path / "saved", dataset_column="content") == expected(TEXTS)
     message = error_of(path)
-    assert "has none of the columns tokens, input_ids, text: it has content, ids (dataset_column names" in message
+    assert "has none of the columns tokens, input_ids, text: it has content, ids (set dataset_column" in message
     assert error_of(path, dataset_column="body").endswith("has no column 'body': it has content, ids")
     write_lines(path, [{"content": 5}] * 9)
-    assert "has for its content 5 of type int; it must be a string, a list" in error_of(path, dataset_column="content")
+    message = error_of(path, dataset_column="content")
+    assert "has 5 of type int in column 'content'; it must be a string, a list" in message
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_tokens_and_text_side_by_side(tmp_path, capsys, saved):
-    """The tokens are read, a line says so, and dataset_column=text reads the text."""
+def test_tokens_and_text_columns(tmp_path, capsys, saved):
+    """The tokens are read, which is reported; dataset_column=text reads the text."""
     ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
     if saved:
         path = tmp_path
@@ -429,7 +432,7 @@ def test_tokens_and_text_side_by_side(tmp_path, capsys, saved):
         path = write_lines(tmp_path / "a.jsonl", [{"text": text, "tokens": i} for text, i in zip(TEXTS, ids)])
     assert tokens_of(path) == expected(TEXTS[::-1])
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "columns" in line)
-    assert "has the columns tokens, text: tokens is read (dataset_column names another)" in line
+    assert "has the columns tokens, text: reading tokens (set dataset_column for another)" in line
     assert tokens_of(path, dataset_column="text") == expected(TEXTS)
     assert "columns" not in capsys.readouterr().err
 
@@ -457,7 +460,7 @@ def rendered(chats: list) -> list[str]:
 
 
 def chat_tokens(chats: list) -> list[int]:
-    """The template's BOS is the document's."""
+    """The expected tokens of chats: the template's BOS is the document's BOS."""
     tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     tokens = [token for text in rendered(chats) for token in tokenizer.encode(text, add_special_tokens=False).ids]
     return tokens[: len(tokens) // SEQ_LEN * SEQ_LEN]
@@ -472,7 +475,7 @@ def chat_tokenizer():
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "saved"])
 def test_chats_go_through_the_chat_template(tmp_path, chat_tokenizer, kind):
-    """A column of messages, whose keys may differ, gives the tokens of the template, BOS once."""
+    """A column of messages, whose keys may differ, gives the tokens of the template, with one BOS."""
     path, chats = tmp_path / f"a.{kind}", CHATS
     rows = [{"id": i, "messages": chat} for i, chat in enumerate(chats)]
     if kind in ("jsonl", "json"):
@@ -487,7 +490,7 @@ def test_chats_go_through_the_chat_template(tmp_path, chat_tokenizer, kind):
 
 
 def test_chats_without_a_template(tmp_path):
-    """A tokenizer without a chat template is refused in one line, whatever bad_documents says."""
+    """A tokenizer without a chat template is an error in one line, whatever bad_documents is."""
     path = write_lines(tmp_path / "a.jsonl", [{"messages": chat} for chat in CHATS])
     for bad_documents in ("stop", "skip"):
         message = error_of(path, dataset_column="messages", bad_documents=bad_documents)
@@ -498,11 +501,11 @@ def test_chats_without_a_template(tmp_path):
     "bad, what",
     [
         ([{"role": "robot", "content": "x"}], "does not fit the tokenizer's chat template: no robots"),
-        ([{"from": "human", "value": "x"}], "has in its messages a message without a role"),
+        ([{"from": "human", "value": "x"}], "has a message without a role in column 'messages'"),
     ],
 )
 def test_bad_chats(tmp_path, chat_tokenizer, capsys, bad, what):
-    """A chat that the template refuses, or that is none, is named; with bad_documents=skip the others are read."""
+    """A chat that the template rejects, or that is invalid, is named; with bad_documents=skip the others are read."""
     path = write_lines(tmp_path / "a.jsonl", [{"messages": chat} for chat in [*CHATS[:20], bad, *CHATS[20:]]])
     message = error_of(path, chat_tokenizer, dataset_column="messages")
     assert "document 21 of " in message and what in message
@@ -510,19 +513,19 @@ def test_bad_chats(tmp_path, chat_tokenizer, capsys, bad, what):
     assert tokens == chat_tokens(CHATS) and what in capsys.readouterr().err
 
 
-# Tokens that the model lacks, and special tokens
+# Tokens outside the vocabulary, and special tokens
 
 
 def with_token(token: str, **options) -> AutoTokenizer:
-    """A tokenizer with a token more than the model knows, of id 4096."""
+    """A tokenizer with one token outside the model's vocabulary, with id 4096."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(options or {"pad_token": token})
     assert tokenizer.convert_tokens_to_ids(token) == 4096
     return tokenizer
 
 
-def test_tokens_that_the_model_lacks(tmp_path, capsys):
-    """A document in which the tokenizer finds an added token is named, with the token and its id, or skipped."""
+def test_tokens_outside_the_vocabulary(tmp_path, capsys):
+    """A document with an added token is named, with the token and its id, or skipped."""
     texts = [*TEXTS[:35], "x [PAD] y", *TEXTS[35:]]
     path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     message = error_of(path, with_token("[PAD]"))
@@ -531,15 +534,15 @@ def test_tokens_that_the_model_lacks(tmp_path, capsys):
     assert "document 36 of " in capsys.readouterr().err
 
 
-def test_a_bos_that_the_model_lacks(tmp_path):
-    """It would begin every document: refused in one line, which names it."""
+def test_a_bos_outside_the_vocabulary(tmp_path):
+    """It would begin every document, so it is an error in one line that names it."""
     path = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
     message = error_of(path, with_token("[BOS]", bos_token="[BOS]"), bad_documents="skip")
     assert "BOS token '[BOS]'" in message and "id 4096" in message and "0 to 4095" in message
 
 
-def test_special_tokens_in_the_text_are_those_tokens(tmp_path):
-    """<|endoftext|> in a text is the token, not its letters; at the beginning it is the document's BOS."""
+def test_special_tokens_in_the_text(tmp_path):
+    """<|endoftext|> in a text is the special token; at the beginning it is the document's BOS."""
     texts = ["<|endoftext|>a = 1", "b<|endoftext|>c", *TEXTS]
     tokens = tokens_of(write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts]))
     encode = make_tokenizer().convert_tokens_to_ids
@@ -551,9 +554,9 @@ def test_special_tokens_in_the_text_are_those_tokens(tmp_path):
 
 
 def test_many_small_files(tmp_path):
-    """The tokenizer takes documents of several files at once, each file has a position of its own, and what a file
-    costs does not grow with their number."""
-    costs, lots = [], []
+    """The tokenizer gets documents of several files in one call, each file has its own position, and the cost per file
+    does not grow with their number."""
+    costs = []
     for count in (64, 512):
         folder = tmp_path / f"{count}"
         folder.mkdir()
@@ -565,9 +568,9 @@ def test_many_small_files(tmp_path):
             calls.append(len(texts)) or of(texts, **options)
         )
         profile = cProfile.Profile()
-        lots = profile.runcall(lambda reader=reader: list(reader.lots(reader.beginning)))
+        chunks = profile.runcall(lambda reader=reader: list(reader.token_chunks(reader.beginning)))
         costs.append(pstats.Stats(profile).total_calls / count)
         assert calls == [32] * (count // 32)
-        assert [at["shard"] for at, _ in lots[:-1]] == list(range(count))
-        assert all(at["row"] == at["skip"] == 0 for at, _ in lots)
+        assert [position["shard"] for position, _ in chunks[:-1]] == list(range(count))
+        assert all(position["row"] == position["skip"] == 0 for position, _ in chunks)
     assert costs[1] < 1.3 * costs[0]

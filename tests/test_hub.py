@@ -1,6 +1,6 @@
-"""The model and the dataset by hub name, through the real libraries, from a hub on this machine (hub_server.py).
+"""The model and the dataset by hub name, with the real libraries, from a local hub (hub_server.py).
 
-The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a process of its own.
+The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a separate process.
 """
 
 import json
@@ -16,7 +16,7 @@ from hub_server import Hub, commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LM = ROOT / "demo" / "lm"
-ONE_SMALL_RUN = dict(  # under these overrides the runs of the demo sweep are one
+ONE_SMALL_RUN = dict(  # these overrides reduce the demo sweep to one run
     sae_type="batchtopk", dict_size=256, top_k=8, l1_coeff=0, num_tokens=8192, eval_tokens=1024, device="cpu"
 )  # fmt: skip
 FIRST_WORDS = """
@@ -33,7 +33,7 @@ from config import get_default_cfg
 for name in json.loads(sys.argv[1]):
     print(*(row["text"].split()[0] for row in load_text(get_default_cfg() | {"dataset_path": name})[0]))
 """
-GO_ON = """
+RESUME = """
 import json, os, sys
 import datasets, torch
 import training
@@ -92,7 +92,7 @@ configs:
 
 
 def write_parquet(path: Path, word: str) -> Path:
-    """Some 20,000 tokens of text, of which `word` is the first."""
+    """Write about 20,000 tokens of text that begin with `word`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = [f"{word} = {i}\ndef function_{i}(x):\n    return x + {i}\n" * 20 for i in range(60)]
     pandas.DataFrame({"text": texts}).to_parquet(path)
@@ -101,7 +101,7 @@ def write_parquet(path: Path, word: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the hub's repositories hold, a folder for each revision."""
+    """The contents of the hub's repositories, one folder per revision."""
     folder = tmp_path_factory.mktemp("hub")
     write_parquet(folder / "text" / "train.parquet", "text")
     (folder / "script").mkdir()
@@ -112,7 +112,7 @@ def folder(tmp_path_factory) -> Path:
     write_parquet(folder / "card" / "german" / "one.parquet", "german_train")
     (folder / "card" / "README.md").write_text(CARD)
     write_parquet(folder / "branch" / "train.parquet", "branch")
-    for kind in ("jsonl", "parquet", "jsonl.gz"):  # other columns that come and change their type
+    for kind in ("jsonl", "parquet", "jsonl.gz"):  # other columns that appear and change their type
         (folder / f"others {kind}").mkdir()
         for name, columns in (("a", {"meta": [None, None]}), ("b", {"meta": ["x", "y"], "more": [1, 2]})):
             data = pandas.DataFrame({"text": [f"{name}1 = 1", f"{name}2 = 2"]} | columns)
@@ -124,7 +124,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def hub(folder):
     repos = {
-        "models/gpt2": "models/openai-community/gpt2",  # it has moved there, on the hub too
+        "models/gpt2": "models/openai-community/gpt2",  # moved, as on the real hub
         "models/openai-community/gpt2": {"main": LM},
         "models/someone/lm": {"main": LM},
         "models/EleutherAI/pythia-70m": {"main": LM},
@@ -138,7 +138,7 @@ def hub(folder):
 
 @pytest.fixture(scope="module")
 def local_record(folder, tmp_path_factory) -> dict:
-    """The record of the run on local files that the runs from the hub are compared with."""
+    """The record of a run on local files, to compare with the runs from the hub."""
     output_dir = tmp_path_factory.mktemp("local")
     process = run_demo(output_dir, None, model_name=LM, dataset_path=folder / "text" / "train.parquet")
     assert process.returncode == 0, process.stderr
@@ -146,14 +146,14 @@ def local_record(folder, tmp_path_factory) -> dict:
 
 
 def hub_environment(folder: Path, hub: Hub | None) -> dict:
-    """With `hub` for the hub and an empty cache in `folder`."""
+    """The environment with `hub` as the hub and an empty cache in `folder`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     return env | ({"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"})
 
 
 def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
-    """Python in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+    """Run Python in the repository root, with `hub` as the hub and an empty cache in `folder`."""
     command, env = [sys.executable, *map(str, arguments)], hub_environment(folder, hub)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
@@ -164,10 +164,10 @@ def run_demo(folder: Path, hub: Hub | None, **overrides) -> subprocess.Completed
 
 
 def record(folder: Path) -> dict:
-    """Result of the one run in `folder`, and the fingerprints of its model and text; not the time it took."""
+    """Result and provenance of the one run in `folder`, without its duration."""
     (result,) = folder.glob("runs/*/*/result.json")
     made_with = json.loads((result.parent / "config.json").read_text())["_provenance"]
-    # Of each run its own, of local files only, of the hub only.
+    # Specific to each run, to local files, to the hub.
     for key in ("wandb_id", "data_files_sha256", "dataset_commit"):
         made_with.pop(key)
     return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
@@ -181,17 +181,17 @@ def first_words(folder: Path, hub: Hub, *dataset_keys: dict) -> list[str]:
 
 
 def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, local_record):
-    """`gpt2-small` is the hub's gpt2, a hub dataset is streamed, and the run is that on the same files, to the bit."""
+    """`gpt2-small` is the hub's gpt2, a hub dataset is streamed, and the run equals that on local files bit for bit."""
     process = run_demo(tmp_path, hub, model_name="gpt2-small", dataset_path="someone/text")
     assert process.returncode == 0, process.stderr
     assert record(tmp_path) == local_record
-    asked = "\n".join(hub.requests)
-    assert "/gpt2/resolve/" in asked and "gpt2-small" not in asked
+    requests = "\n".join(hub.requests)
+    assert "/gpt2/resolve/" in requests and "gpt2-small" not in requests
     assert not list(tmp_path.rglob("*.parquet")), "the dataset was downloaded, not streamed"
 
 
 def test_a_short_name_of_transformer_lens(tmp_path, hub, folder):
-    """Model and tokenizer come from the hub under the name that it has there."""
+    """Model and tokenizer are loaded from the hub by their name there."""
     code = """
 import sys
 from activation_store import ActivationsStore
@@ -207,31 +207,31 @@ print(ActivationsStore(load_model(cfg), cfg).next_batch().shape)
 
 
 def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):
-    """Of a dataset that is only a script, the hub's conversion to parquet is read, and a line says so."""
+    """For a dataset that is only a script, the hub's conversion to parquet is read, which is reported."""
     process = run_demo(tmp_path, hub, model_name="someone/lm", dataset_path="someone/script")
     assert process.returncode == 0, process.stderr
     (line,) = (line for line in process.stderr.splitlines() if "refs/convert/parquet" in line)
-    assert "someone/script is only a loading script" in line
+    assert "someone/script is a loading script" in line
     assert record(tmp_path) == local_record
 
 
 def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
-    """The commit is what `datasets` resolved. A run does not go on with another one, nor with what the local cache has
-    when the hub is down; told to, it does, and its record has both commits.
+    """The recorded commit is the one that `datasets` resolved. A run resumes neither with another commit nor with the
+    local cache, unless resume_anyway is set; its record then has both commits.
     """
     name = "datasets/someone/text"
     keys = ONE_SMALL_RUN | {"dataset_path": "someone/text", "output_dir": str(tmp_path / "runs")}
     old, new = commit_of(name, "main"), "5" * 40
     with Hub({name: {"main": folder / "text"}}) as hub:
-        command, env = [sys.executable, "-u", "-c", GO_ON, json.dumps(keys)], hub_environment(tmp_path, hub)
+        command, env = [sys.executable, "-u", "-c", RESUME, json.dumps(keys)], hub_environment(tmp_path, hub)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
         lines = [process.stdout.readline().strip() for _ in range(4)]
         monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
-        process.stdin.write("go on\n")
+        process.stdin.write("\n")
         process.stdin.flush()
         lines += [process.stdout.readline().strip() for _ in range(5)]
-    rest, err = process.communicate("go on\n", timeout=100)
+    rest, err = process.communicate("\n", timeout=100)
     lines += rest.splitlines()
     assert lines[:5] == [old, "Stopped()", old, "Stopped()", new], err
     assert f"dataset_commit was {old} and is {new} (--resume-anyway" in lines[5]
@@ -240,8 +240,8 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
-def test_name_that_the_hub_does_not_know(tmp_path, hub, key):
-    """A name that the hub does not know ends the program with code 2 and one line that gives key and name."""
+def test_unknown_hub_name(tmp_path, hub, key):
+    """A name that is not on the hub ends the program with code 2 and one line with the key and the name."""
     process = run_demo(tmp_path, hub, **{"model_name": LM, "dataset_path": "someone/text"} | {key: "someone/nothing"})
     assert process.returncode == 2, process.stderr
     (line,) = (line for line in process.stderr.splitlines() if line.startswith("error:"))
@@ -250,7 +250,7 @@ def test_name_that_the_hub_does_not_know(tmp_path, hub, key):
 
 
 def test_dataset_keys_reach_the_hub(tmp_path, hub):
-    """dataset_config, dataset_split and dataset_revision each choose what is read of a hub dataset."""
+    """dataset_config, dataset_split and dataset_revision each select a part of a hub dataset."""
     languages = {"dataset_path": "someone/languages"}
     assert first_words(
         tmp_path,
@@ -262,8 +262,8 @@ def test_dataset_keys_reach_the_hub(tmp_path, hub):
     ) == ["english_train", "german_train", "english_test", "branch"]
 
 
-def test_other_columns_do_not_decide_whether_text_is_read(tmp_path, hub):
-    """Of a hub dataset too only one column is read: in other files others may be more, or have another type."""
+def test_other_columns_do_not_matter(tmp_path, hub):
+    """In a hub dataset too only one column is read; the other columns and their types may differ between files."""
     names = [f"others/{kind}" for kind in ("jsonl", "parquet", "jsonl.gz")]
     process = run_python(tmp_path, hub, "-c", ALL_TEXTS, json.dumps(names))
     assert process.returncode == 0, process.stderr

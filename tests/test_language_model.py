@@ -1,4 +1,4 @@
-"""The language model is read where the hook point says, with nothing after it run, whatever its architecture."""
+"""The language model is run up to the hook point and no further, whatever its architecture."""
 
 import json
 import shutil
@@ -50,8 +50,8 @@ def hf_model():
 
 
 @torch.no_grad()
-def activations_by_hand(hf_model, contexts, site: str, layer: int) -> torch.Tensor:
-    """What transformers' own model has at the site, without transformer_lens."""
+def reference_activations(hf_model, contexts, site: str, layer: int) -> torch.Tensor:
+    """The activations of the transformers model at the site, without transformer_lens."""
     seen, block = {}, hf_model.transformer.h[layer]
     handles = [
         block.attn.register_forward_hook(lambda module, args, output: seen.update(attn_out=output[0])),
@@ -65,32 +65,32 @@ def activations_by_hand(hf_model, contexts, site: str, layer: int) -> torch.Tens
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"])
-def test_sites_are_what_they_are_called(model, hf_model, jsonl, texts, site):  # noqa: F811
-    """Each site gives the activations that transformers' own model has there, as does its full hook name."""
+def test_sites_have_the_right_activations(model, hf_model, jsonl, texts, site):  # noqa: F811
+    """Each site, also by its full hook name, gives the activations of the transformers model there."""
     path = jsonl(texts)
     store = ActivationsStore(model, make_cfg(dataset_path=path, site=site, layer=1))
     contexts = store.get_batch_tokens()
     acts = store.get_activations(contexts)
     assert acts.shape == (3, SEQ_LEN, 128)
-    torch.testing.assert_close(acts, activations_by_hand(hf_model, contexts, site, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(acts, reference_activations(hf_model, contexts, site, 1), rtol=1e-4, atol=1e-5)
     by_name = ActivationsStore(model, make_cfg(dataset_path=path, site=f"blocks.1.hook_{site}", layer=3))
     assert torch.equal(by_name.get_activations(contexts), acts)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
 def test_activations_equal_run_with_cache(model, counted, site):  # noqa: F811
-    """get_activations gives what run_with_cache gives, any width, by full hook names too."""
+    """get_activations equals run_with_cache, for any width and for full hook names."""
     cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
     store = ActivationsStore(model, cfg)
     contexts = store.eval_contexts
     _, cache = model.run_with_cache(contexts, names_filter=[cfg["hook_point"]], stop_at_layer=cfg["layer"] + 1)
-    # Fused attention sums in another order than the bridge's.
+    # Fused attention sums in a different order.
     torch.testing.assert_close(store.get_activations(contexts), cache[cfg["hook_point"]], rtol=1e-4, atol=1e-5)
     assert store.act_size == cache[cfg["hook_point"]].shape[-1]
 
 
 def test_layers_above_the_hook_point_are_not_run(model, counted):  # noqa: F811
-    """The forward stops at the hook point: neither that block's own parts after it nor later blocks are called."""
+    """The forward pass stops at the hook point: neither the rest of its block nor later blocks are called."""
     store = ActivationsStore(model, make_cfg(dataset_path=counted))  # resid_pre of block 2
     called, blocks = [], model.plain.transformer.h
     handles = [
@@ -103,11 +103,11 @@ def test_layers_above_the_hook_point_are_not_run(model, counted):  # noqa: F811
     for handle in handles:
         handle.remove()
     assert harvesting == ["1"]
-    assert called == ["1", "1", "2.attn", "3"], "a whole forward does call them"
+    assert called == ["1", "1", "2.attn", "3"], "a full forward pass does call them"
 
 
-def test_both_forms_of_the_model_have_the_same_weights_in_memory(model):  # noqa: F811
-    """The plain form that is harvested has the bridge's own tensors: the weights are in memory once."""
+def test_the_plain_model_and_the_bridge_share_their_weights(model):  # noqa: F811
+    """The weights are in memory once."""
     plain = {name: tensor.data_ptr() for name, tensor in model.plain.named_parameters()}
     bridge = {tensor.data_ptr() for tensor in model.original_model.parameters()}
     assert plain and set(plain.values()) <= bridge
@@ -115,7 +115,7 @@ def test_both_forms_of_the_model_have_the_same_weights_in_memory(model):  # noqa
 
 @pytest.mark.parametrize("site", ["blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
 def test_hook_points_that_only_the_bridge_has(model, counted, capsys, site):  # noqa: F811
-    """Where transformers' own model has no such place the bridge is run, to the bit, and a line says so."""
+    """If the plain model has no such module, the bridge is run and this is reported; the results are bit-identical."""
     cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
     store = ActivationsStore(model, cfg)
     assert "which is slower" in capsys.readouterr().err
@@ -123,8 +123,8 @@ def test_hook_points_that_only_the_bridge_has(model, counted, capsys, site):  # 
     assert torch.equal(store.get_activations(store.eval_contexts), cache[site])
 
 
-def test_harvesting_leaves_no_trace_in_the_model(model, counted):  # noqa: F811
-    """No hook stays behind, the model stays in eval mode without gradients, and a whole forward still works."""
+def test_harvesting_does_not_change_the_model(model, counted):  # noqa: F811
+    """No hook remains, the model stays in eval mode without gradients, and a full forward pass gives the same."""
 
     def hooks_of_plain():
         return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.plain.modules()]
@@ -149,7 +149,7 @@ def copy_of_demo_lm(folder: Path, without: tuple = ()) -> Path:
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
 def test_other_architectures(tmp_path, jsonl, texts, tokens, family):  # noqa: F811
-    """A model of another architecture loads from its directory and is harvested at the right place."""
+    """A model of another architecture loads from its directory and is harvested at the right layer."""
     folder = copy_of_demo_lm(tmp_path / "lm", without=("model.safetensors",))
     config = getattr(transformers, f"{family}Config")(
         vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -182,9 +182,9 @@ def lm_without_bos(folder: Path) -> Path:
 
 @pytest.mark.parametrize("other_name", [False, True])
 def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):  # noqa: F811
-    """A model without BOS gets none: documents are joined as they are, and the log says so."""
+    """Documents are concatenated without BOS, which is reported."""
     folder = lm_without_bos(tmp_path / "lm")
-    if other_name:  # nor has it the token that is often put in its place
+    if other_name:  # without the token that often replaces BOS
         path = folder / "tokenizer.json"
         path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|sep|>"), encoding="utf-8")
     cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts))
@@ -198,7 +198,7 @@ def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_n
 
 
 def exports_of(sae, tmp_path: Path) -> tuple[dict, str]:
-    """The metadata of its SAELens export, and the model card of a run that trained it."""
+    """The metadata of an SAE's SAELens export, and its model card."""
     run = tmp_path / "run"
     save_sae(sae, run / "sae")
     (run / "result.json").write_text(json.dumps({"tokens": 400, "nmse": 0.5}))
@@ -209,7 +209,7 @@ def exports_of(sae, tmp_path: Path) -> tuple[dict, str]:
 
 @pytest.mark.parametrize("bos_per_context", [False, True])
 def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts, bos_per_context):  # noqa: F811
-    """Config, SAELens export and model card have no BOS that was never there; the run's name is that of its config."""
+    """Config, SAELens export and model card do not claim a BOS; the run's name is unchanged."""
     folder = str(lm_without_bos(tmp_path / "lm"))
     cfg = make_cfg(sae_type="topk", model_name=folder, dataset_path=jsonl(texts), bos_per_context=bos_per_context)
     complete = complete_cfg(cfg, load_model(cfg))
@@ -222,7 +222,7 @@ def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts,
 
 def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):  # noqa: F811
     cfg = complete_cfg(make_cfg(sae_type="topk", dataset_path=counted), model)
-    assert cfg == make_cfg(sae_type="topk", dataset_path=counted), "there is nothing to change"
+    assert cfg == make_cfg(sae_type="topk", dataset_path=counted), "nothing to change"
     metadata, card = exports_of(SAE_CLASSES["topk"](cfg), tmp_path)
     assert metadata["sequence_separator_token"] == "bos" and "(documents joined, BOS before each)" in card
 
@@ -231,15 +231,15 @@ def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):  # noq
 
 
 def test_every_name_of_transformer_lens_is_known():
-    """Each short name of its table gives the name on the hub, which itself stays as it is; so do others."""
+    """Each alias is resolved to the name on the hub; hub names and other names are unchanged."""
     for official, aliases in MODEL_ALIASES.items():
         assert {hub_name(alias) for alias in aliases} <= MODEL_ALIASES.keys() and hub_name(official) == official
     assert (hub_name("gpt2-small"), hub_name("pythia-70m")) == ("gpt2", "EleutherAI/pythia-70m")
     assert hub_name("someone/lm") == "someone/lm"
 
 
-def test_a_local_folder_is_not_taken_for_a_short_name(tmp_path, monkeypatch, counted):  # noqa: F811
-    """A folder that is called as a model of transformer_lens is read where it is, as any other."""
+def test_a_local_folder_is_not_mistaken_for_an_alias(tmp_path, monkeypatch, counted):  # noqa: F811
+    """A folder with the name of an alias of transformer_lens is loaded like any other folder."""
     copy_of_demo_lm(tmp_path / "pythia-70m")
     monkeypatch.chdir(tmp_path)
     cfg = make_cfg(model_name="pythia-70m", dataset_path=counted)
@@ -257,14 +257,14 @@ def test_exports_name_the_model_as_the_hub_does(tmp_path):
 
 
 @pytest.mark.parametrize("dtype, fast, lines", [("float32", False, 0), ("bfloat16", True, 0), ("bfloat16", False, 1)])
-def test_a_precision_that_the_cpu_has_no_instructions_for_is_said(monkeypatch, capsys, dtype, fast, lines):
+def test_a_slow_model_dtype_is_reported(monkeypatch, capsys, dtype, fast, lines):
     monkeypatch.setattr(language_model, "screen_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
     assert load_model(make_cfg(model_dtype=dtype)).cfg.dtype == getattr(torch, dtype)
     assert capsys.readouterr().err.count("model_dtype = bfloat16 is slow on this CPU") == lines
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_float16_on_a_cpu_without_instructions_for_it_is_said(monkeypatch, fast):
+def test_float16_is_slow_on_a_cpu_without_fp16_instructions(monkeypatch, fast):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fast}, raising=False)
     assert (language_model.slow_dtype("cpu", "float16") is None) == fast
     assert language_model.slow_dtype("cuda", "float16") is None
@@ -274,7 +274,7 @@ def test_float16_on_a_cpu_without_instructions_for_it_is_said(monkeypatch, fast)
 
 
 def test_act_size_and_layer_that_do_not_fit(model, counted):  # noqa: F811
-    """A wrong act_size or layer is found out at once; the message names the value and the right ones."""
+    """A wrong act_size or layer is an error at once, which names the value and the valid ones."""
     message = store_error(model, dataset_path=counted, act_size=64)
     assert "act_size = 64" in message and "128" in message
     message = store_error(model, dataset_path=counted, layer=4)
@@ -285,7 +285,7 @@ def test_act_size_and_layer_that_do_not_fit(model, counted):  # noqa: F811
 
 @pytest.mark.parametrize("site", ["blocks.1.attn.hook_pattern", "blocks.1.hook_q_input", "blocks.1.attn.hook_result"])
 def test_hook_points_that_give_no_residual_vectors(model, counted, site):  # noqa: F811
-    """A hook point that exists but cannot be harvested is an InputError that names it."""
+    """A hook point that exists but cannot be harvested is an InputError with its name."""
     assert site in store_error(model, dataset_path=counted, site=site)
 
 
@@ -301,7 +301,7 @@ def drop_a_block(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file, damage, pattern",
+    "file, corrupt, pattern",
     [
         ("config.json", Path.unlink, r"no config\.json"),
         ("config.json", lambda path: path.write_text("{broken"), "cannot be loaded"),
@@ -313,17 +313,17 @@ def drop_a_block(path: Path) -> None:
         ("tokenizer.json", lambda path: path.write_text("{}"), "cannot be loaded"),
     ],
 )
-def test_bad_model_directory_is_one_clear_line(tmp_path, file, damage, pattern):
-    """A model directory that lacks something or is damaged is an InputError that names it; nothing is made up."""
+def test_bad_model_directory_is_one_clear_line(tmp_path, file, corrupt, pattern):
+    """A model directory that is incomplete or corrupt is an InputError that names it; no weights are initialized."""
     folder = copy_of_demo_lm(tmp_path / "lm")
-    damage(folder / file)
+    corrupt(folder / file)
     with pytest.raises(InputError, match=pattern) as caught:
         load_model(make_cfg(model_name=str(folder)))
     assert f"model_name = {str(folder)!r}" in one_line(caught)
 
 
 def test_missing_model_directory(tmp_path):
-    """A path that is no folder is an InputError, not a search on the hub."""
+    """A path that does not exist is an InputError, not a request to the hub."""
     with pytest.raises(InputError, match="no such folder") as caught:
         load_model(make_cfg(model_name=str(tmp_path / "none")))
     assert str(tmp_path / "none") in one_line(caught)
@@ -337,8 +337,8 @@ def test_missing_model_directory(tmp_path):
     [("blocks.2.hook_resid_pre", 2), ("blocks.1.hook_resid_post", 2), ("blocks.3.hook_resid_post", 4)]
     + [("blocks.0.hook_resid_pre", 0), ("blocks.2.hook_mlp_out", 0), ("blocks.1.hook_resid_mid", 0)],
 )
-def test_predictions_from_the_hook_point_on_are_those_of_the_whole_model(model, hook_point, below):  # noqa: F811
-    """With the model's own activations and with others, in its own place; the model is left as it was."""
+def test_predictions_equal_those_of_the_whole_model(model, hook_point, below):  # noqa: F811
+    """With the model's own and with other activations; the model is unchanged afterwards."""
     ids = torch.randint(model.cfg.d_vocab, (3, 20), generator=torch.Generator().manual_seed(1))
     acts, predictor = run_bridge_to_hook(model, ids, hook_point), Predictor(model, hook_point)
     assert len(predictor.below) == below
@@ -350,8 +350,8 @@ def test_predictions_from_the_hook_point_on_are_those_of_the_whole_model(model, 
     torch.testing.assert_close(model.plain(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_that_give_something_else_are_not_relied_on(model, monkeypatch):  # noqa: F811
-    """Then the bridge computes the whole model, with the same result."""
+def test_the_bridge_is_used_if_the_blocks_disagree(model, monkeypatch):  # noqa: F811
+    """The result is the same."""
     hook_point = "blocks.2.hook_resid_pre"
     ids = torch.arange(12).view(2, 6)
     acts = run_bridge_to_hook(model, ids, hook_point)
@@ -367,7 +367,7 @@ def test_blocks_that_give_something_else_are_not_relied_on(model, monkeypatch): 
 
 @pytest.fixture
 def with_code(tmp_path, monkeypatch):
-    """A model that names its own code, which leaves a marker; a question whether to run it is answered yes."""
+    """A model whose config refers to its own code, which would write a marker; prompts to run it are answered yes."""
     folder = tmp_path / "lm"
     shutil.copytree(DEMO_LM, folder)
     (folder / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\nclass Own: pass\n")
@@ -383,23 +383,23 @@ def with_code(tmp_path, monkeypatch):
 
 
 def test_a_model_that_needs_its_own_code(with_code):
-    """It is refused in one line."""
+    """It is an error in one line."""
     auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
     folder = with_code("config.json", model_type="own", auto_map=auto_map)
     with pytest.raises(InputError) as caught:
         load_model(make_cfg(model_name=str(folder)))
-    assert one_line(caught).startswith(f"model_name = {str(folder)!r} needs Python code from its own files")
+    assert one_line(caught).startswith(f"model_name = {str(folder)!r} needs Python code from its repository")
 
 
 def test_weights_never_run_code(with_code):
-    """Nothing asks whether to run code either: it would, where a config is known and its class is not."""
+    """There is no prompt either; by default there is one for a known config without a known model class."""
     folder = with_code("config.json", model_type="vit", auto_map={"AutoModelForCausalLM": "own.Own"})
     with pytest.raises(ValueError, match="custom code"):
         Loader().from_pretrained(str(folder))
 
 
 def test_the_tokenizer_never_runs_code(monkeypatch):
-    """The default would ask, where a tokenizer needs code and transformers has no class for its model."""
+    """By default there is a prompt if a tokenizer needs code and transformers has no class for its model."""
     real, trusted = transformers.AutoTokenizer.from_pretrained, []
 
     def from_pretrained(*args, **options):

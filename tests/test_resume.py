@@ -65,7 +65,7 @@ def assert_as_uninterrupted(uninterrupted, cfgs, saes, results):
         assert lines_of(run_folder(cfg)) == record
 
 
-def damaged(path: Path, how: str) -> None:
+def corrupt(path: Path, how: str) -> None:
     file = path / {"manifest": "manifest.json", "state": "state.json"}.get(how, "00.safetensors")
     content = bytearray(file.read_bytes())
     if how == "missing":
@@ -280,7 +280,7 @@ def test_a_signal_while_activations_are_awaited_stops_at_once(model, make_cfg): 
     class Store(ActivationsStore):
         def fill_buffer(self):
             super().fill_buffer()
-            if self.here["buffer"] == 2:
+            if self.buffer_start["buffer"] == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise AssertionError("not reached")
 
@@ -326,7 +326,7 @@ def test_data_edited_since_the_checkpoint_is_refused(model, make_cfg, data, tmp_
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(3, training.Stopped()))
     copy.write_text(Path(data).read_text()[::-1].replace("e", "a", 1)[::-1])
-    with pytest.raises(InputError, match=r"from: data_files_sha256 was \w+ and is \w+ \(--resume-anyway") as caught:
+    with pytest.raises(InputError, match=r"step_\d+: data_files_sha256 was \w+ and is \w+ \(--resume-anyway") as caught:
         train(model, [cfg])
     assert "\n" not in str(caught.value)
     copy.unlink()
@@ -357,7 +357,7 @@ def test_what_a_run_was_made_with_stays_in_its_record(model, make_cfg, monkeypat
     assert go_on("B", 3, training.Stopped) == ([("A", 0), ("B", 5)], wandb_id)
     assert go_on("B", 1) == ([("A", 0), ("B", 5)], wandb_id)
     assert go_on("A", 1) == ([("A", 0), ("B", 5), ("A", 7)], wandb_id)
-    damaged(newest_checkpoint(cfg), "flipped")  # back to step 5: of B's steps nothing is left
+    corrupt(newest_checkpoint(cfg), "flipped")  # back to step 5: of B's steps nothing is left
     assert go_on("C", 1) == ([("A", 0), ("C", 5)], wandb_id)
 
 
@@ -428,7 +428,7 @@ def test_a_run_that_was_moved_away_begins_anew(model, make_cfg):  # noqa: F811
         train(model, cfgs, stopping_store(6, training.Stopped()))
     run_folder(cfgs[1]).rename(run_folder(cfgs[1]).parent.parent / "moved")
     assert newest_checkpoint(cfgs[1]) is None and newest_checkpoint(cfgs[0]) is not None
-    with pytest.raises(InputError, match="cannot go on together: .*none, step_000000005"):
+    with pytest.raises(InputError, match="cannot be resumed together: .*none, step_000000005"):
         train(model, cfgs)
     alone = train(model, cfgs[1:])[0][0]
     assert same_bits(alone, train(model, [make_cfg("whole", **SAES[1])])[0][0])

@@ -1,6 +1,6 @@
-"""What the text stream does about faults: a hub that errs, cuts, stalls or goes down, damaged files, odd documents.
+"""Faults in the text stream: a hub that fails, truncates, stalls or goes down, corrupt files, unusual documents.
 
-All of it goes through the real libraries. The hub's tests run the program in a process of its own (see test_hub.py).
+All tests use the real libraries. The hub's tests run the program in a separate process (see test_hub.py).
 """
 
 import itertools
@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 from console import InputError
 from text_stream import TextStream
 
-# The hub's client waits 1 and 2 s before it makes a request again.
+# By default the hub's client waits 1 and 2 s before its retries.
 IMPATIENT = """
 import inspect, runpy
 from huggingface_hub.utils import _http
@@ -48,7 +48,7 @@ import text_stream
 from activation_store import ActivationsStore
 from config import get_default_cfg, post_init_cfg
 from language_model import load_model
-text_stream.LONGEST_PAUSE = 0.1
+text_stream.MAX_BACKOFF = 0.1
 cfg = post_init_cfg(get_default_cfg() | json.loads(sys.argv[1]))
 resume_after = json.loads(sys.argv[2])
 model = load_model(cfg)
@@ -65,7 +65,7 @@ CONTEXTS = """
 import json, sys
 import text_stream
 from transformers import AutoTokenizer
-text_stream.LONGEST_PAUSE, text_stream.LOTS_AHEAD = 0.1, 1
+text_stream.MAX_BACKOFF, text_stream.PREFETCH_CHUNKS = 0.1, 1
 cfg, seq_len, num_held_out, resume_after = json.loads(sys.argv[1])
 make_stream = lambda: text_stream.TextStream(cfg, AutoTokenizer.from_pretrained("demo/lm"), 4096, seq_len, num_held_out)
 stream = make_stream()
@@ -79,23 +79,23 @@ while len(part := stream.contexts(50)):
     print(json.dumps(part.flatten().tolist()))
 """
 MAIN = "runpy.run_path('main.py', run_name='__main__')"  # what `python main.py` runs
-OPENED_AGAIN = re.compile(r"someone/\w+ broke off \(.+\): opening it again in (\S+) s, try (\d+) of (\d+)")
+RETRY = re.compile(r"reading someone/\w+ failed \(.+\): retry (\d+) of (\d+) in (\S+) s")
 NUM_FILES, ROWS = 5, 240  # some 42,000 tokens
 
 
 # A hub with faults
 
 
-FAULTS = ("500", "503", "520", "cut", "short", "empty", "hang up", "stall")  # 520: the client does not try that again
+FAULTS = ("500", "503", "520", "cut", "short", "empty", "hang up", "stall")  # 520: not retried by the client
 
 
 class FaultyHub(Hub):
-    """A hub that does `fault(path)` to each request for a dataset's data file: one of FAULTS, "gone", or None.
+    """A hub that applies `fault(path)` to each request for a dataset's data file: one of FAULTS, "gone", or None.
 
-    `faults` lists what was done, `ranges` the bytes that were asked for.
+    `faults` lists the applied faults, `ranges` the requested bytes.
     """
 
-    daemon_threads, block_on_close = True, False  # some stall for long
+    daemon_threads, block_on_close = True, False  # do not wait for stalled requests
 
     def __init__(self, repos: dict, fault):
         super().__init__(repos)
@@ -114,14 +114,14 @@ class FaultyHub(Hub):
             return super().send(request, (int(fault), {"Content-Length": "0"}, b""))
         if fault == "cut":
             status, headers, body = answer
-            super().send(request, (status, headers, body[: len(body) // 2]))  # the Content-Length says more
-        if fault in ("short", "empty"):  # and nothing says so: the end of the connection is the end of the body
+            super().send(request, (status, headers, body[: len(body) // 2]))  # less than Content-Length
+        if fault in ("short", "empty"):  # without a Content-Length the body ends with the connection
             status, headers, body = answer
             headers = {name: value for name, value in headers.items() if name != "Content-Length"}
             super().send(request, (status, headers, body[: len(body) // 2 if fault == "short" else 0]))
         if fault == "stall":
             time.sleep(2)  # HF_HUB_DOWNLOAD_TIMEOUT is 1
-        if fault == "gone":  # nobody listens at the hub's port any more
+        if fault == "gone":  # nothing listens on the hub's port any more
             self.shutdown()
             self.server_close()
         request.close_connection = True
@@ -131,8 +131,8 @@ class FaultyHub(Hub):
 def repos(tmp_path_factory) -> dict:
     """A model, and the same documents as parquet files of several row groups, as JSON lines, and as tokens.
 
-    A jsonl file is made so large, by another column, that it is read by two requests, its documents in three parts. (A
-    small parquet file comes whole, by one.)
+    Another column makes the jsonl files so large that each takes two requests and three parts. (A small parquet file
+    takes one request.)
     """
     folder, rng = tmp_path_factory.mktemp("repos"), random.Random(0)
     tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
@@ -152,7 +152,7 @@ def repos(tmp_path_factory) -> dict:
 
 
 def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.CompletedProcess:
-    """A script in the repo's root, with `hub` for its hub and an empty cache in `folder`."""
+    """Run a script in the repository root, with `hub` as the hub and an empty cache in `folder`."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
@@ -161,8 +161,8 @@ def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.Co
 
 
 def batches(folder: Path, hub: Hub, dataset: str, resume_after=(), **changes) -> tuple[list[str], str]:
-    """Hashes of the held-out contexts and of all batches that a hub's dataset gives, and the lines on stderr. After
-    some of the batches a new store goes on with the state of the old one."""
+    """Hashes of the held-out contexts and all batches of a hub dataset, and stderr. After the batches in `resume_after`
+    a new store resumes from the state of the old one."""
     cfg = make_cfg(model_name="demo/lm", dataset_path=dataset, num_tokens=40_000, batch_size=400, **changes)
     keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
     process = run_python(folder, hub, BATCHES, json.dumps(keys), json.dumps(resume_after))
@@ -171,16 +171,16 @@ def batches(folder: Path, hub: Hub, dataset: str, resume_after=(), **changes) ->
 
 
 @pytest.fixture(scope="module")
-def sound_batches(tmp_path_factory, repos) -> list[str]:
+def expected_batches(tmp_path_factory, repos) -> list[str]:
     with FaultyHub(repos, lambda path: None) as hub:
-        hashes, told = batches(tmp_path_factory.mktemp("sound"), hub, "someone/parquet")
-    assert len(set(hashes)) == 101 and not OPENED_AGAIN.search(told)
+        hashes, stderr = batches(tmp_path_factory.mktemp("expected"), hub, "someone/parquet")
+    assert len(set(hashes)) == 101 and not RETRY.search(stderr)
     assert any(f"{NUM_FILES - 1}.parquet" in request for request in hub.requests), "all files are read"
     return hashes
 
 
 def random_faults(seed: int, share: float):
-    """Two or three of a kind in a row: the hub's client makes a request three times, so some come through to us."""
+    """Two or three of the same fault in a row: the hub's client sends a request three times, so some reach us."""
     rng = random.Random(seed)
     kinds = itertools.cycle(rng.sample(FAULTS, len(FAULTS)))
     while True:
@@ -188,20 +188,20 @@ def random_faults(seed: int, share: float):
 
 
 @pytest.mark.parametrize("kind, seed, resumes", [("parquet", 0, 0), ("jsonl", 1, 1), ("tokens", 2, 3)])
-def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches, kind, seed, resumes):
-    """Errors 500, 503 and 520, cut, shortened and missing answers and stalls at random: the stream is opened again
-    where it was, lines say so, and every batch is bit-identical to that of a hub without faults. So it is with tokens
-    for text, and where new stores go on with the state of old ones, on that hub too."""
+def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, expected_batches, kind, seed, resumes):
+    """Random errors 500, 503 and 520, truncated and missing responses and stalls: the stream is reopened at the same
+    position, retries are reported, and all batches are bit-identical to those of a hub without faults. This also holds
+    for token columns and after resuming."""
     faults, resume_after = random_faults(seed, 0.6), random.Random(seed).sample(range(100), resumes)
     with FaultyHub(repos, lambda path: next(faults)) as hub:
-        hashes, told = batches(tmp_path, hub, f"someone/{kind}", resume_after, stream_retries=20)
-    assert len(set(hub.faults)) >= 6 and len(OPENED_AGAIN.findall(told)) >= 3
-    assert hashes == sound_batches
+        hashes, stderr = batches(tmp_path, hub, f"someone/{kind}", resume_after, stream_retries=20)
+    assert len(set(hub.faults)) >= 6 and len(RETRY.findall(stderr)) >= 3
+    assert hashes == expected_batches
 
 
 @pytest.fixture(scope="module")
 def large_file(tmp_path_factory) -> Path:
-    """A parquet file of 12 row groups and 72 MB: pyarrow asks for some 32 MB at once."""
+    """A parquet file of 12 row groups and 72 MB; pyarrow requests about 32 MB at once."""
     file, rng = tmp_path_factory.mktemp("large") / "data.parquet", random.Random(0)
     texts = [f"def f_{i}(x):\n" + f"    x += {i}\n" * rng.randint(1, 8) for i in range(600)]
     data = pandas.DataFrame({"text": texts, "noise": [rng.randbytes(120_000) for _ in texts]})
@@ -210,17 +210,17 @@ def large_file(tmp_path_factory) -> Path:
 
 
 def test_faults_within_a_large_file(tmp_path, repos, large_file):
-    """Faults, up to three in a row, at random requests for parts of one large file, and states taken and loaded within
-    it, in the same stream and in a new one: the tokens are those of the local file, none skipped and none repeated."""
+    """Faults, up to three in a row, at random requests for parts of one large file, and states saved and loaded within
+    it, in the same stream and in a new one. The tokens equal those of the local file."""
     rng = random.Random(0)
     faults = random_faults(2, 0.4)
     cfg = make_cfg(dataset_path="someone/large", stream_retries=20)
     resume_after = [rng.randint(1, 300) for _ in range(3)]
 
     def fault(path: str) -> str | None:
-        """Each part after the first is cut until the stream is opened again; other requests fail at random."""
+        """Each part after the first is truncated until the stream is reopened; other requests fail at random."""
         part = hub.ranges[-1]
-        later = not part.startswith("bytes=4-") and part != hub.ranges[0]  # what comes first is the index
+        later = not part.startswith("bytes=4-") and part != hub.ranges[0]  # the first request is for the index
         return "cut" if later and hub.ranges.count(part) <= 3 else next(faults)
 
     with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, fault) as hub:
@@ -228,18 +228,18 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
     assert process.returncode == 0, process.stderr
     found = [token for line in process.stdout.splitlines() for token in json.loads(line)]
     assert found == all_tokens(stream(large_file))
-    assert len(OPENED_AGAIN.findall(process.stderr)) >= 2 and len(set(hub.faults)) >= 5
+    assert len(RETRY.findall(process.stderr)) >= 2 and len(set(hub.faults)) >= 5
     assert len(set(hub.ranges)) >= 4, "the index and three parts"
 
 
-def test_no_retries_is_one_try(tmp_path, repos, sound_batches):
-    """stream_retries = 0 reads a sound hub as any other value does."""
+def test_no_retries_is_one_try(tmp_path, repos, expected_batches):
+    """With stream_retries = 0, a hub without faults gives the same batches."""
     with FaultyHub(repos, lambda path: None) as hub:
-        assert batches(tmp_path, hub, "someone/parquet", stream_retries=0)[0] == sound_batches
+        assert batches(tmp_path, hub, "someone/parquet", stream_retries=0)[0] == expected_batches
 
 
-class ClosedDoor(Hub):
-    """A hub that hangs up on the first `count` requests about a dataset: what it holds, its revisions and folders."""
+class HangingUpHub(Hub):
+    """A hub that closes the connection on the first `count` requests for a dataset's metadata."""
 
     count = 8
 
@@ -251,18 +251,18 @@ class ClosedDoor(Hub):
             super().send(request, answer)
 
 
-def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, sound_batches):
-    """The dataset is opened again, after pauses that are told, and gives the same batches."""
-    with ClosedDoor(repos) as hub:
-        hashes, told = batches(tmp_path, hub, "someone/parquet")
-    assert hub.count == 0 and OPENED_AGAIN.search(told)
-    assert hashes == sound_batches
+def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, expected_batches):
+    """Opening is retried, the retries are reported, and the batches are the same."""
+    with HangingUpHub(repos) as hub:
+        hashes, stderr = batches(tmp_path, hub, "someone/parquet")
+    assert hub.count == 0 and RETRY.search(stderr)
+    assert hashes == expected_batches
 
 
 @pytest.mark.parametrize("fault", ["504", "gone"])
 def test_a_hub_that_stays_down(tmp_path, repos, fault):
-    """After stream_retries tries with growing pauses, of three requests each, the program ends with code 3 and one line
-    that names the dataset; there is a checkpoint and no result, and the same command goes on from it."""
+    """After stream_retries retries with backoff, of three requests each, the program exits with code 3 and one line
+    that names the dataset. There is a checkpoint and no result, and the same command resumes from it."""
     with FaultyHub(repos, lambda path: None if path.endswith(("0.parquet", "1.parquet")) else fault) as hub:
         overrides = ONE_SMALL_RUN | dict(
             model_name="demo/lm", dataset_path="someone/parquet", output_dir=tmp_path / "runs", num_tokens=200_000,
@@ -271,22 +271,22 @@ def test_a_hub_that_stays_down(tmp_path, repos, fault):
         process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
     assert process.returncode == 3, process.stderr
     lines = process.stderr.splitlines()
-    assert lines[-1].startswith("error: dataset_path = 'someone/parquet' cannot be read on at document 1 of ")
+    assert lines[-1].startswith("error: dataset_path = 'someone/parquet' cannot be read at document 1 of ")
     assert sum(line.startswith("error:") for line in lines) == 1 and "Traceback" not in process.stderr
-    assert OPENED_AGAIN.findall(process.stderr) == [("1", "1", "2"), ("2", "2", "2")]
+    assert RETRY.findall(process.stderr) == [("1", "2", "1"), ("2", "2", "2")]
     assert hub.faults.count(fault) == (1 if fault == "gone" else 3 * (1 + overrides["stream_retries"]))
     (run,) = (path.parent for path in (tmp_path / "runs").glob("*/*/config.json"))
     assert not (run / "result.json").exists()
-    # The same command goes on where it stopped, once the hub is back.
+    # Once the hub is back, the same command resumes.
     with FaultyHub(repos, lambda path: None) as hub:
         process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
-    assert (step := re.search(r"Going on after step (\d+)", process.stderr)) and int(step[1]) > 1
+    assert (step := re.search(r"Resuming after step (\d+)", process.stderr)) and int(step[1]) > 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] > int(step[1]) and [line["step"] for line in lines] == sorted({x["step"] for x in lines})
 
 
 class SilentHub(Hub):
-    """A hub that takes every request about a repository and never answers."""
+    """A hub that accepts every request for a repository and never responds."""
 
     daemon_threads, block_on_close = True, False
 
@@ -296,7 +296,7 @@ class SilentHub(Hub):
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
 def test_a_hub_that_never_answers(tmp_path, repos, key):
-    """The program ends, soon, with code 3 and a line that names what could not be read."""
+    """The program soon exits with code 3 and a line that names the model or dataset."""
     overrides = ONE_SMALL_RUN | {"model_name": LM, "output_dir": tmp_path / "runs", "stream_retries": 1}
     overrides |= {key: "someone/lm"}
     with SilentHub(repos) as hub:
@@ -306,7 +306,7 @@ def test_a_hub_that_never_answers(tmp_path, repos, key):
     assert len(hub.requests) < 20
 
 
-# Damaged files and odd documents
+# Corrupt files and unusual documents
 
 
 def stream(path: Path, **changes) -> TextStream:
@@ -315,14 +315,14 @@ def stream(path: Path, **changes) -> TextStream:
 
 
 def tokens_of(documents: list) -> list[int]:
-    """Plain reference: BOS and tokens of each document that has any, joined."""
+    """Reference: BOS and tokens of each document that is not empty, concatenated."""
     tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
     texts = [document for document in documents if document]
     return [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]]
 
 
 def all_tokens(stream: TextStream) -> list[int]:
-    """Held-out and other contexts, to the end."""
+    """The tokens of all contexts, held-out ones first."""
     parts = [stream.held_out]
     while len(part := stream.contexts(7)):
         parts.append(part)
@@ -331,69 +331,70 @@ def all_tokens(stream: TextStream) -> list[int]:
 
 @pytest.fixture
 def three_files(tmp_path) -> tuple[dict[str, list[str]], Path]:
-    """The documents of three files in a folder, by file name; the second file is damaged by the tests."""
+    """The documents of three files in a folder, by file name. The tests make the second file corrupt."""
     (tmp_path / "data").mkdir()
     names = ("a", "b", "c")
     return {name: [f"def {name}_{i}():\n    return {i}\n" * 5 for i in range(200)] for name in names}, tmp_path / "data"
 
 
-def assert_stops_and_skips(folder: Path, sound: list[str], place: str, capsys) -> None:
-    """With bad_documents "stop" one line names the place; with "skip" the line is told, and the sound text is read."""
+def assert_stops_and_skips(folder: Path, valid: list[str], place: str, capsys) -> None:
+    """bad_documents "stop" raises an error that names the place; "skip" reports the place and reads the valid text."""
     with pytest.raises(InputError) as caught:
         all_tokens(stream(folder))
     assert re.search(place, str(caught.value)) and "\n" not in str(caught.value)
     assert "bad_documents=skip" in str(caught.value)
     capsys.readouterr()
-    expected = tokens_of(sound)
+    expected = tokens_of(valid)
     assert all_tokens(stream(folder, bad_documents="skip")) == expected[: len(expected) // SEQ_LEN * SEQ_LEN]
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "passed over" in line)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
     assert re.search(place, line)
 
 
-def test_a_damaged_jsonl_file(three_files, capsys):
-    """A line that is no JSON: what was readable before it is read, the rest of its file is not, the next file is."""
+def test_a_corrupt_jsonl_file(three_files, capsys):
+    """At a line that is not JSON, the rest of its file is skipped. The readable text before it and the next file are
+    read."""
     documents, folder = three_files
     noise = "x" * 100_000  # so that the file is read in several parts, of 10 MB each
     for name, texts in documents.items():
         lines = [json.dumps({"text": text, "noise": noise if name == "b" else ""}) for text in texts]
         if name == "b":
-            lines[150] = "{damaged"
+            lines[150] = "{corrupt"
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    read_before = 0
     with pytest.raises(InputError) as caught:
         all_tokens(stream(folder))
     read_before = int(re.search(r"document (\d+) of .*b\.jsonl", str(caught.value))[1]) - 1
     assert 0 < read_before <= 150
-    sound = documents["a"] + documents["b"][:read_before] + documents["c"]
-    assert_stops_and_skips(folder, sound, rf"document {read_before + 1} of .*b\.jsonl on", capsys)
+    valid = documents["a"] + documents["b"][:read_before] + documents["c"]
+    assert_stops_and_skips(folder, valid, rf"document {read_before + 1} of .*b\.jsonl and later documents", capsys)
 
 
-def test_a_damaged_parquet_file(three_files, capsys):
-    """A parquet file cut off in the middle cannot be read at all: it is named, and the other files are read."""
+def test_a_corrupt_parquet_file(three_files, capsys):
+    """A truncated parquet file cannot be read at all: it is named, and the other files are read."""
     documents, folder = three_files
     for name, texts in documents.items():
         pandas.DataFrame({"text": texts}).to_parquet(folder / f"{name}.parquet", row_group_size=100)
     content = (folder / "b.parquet").read_bytes()
     (folder / "b.parquet").write_bytes(content[: len(content) // 2])
-    assert_stops_and_skips(folder, documents["a"] + documents["c"], r"document 1 of .*b\.parquet on", capsys)
+    valid = documents["a"] + documents["c"]
+    assert_stops_and_skips(folder, valid, r"document 1 of .*b\.parquet and later documents", capsys)
 
 
-def test_a_document_that_is_none(tmp_path, capsys):
-    """A token that the model does not know makes one document unusable: it is named by its number, the rest is read."""
+def test_a_document_with_an_unknown_token(tmp_path, capsys):
+    """A token outside the vocabulary makes its document invalid: it is named by its number, the others are read."""
     tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
     texts = [f"def f_{i}():\n    return {i}\n" * 3 for i in range(100)]
     tokens = [tokenizer.encode(text).ids for text in texts]
     tokens[70] = [5, 4096, 7]
     pandas.DataFrame({"tokens": tokens}).to_parquet(tmp_path / "data.parquet")
-    place = r"document 71 of .*data\.parquet has in its tokens 4096"
+    place = r"document 71 of .*data\.parquet has 4096 in column 'tokens'"
     assert_stops_and_skips(tmp_path / "data.parquet", texts[:70] + texts[71:], place, capsys)
 
 
-def test_odd_documents_are_fine(tmp_path):
-    """Documents that are empty, missing, of one token and of 10 MB are read like any other."""
+def test_unusual_documents(tmp_path):
+    """Documents that are empty, missing, of one token or of 10 MB are read like any other."""
     long = "".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(270_000))
     assert len(long) > 10_000_000
-    # The long one is not among the first, which are tokenized once more for the held-out tokens.
+    # The long one is not among the first documents, which are tokenized twice because of the held-out tokens.
     documents = [*(["x", "", None, "import sys\n" * 30] * 20), long, "y", "", "import os\n" * 30]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     found, expected = torch.tensor(all_tokens(stream(tmp_path / "data.jsonl"))), torch.tensor(tokens_of(documents))

@@ -1,4 +1,4 @@
-"""The stream of tokens and batches: every token once per epoch, and resumed to the bit from any point."""
+"""The stream of tokens and batches: each token once per epoch, and bit-identical after resuming at any point."""
 
 import gc
 import inspect
@@ -37,7 +37,7 @@ EVAL_CONTEXTS = 3
 
 
 def documents_of_random_length(seed: int, total: int) -> list[list[int]]:
-    """Token documents of 1 to 60 tokens (BOS included) and a long one, `total` tokens in all; none has BOS inside."""
+    """Token documents of 1 to 60 tokens and a long one, `total` tokens in all. BOS is only at their beginning."""
     rng, documents = random.Random(seed), []
     while total > 0:
         length = min(total, 300 if len(documents) == 5 else rng.randint(1, 60))
@@ -52,7 +52,7 @@ def make_stream(path: str, **changes) -> TextStream:
 
 
 def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_context: bool) -> tuple[list, list, int]:
-    """Held-out contexts, training contexts and what is left over: token by token, as the definitions have it."""
+    """Held-out contexts, training contexts and the number of dropped tokens, computed token by token."""
     text = [token for document in documents for token in document]
 
     def cut(tokens: list[int], count: int | None = None) -> tuple[list[list[int]], int]:
@@ -79,20 +79,19 @@ def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_contex
 @pytest.mark.parametrize("num_epochs", [1, 3])
 @pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000)])
 def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context, capsys):  # noqa: F811
-    """Over several epochs the contexts are those of the definitions: nothing is lost but a last partial context, and
-    a line counts that."""
+    """Over several epochs the contexts equal the reference. Only a last partial context is dropped, and reported."""
     documents = documents_of_random_length(seed, total)
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=num_epochs, bos_per_context=bos_per_context)
-    held_out, contexts, left_over = reference_stream(documents, num_epochs, bos_per_context)
+    held_out, contexts, dropped = reference_stream(documents, num_epochs, bos_per_context)
     assert stream.held_out.tolist() == held_out
     rng, found = random.Random(seed), []
     while len(part := stream.contexts(rng.randint(1, 9))):
         found += part.tolist()
     assert found == contexts
-    assert left_over < SEQ_LEN
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" ends with ")[1] for line in told] == [f"{left_over} tokens that fill no context"] * (
-        left_over > 0
+    assert dropped < SEQ_LEN
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[-1] for line in lines] == [f"dropping the last {dropped} tokens (partial context)"] * (
+        dropped > 0
     )
     if bos_per_context:
         assert all(context[0] == BOS for context in found)
@@ -100,14 +99,14 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
 
 @pytest.mark.parametrize("total", [EVAL_CONTEXTS * SEQ_LEN + 25 * SEQ_LEN, EVAL_CONTEXTS * SEQ_LEN + 411])
 def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
-    """With tokens that do not repeat: each is trained on once per epoch, the held-out ones never."""
+    """With unique tokens: each is trained on once per epoch, the held-out ones never."""
     documents = counted_documents(50, total - 50)
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=2)
     tokens = torch.cat(drain(stream)).flatten().tolist()
     text = [token for document in documents for token in document]
     per_epoch = text[EVAL_CONTEXTS * SEQ_LEN :]
-    left_over = 2 * len(per_epoch) % SEQ_LEN  # at the very end only
-    assert Counter(tokens) + Counter(per_epoch[len(per_epoch) - left_over :]) == Counter(2 * per_epoch)
+    dropped = 2 * len(per_epoch) % SEQ_LEN  # at the end of the last epoch
+    assert Counter(tokens) + Counter(per_epoch[len(per_epoch) - dropped :]) == Counter(2 * per_epoch)
     assert not set(tokens) & set(text[1 : EVAL_CONTEXTS * SEQ_LEN])
 
 
@@ -119,13 +118,13 @@ def drain(stream: TextStream) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("read", [10**6, 64])
-def test_which_bytes_of_the_data_its_fingerprint_is_of(tmp_path, monkeypatch, read):
-    """Each byte in turn: all of them count where there are few, else pieces from the first to the last, evenly, in all
-    files by their size. Names and sizes count, times do not.
+def test_which_bytes_the_fingerprint_covers(tmp_path, monkeypatch, read):
+    """Changes each byte in turn. The fingerprint of little data covers all bytes, that of more data evenly spaced
+    blocks in each file, in proportion to its size. It covers names and sizes, but not times.
     """
-    piece = 8
-    monkeypatch.setattr(text_stream, "PIECE", piece)
-    monkeypatch.setattr(text_stream, "FINGERPRINTED", read)
+    block = 8
+    monkeypatch.setattr(text_stream, "FINGERPRINT_BLOCK", block)
+    monkeypatch.setattr(text_stream, "FINGERPRINT_BYTES", read)
     sizes = {"a.txt": 400, "b.txt": 7, "c/d.txt": 100}
     (tmp_path / "c").mkdir()
     for name, size in sizes.items():
@@ -142,10 +141,10 @@ def test_which_bytes_of_the_data_its_fingerprint_is_of(tmp_path, monkeypatch, re
             noticed.append(reader.fingerprint() != before)
         file.write_bytes(content)
         total += sum(noticed)
-        assert all(noticed[:piece]) and all(noticed[-piece:])
+        assert all(noticed[:block]) and all(noticed[-block:])
         gaps = [len(gap) for gap in "".join(" x"[not seen] for seen in noticed).split()]
         assert not gaps if read > sum(sizes.values()) else not gaps or max(gaps) - min(gaps) <= 1
-    assert total == 507 if read > 507 else 64 <= total < 64 + 2 * piece * len(sizes)
+    assert total == 507 if read > 507 else 64 <= total < 64 + 2 * block * len(sizes)
     os.utime(tmp_path / "a.txt", (1, 1))
     assert reader.fingerprint() == before
     (tmp_path / "b.txt").rename(tmp_path / "bb.txt")
@@ -156,10 +155,10 @@ def test_which_bytes_of_the_data_its_fingerprint_is_of(tmp_path, monkeypatch, re
     assert reader.fingerprint() != before
 
 
-def test_data_that_ends_says_how_much_was_seen_and_asked(model, jsonl):  # noqa: F811
-    """num_epochs that do not suffice are found out before training; the line names tokens present, epochs and asked."""
+def test_too_few_epochs(model, jsonl):  # noqa: F811
+    """Too few tokens in num_epochs are an error before training, which names the tokens, the epochs and num_tokens."""
     path = jsonl(counted_documents(48, 400), "tokens")
-    with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2 .* num_tokens = 820"):
+    with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2, .* num_tokens = 820"):
         ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
     store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
     assert sum(len(store.next_batch()) for _ in range(20)) == 800
@@ -167,8 +166,8 @@ def test_data_that_ends_says_how_much_was_seen_and_asked(model, jsonl):  # noqa:
         store.next_batch()
 
 
-def test_epochs_hand_out_the_same_activations_again(model, jsonl):  # noqa: F811
-    """Two epochs of whole contexts give each activation twice; the held-out tokens come in neither."""
+def test_each_epoch_has_the_same_activations(model, jsonl):  # noqa: F811
+    """Two epochs of whole contexts give each activation twice, those of held-out tokens never."""
     path = jsonl(counted_documents(48, 400), "tokens")
     cfg = make_cfg(dataset_path=path, num_tokens=800, num_epochs=2, model_batch_size=5)
     store = ActivationsStore(model, cfg)
@@ -183,7 +182,7 @@ def test_epochs_hand_out_the_same_activations_again(model, jsonl):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
-    """The same kind of data in every form: files of text, of one document each, parquet of tokens, a saved dataset."""
+    """Similar data in several formats: JSON lines, one text file per document, parquet of tokens, a saved dataset."""
     folder = tmp_path_factory.mktemp("sources")
     parts = [part for part in inspect.getsource(textwrap).split("\n\n") if part.strip()][:70]
     (folder / "text").mkdir()
@@ -205,8 +204,8 @@ def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
 
 
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
-def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
-    """From a state taken after any number of contexts, at an epoch's edge too, all later contexts are the same."""
+def test_a_stream_resumes_from_its_state(sources, name):
+    """After loading any state, also one at the boundary of an epoch, all later contexts are the same."""
     path, changes = sources[name]
     stream = make_stream(path, **changes)
     states, contexts = [], []
@@ -227,9 +226,9 @@ def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
 
 @pytest.mark.parametrize("buffer", [(3, 2), (4, 5)])
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
-def test_batches_go_on_to_the_bit(model, sources, name, buffer):  # noqa: F811
-    """After load_state_dict in a new store, every later batch is bit-identical: at 20 points, among them the beginning,
-    the middle and the edge of a buffer, and twice in a row; the state is small and plain."""
+def test_resumed_batches_are_bit_identical(model, sources, name, buffer):  # noqa: F811
+    """After load_state_dict, all later batches are bit-identical: at 20 points, including the beginning and the middle
+    of a buffer, and after resuming twice. The state is small."""
     path, changes = sources[name]
     changes = changes | dict(model_batch_size=buffer[0], num_batches_in_buffer=buffer[1], num_tokens=1600)
     cfg = make_cfg(dataset_path=path, **changes)
@@ -255,7 +254,7 @@ def test_batches_go_on_to_the_bit(model, sources, name, buffer):  # noqa: F811
 
 
 def test_resuming_costs_one_buffer(model, sources):  # noqa: F811
-    """A resume harvests the forwards of one buffer and the one that it begins in, wherever it is."""
+    """Resuming at any point runs the forward passes of one buffer and the one that it begins in."""
     path, changes = sources["files of text"]
     cfg = make_cfg(dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600)
     store = ActivationsStore(model, cfg)
@@ -271,8 +270,8 @@ def test_resuming_costs_one_buffer(model, sources):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_activation_dtype_is_how_they_wait_in_the_buffer(model, sources, dtype):  # noqa: F811
-    """Batches are float32, rounded once to activation_dtype; the model's own precision is model_dtype's."""
+def test_activation_dtype_is_the_dtype_of_the_buffer(model, sources, dtype):  # noqa: F811
+    """Batches are float32 values rounded once to activation_dtype; the model runs in model_dtype."""
     path, changes = sources["files of text"]
     exact, rounded = (
         ActivationsStore(model, make_cfg(dataset_path=path, **changes, activation_dtype=name))
@@ -282,14 +281,14 @@ def test_activation_dtype_is_how_they_wait_in_the_buffer(model, sources, dtype):
         batch, expected = rounded.next_batch(), exact.next_batch()
         assert batch.dtype == torch.float32
         assert torch.equal(batch, expected.to(getattr(torch, dtype)).float())
-    assert rounded.memory.nbytes * 2 == exact.memory.nbytes
+    assert rounded.storage.nbytes * 2 == exact.storage.nbytes
 
 
 # Memory and threads
 
 
 def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
-    """The activations are in memory once: 60 refills later, the process has grown by less than half a buffer."""
+    """The activations are in memory once: after 60 refills, the process has grown by less than half a buffer."""
     data = datasets.Dataset.from_dict({"tokens": documents_of_random_length(4, 60_000)})
     data.to_parquet(tmp_path / "data.parquet", batch_size=100)
     cfg = make_cfg(
@@ -298,16 +297,16 @@ def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
     )  # fmt: skip
     store = ActivationsStore(model, cfg)
     process, sizes = psutil.Process(), []
-    assert store.memory.nbytes == 8 * 32 * 128 * 128 * 4  # 16 MiB
+    assert store.storage.nbytes == 8 * 32 * 128 * 128 * 4  # 16 MiB
     for _ in range(70):
         store.fill_buffer()
         sizes.append(process.memory_info().rss)
-    assert max(sizes[-10:]) - max(sizes[:10]) < store.memory.nbytes / 2
+    assert max(sizes[-10:]) - max(sizes[:10]) < store.storage.nbytes / 2
 
 
-def test_reading_ahead_ends_with_the_store(model, sources, monkeypatch):  # noqa: F811
-    """No thread outlives its store, though it waits to hand over more."""
-    monkeypatch.setattr(text_stream, "LOTS_AHEAD", 1)  # of eight, one of each file
+def test_the_prefetch_thread_ends_with_the_store(model, sources, monkeypatch):  # noqa: F811
+    """No thread outlives its store, even if its queue is full."""
+    monkeypatch.setattr(text_stream, "PREFETCH_CHUNKS", 1)  # of eight chunks, one per file
 
     def threads():
         return [thread for thread in threading.enumerate() if thread.name == "text stream"]
@@ -325,7 +324,7 @@ def test_reading_ahead_ends_with_the_store(model, sources, monkeypatch):  # noqa
     assert len(threads()) == before
 
 
-# The cache on the disk
+# The cache on disk
 
 
 def batches_of(store: ActivationsStore, count: int) -> torch.Tensor:
@@ -334,7 +333,8 @@ def batches_of(store: ActivationsStore, count: int) -> torch.Tensor:
 
 @pytest.fixture
 def cached(model, sources, tmp_path):  # noqa: F811
-    """A config with an activation_cache, the batches without it, and what makes a store and counts its forwards."""
+    """A config with an activation_cache, the batches without it, and a function that makes a store with a list of its
+    forward passes."""
     path, changes = sources["files of text"]
     cfg = make_cfg(
         dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600, activation_cache=str(tmp_path / "cache")
@@ -351,7 +351,7 @@ def cached(model, sources, tmp_path):  # noqa: F811
 
 
 def test_cached_batches_are_the_live_ones(cached):
-    """The first run writes, the second reads without the language model; both give the uncached batches to the bit."""
+    """The first run writes the cache, the second reads it without the language model; all batches are bit-identical."""
     _, live, make_store = cached
     first, forwards = make_store()
     assert torch.equal(batches_of(first, 40), live) and forwards
@@ -363,22 +363,22 @@ def test_cached_batches_are_the_live_ones(cached):
     assert sum(path.stat().st_size for path in folder.glob("*.bin")) == 1600 * 128 * 4
 
 
-def test_a_cache_that_is_half_there_is_completed(cached, capsys):
-    """A run that was cut off leaves whole buffers; the next one reads these, harvests the rest, and says both."""
+def test_a_partial_cache_is_completed(cached, capsys):
+    """An interrupted run leaves complete buffers; the next run reads them, harvests the rest, and reports both."""
     _, live, make_store = cached
     partial, _ = make_store()
     batches_of(partial, 17)
     capsys.readouterr()
     rest, forwards = make_store()
-    told = capsys.readouterr().err
-    assert "will be written" in told and "without the language model" in told
+    stderr = capsys.readouterr().err
+    assert "will be written" in stderr and "are read from disk" in stderr
     assert torch.equal(batches_of(rest, 40), live)
     whole = len(live) * 40 / SEQ_LEN / 3
     assert 0 < len(forwards) < 0.7 * whole
 
 
 def test_a_cache_is_resumed_like_the_live_stream(cached):
-    """States of cached and live stores are the same, and each goes on from the other's."""
+    """Cached and live stores have the same states, and each resumes from the other's."""
     cfg, live, make_store = cached
     batches_of(make_store()[0], 40)
     store, _ = make_store()
@@ -390,7 +390,7 @@ def test_a_cache_is_resumed_like_the_live_stream(cached):
 
 
 def test_a_shorter_run_reads_a_longer_ones_cache(cached):
-    """A run of fewer tokens reads what it needs and leaves all as it is; a longer one harvests what is missing."""
+    """A shorter run reads what it needs and leaves the cache unchanged."""
     _, live, make_store = cached
     batches_of(make_store()[0], 40)
     shorter, forwards = make_store(num_tokens=840)  # ends within a buffer
@@ -404,13 +404,13 @@ def test_a_shorter_run_reads_a_longer_ones_cache(cached):
     assert torch.equal(batches_of(full, 40), live) and not forwards
 
 
-@pytest.mark.parametrize("damage", ["flip a byte", "truncate", "delete", "manifest"])
-def test_a_damaged_cache_is_named_and_harvested_again(cached, capsys, damage):
-    """A buffer file that is not what the manifest says is named, harvested again and written anew."""
+@pytest.mark.parametrize("fault", ["flip a byte", "truncate", "delete", "manifest"])
+def test_a_corrupt_cache_is_reported_and_harvested_again(cached, capsys, fault):
+    """A buffer file that does not match the manifest is named, harvested again and rewritten."""
     _, live, make_store = cached
     batches_of(make_store()[0], 40)
     (folder,) = Path(make_store()[0].cfg["activation_cache"]).iterdir()
-    file = folder / ("manifest.json" if damage == "manifest" else "buffer_000002.bin")
+    file = folder / ("manifest.json" if fault == "manifest" else "buffer_000002.bin")
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     {
@@ -418,7 +418,7 @@ def test_a_damaged_cache_is_named_and_harvested_again(cached, capsys, damage):
         "truncate": lambda: file.write_bytes(content[:-5]),
         "delete": file.unlink,
         "manifest": lambda: file.write_text("{"),
-    }[damage]()
+    }[fault]()
     capsys.readouterr()
     store, forwards = make_store()
     assert torch.equal(batches_of(store, 40), live) and forwards
@@ -427,19 +427,19 @@ def test_a_damaged_cache_is_named_and_harvested_again(cached, capsys, damage):
     assert torch.equal(batches_of(store, 40), live) and not forwards
 
 
-def test_other_streams_have_caches_of_their_own(cached):
-    """Another layer, another dtype or another order of the text is never read from a cache that is not its own."""
+def test_other_streams_have_separate_caches(cached):
+    """Streams with another dtype, other forward passes or other contexts never share a cache."""
     cfg, _, make_store = cached
     for changes in ({}, {"activation_dtype": "bfloat16"}, {"model_batch_size": 2}, {"bos_per_context": True}):
         batches_of(make_store(**changes)[0], 3)
     assert len(list(Path(cfg["activation_cache"]).iterdir())) == 4
-    other, forwards = make_store(shuffle_seed=1)  # the order of the batches is not in the cache
+    other, forwards = make_store(shuffle_seed=1)  # the cache does not depend on the order of the batches
     batches_of(other, 3)
     assert not forwards
 
 
-def test_edited_text_has_a_cache_of_its_own(cached):
-    """One token after the held-out ones, of the same size: its activations are not those of the text before."""
+def test_edited_text_has_a_separate_cache(cached):
+    """After an edit of one letter that is not held out, the activations are those of the new text."""
     cfg, _, make_store = cached
     batches_of(make_store()[0], 40)
     file = sorted(file for file in Path(cfg["dataset_path"]).iterdir())[-1]
@@ -450,11 +450,11 @@ def test_edited_text_has_a_cache_of_its_own(cached):
 
 
 def test_a_cache_larger_than_the_disk_is_refused(cached, monkeypatch):
-    """Too little free space is an InputError with both numbers, before anything is harvested."""
+    """Too little disk space is an InputError with both sizes, before anything is harvested."""
     _, _, make_store = cached
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match="activation_cache = .* to be written, and 0.00 GiB are free"):
+    with pytest.raises(InputError, match="activation_cache = .* of disk space, and 0.00 GiB are free"):
         make_store()
     with pytest.raises(InputError, match="activation_cache = .*cannot be written"):
         make_store(activation_cache="/dev/null/cache")

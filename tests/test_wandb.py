@@ -153,7 +153,7 @@ def test_an_online_run_goes_on_under_its_id(tmp_path, server):
     assert sent[-1] > 10, "or the step after the checkpoint was not sent before"
     assert process.returncode == -signal.SIGKILL and run["state"] == "running"
     out, err = (process := start(server, args)).communicate(timeout=100)
-    assert process.returncode == 0 and "Going on after step 10" in err, err
+    assert process.returncode == 0 and "Resuming after step 10" in err, err
     lines, result = local_record(tmp_path)
     assert list(server.runs.values()) == [run] and run["state"] == "finished"
     assert [row["_step"] for row in run["history"]] == [line["step"] for line in lines]
