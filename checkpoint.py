@@ -29,7 +29,7 @@ STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": 
 # What SAEs were once saved without. It is no part of what they compute: it stays as an untrained one has it.
 ADDED_LATER = ("batches_until_sparse",)
 WEIGHTS_SHA256 = "weights_sha256"  # the key of sae/cfg.json that is none of the config
-LONGEST_PAUSE = 900  # seconds between checkpoints, unless writing them is slow
+CHECKPOINT_INTERVAL = 900  # seconds between checkpoints, unless writing them is slow
 
 
 class SaveError(RuntimeError):
@@ -153,7 +153,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Every checkpoint_freq steps, and every 15 minutes if writing one takes less than 2 % of the time so."""
-        pause = max(LONGEST_PAUSE, 50 * self.took)
+        pause = max(CHECKPOINT_INTERVAL, 50 * self.took)
         return step % self.cfg["checkpoint_freq"] == 0 or time.time() - self.saved_at > pause
 
     def save(self, step: int, stream: dict, ahead: dict | None = None) -> None:

@@ -15,6 +15,7 @@ import warnings
 import torch
 from tqdm import tqdm
 
+from common import RECORDED, quiet_on_closed_pipe
 from sae import SAE_CLASSES
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters
@@ -45,11 +46,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 def run_command(main, interrupted: str = "Stopped") -> None:
     """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
-    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3.
+    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3. See
+    common.quiet_on_closed_pipe for a closed pipe.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        main(sys.argv[1:])
+        with quiet_on_closed_pipe():
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(4)
@@ -153,9 +156,6 @@ GROUP_KEYS = (
 )  # fmt: skip
 
 DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
-# What saved configs may hold beside these keys. language_model.complete_cfg adds `asked`, what was asked for where the
-# model changes it (the name is that of the run as asked for), and has_bos = False.
-RECORDED = ("_provenance", "asked", "has_bos")
 SET_BY_MODEL = ("seq_len", "bos_per_context", "exclude_tokens")  # the keys that `asked` may hold
 NONE_ALLOWED = {
     "act_size": int,

@@ -34,7 +34,7 @@ from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
 from logs import is_finished, is_over, read_json, run_folder, why_stopped
-from plan import duration, plan_group, tell_time
+from plan import duration, estimate_time, plan_group
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import DocumentReader
@@ -221,7 +221,7 @@ def loaded_as(cfg: dict) -> tuple:
 def train_planned(group: list[dict], model, steps_done: int, force: bool, resume_anyway: bool) -> None:
     """Train one group: a function, so that its SAEs and its stream are gone before the next is built."""
     store = ActivationsStore(model, group[0])
-    tell_time(group, store, steps_done, force)
+    estimate_time(group, store, steps_done, force)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)

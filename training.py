@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import sparse_ops
 from checkpoint import Checkpoints, disk, remove_checkpoints, save_sae
+from common import MIN_L0
 from config import InputError, num_steps, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
@@ -19,7 +20,6 @@ from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder, Counts
 
-FEWEST_ACTIVE = 0.1  # features per token; a mean L0 below this is worth a warning
 TOGETHER = 1.0  # seconds within which a second signal is the same wish: timeout(1) sends two, for one
 
 
@@ -152,7 +152,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     values |= more
             memory.position = None  # what follows only writes
             for run, values in zip(runs, metrics):
-                if values.get("l0_norm", FEWEST_ACTIVE) < FEWEST_ACTIVE and run.cfg["name"] not in warned:
+                if values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
                     tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")

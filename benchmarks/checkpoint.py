@@ -1,9 +1,9 @@
-"""What a checkpoint of the paper's sweep costs: how long training is held up, and the room on the disk.
+"""Cost of a checkpoint of the paper's sweep: how long it blocks training, and its size on disk.
 
     python benchmarks/checkpoint.py [--folder DIR] [--repeats N]
 
 Builds the 15 SAEs of the sweep with their optimizers (about 7 GiB of memory), takes one training step with each, and
-writes checkpoints as training does: flushed, read back, the older ones deleted.
+writes checkpoints as training does: flushes them, reads them back and deletes old ones.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from machine import cpu_name  # noqa: E402
 
-from checkpoint import LONGEST_PAUSE, load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoint import CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint  # noqa: E402
 from config import get_default_cfg  # noqa: E402
 from main import sweep_configs  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
@@ -30,7 +30,7 @@ from training import make_optimizer, training_step  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write them (default: the system's temporary folder)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -59,9 +59,9 @@ def main() -> None:
     print(
         f"a checkpoint: {size:.2f} GiB, {took:.1f} s ({min(seconds):.1f} – {max(seconds):.1f}); loading {loading:.1f} s"
     )
-    print(f"a step of all SAEs: {step_seconds:.1f} s, so that every {freq:,} steps it takes", end=" ")
-    print(f"{took / (freq * step_seconds + took):.3%} of the time, and every {LONGEST_PAUSE / 60:.0f} minutes", end=" ")
-    print(f"{took / max(LONGEST_PAUSE, 50 * took):.2%}")
+    print(f"a step of all SAEs: {step_seconds:.1f} s. Checkpoints take", end=" ")
+    print(f"{took / (freq * step_seconds + took):.3%} of the time if written every {freq:,} steps,", end=" ")
+    print(f"{took / max(CHECKPOINT_INTERVAL, 50 * took):.2%} if every {CHECKPOINT_INTERVAL / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

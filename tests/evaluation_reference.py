@@ -156,7 +156,7 @@ def metrics_by_hand(
         return [x - y for x, y in zip(ce[key], ce[other])]
 
     each = [len(rows) for rows in acts[:measured]]
-    parts = [[] for _ in range(min(measured, evaluation.MOST_PARTS))]
+    parts = [[] for _ in range(min(measured, evaluation.MAX_PARTS))]
     for i in range(measured):
         parts[i * len(parts) // measured].append((times_active[i], each[i]))
     return {

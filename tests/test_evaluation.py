@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import evaluation
 from activation_store import ActivationsStore
 from checkpoint import save_sae, write_json
-from config import InputError, get_default_cfg, post_init_cfg
+from config import InputError, get_default_cfg, post_init_cfg, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from language_model import load_model
@@ -289,8 +291,8 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
 
 
 def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
-    """With more contexts than MOST_PARTS the jackknife leaves out consecutive contexts together."""
-    monkeypatch.setattr(evaluation, "MOST_PARTS", 4)
+    """With more contexts than MAX_PARTS, the jackknife omits consecutive contexts together."""
+    monkeypatch.setattr(evaluation, "MAX_PARTS", 4)
     store, sae = group[0], group[1]["topk"]
     (result,) = evaluate([sae], store, heldout_baseline(store))
     reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
@@ -388,7 +390,7 @@ def test_calibration_on_bad_input(demo_halves):
     sae = SAE_CLASSES["batchtopk"](make_cfg(top_k=8)).eval()
     x = demo_halves[0][:50]
     for given, target, message in [
-        (x, 96, "target_l0 = 96 cannot be reached: [0-9.]+ features per token"),
+        (x, 96, "target_l0 = 96 cannot be reached: only [0-9.]+ features per token"),
         (x, 0, "target_l0 = 0 is not allowed"),
         (x, math.nan, "target_l0 = nan is not allowed"),
         (x[:0], None, "no activations"),
@@ -511,7 +513,7 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no folder" in refused(tmp_path / "nosuch")
+    assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
     for tokens in (0, -5, 97):
         assert f"--eval-tokens {tokens} is not allowed: it must be 1 to 96" in refused(
@@ -519,3 +521,23 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
         )
     save_sae(SAE_CLASSES["batchtopk"](group[1]["batchtopk"].cfg), tmp_path / "untrained")
     assert "calibrate_threshold" in refused(tmp_path / "untrained")
+
+
+def test_closed_pipe_ends_the_command_quietly(run_folder):
+    """`python evaluation.py RUN | head -1` writes evaluation.json and exits with 128 + SIGPIPE, without a traceback."""
+    (run_folder / "evaluation.json").unlink(missing_ok=True)
+    command = f"'{sys.executable}' evaluation.py '{run_folder}' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=DEMO_LM.parent.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (141, "", "")
+    assert (run_folder / "evaluation.json").is_file()
+
+
+def test_other_broken_pipes_are_errors(monkeypatch, capfd):
+    """Only a closed stdout or stderr is quiet: a connection that breaks is not."""
+
+    def fail(argv):
+        raise BrokenPipeError("the connection broke")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(BrokenPipeError, match="the connection broke"):
+        run_command(fail)

@@ -91,7 +91,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         assert sum(line.lstrip("| ").startswith(label.strip()) for line in table.splitlines()) == count
     assert "ce_degradation" in table and str(sweep / "results.png") in table
     (page,) = sweep.glob("*/features.html")
-    assert page.parent.name.startswith("batchtopk_512_k16_") and f" of 512 features: {page}" in table
+    assert page.parent.name.startswith("batchtopk_512_k16_") and f" of 512 features to {page}" in table
 
 
 def test_demo_says_what_it_does(demo):
@@ -350,7 +350,7 @@ def bad_files(tmp_path) -> Path:
 def the_error(code: int, err: str) -> str:
     """The one line on stderr that is not the plan of a sweep, nor the bar that a slow machine shows."""
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
-    told = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |It takes about |\d+ runs are \d+ |counting tokens: |$"
+    told = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |Estimated time: |\d+ runs are \d+ |counting tokens: |$"
     lines = [line for line in lines if not re.match(told, line)]
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err

@@ -155,7 +155,7 @@ def test_a_config_counts_once(tmp_path, capsys):
         path.write_text(json.dumps(config))
     results.draw_results(tmp_path / "sweep")
     out = capsys.readouterr().out
-    assert re.search(r"Left out, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
+    assert re.search(r"Skipped, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
 
 
 def test_figure_shows_the_numbers(by_hand):
@@ -393,8 +393,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
     for folder, said in [
-        ("empty", f"{tmp_path / 'empty'} holds no run records"),
-        ("missing", f"{tmp_path / 'missing'} holds no run records"),
+        ("empty", f"{tmp_path / 'empty'} has no run records"),
+        ("missing", f"{tmp_path / 'missing'} has no run records"),
         ("broken", f"{name}/metrics.jsonl is not JSON"),
     ]:
         with pytest.raises(SystemExit) as stopped:
@@ -406,6 +406,14 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert done.returncode == 2 and not done.stdout
         assert re.fullmatch(r"error: .*\n", done.stderr) and said in done.stderr
     assert not (tmp_path / "missing").exists() and not list(tmp_path.glob("*/results*"))
+
+
+def test_closed_pipe_ends_the_command_quietly(by_hand):
+    """`python results.py SWEEP | head -1` prints no traceback and exits with 128 + SIGPIPE."""
+    sweep, _, _ = by_hand
+    command = f"'{sys.executable}' results.py '{sweep}' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_nothing_finished_yet(tmp_path):
@@ -508,6 +516,6 @@ def test_wandb_with_runs_cut_short_or_of_others_only(mirrored, tmp_path):
         other_server.close()
         assert "Traceback" not in done.stderr and done.returncode == (0 if crashed in runs else 2)
         if crashed in runs:
-            assert "Not finished, so only among the curves: crashed (crashed, 0 of" in done.stdout
+            assert "Not finished, so only in the curves: crashed (crashed, 0 of" in done.stdout
         else:
-            assert done.stderr.splitlines()[-1].endswith("holds no runs of a sweep")
+            assert done.stderr.splitlines()[-1].endswith("has no runs of a sweep")
