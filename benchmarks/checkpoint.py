@@ -39,19 +39,19 @@ def main() -> None:
     for cfg in sweep_configs("paper", {"device": "cpu"}):
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         runs.append(SimpleNamespace(cfg=cfg, sae=sae, optimizer=make_optimizer(sae, cfg)))
-        begun = time.perf_counter()
+        started = time.perf_counter()
         training_step(sae, runs[-1].optimizer, x, cfg)
-        step_seconds += time.perf_counter() - begun
+        step_seconds += time.perf_counter() - started
     seconds = []
     for step in range(1, args.repeats + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         state = {"step": step, "seconds": 0.0, "stream": {}, "logged": {}, "provenance": {}}
         save_checkpoint(folder, runs, state, keep=2)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     path = max(folder.glob("step_*"))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     load_checkpoint(path, runs)
-    loading = time.perf_counter() - begun
+    loading = time.perf_counter() - started
     size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
     shutil.rmtree(folder)
     took, freq = statistics.median(seconds), get_default_cfg()["checkpoint_freq"]
