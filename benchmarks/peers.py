@@ -192,7 +192,7 @@ class Child:
 
 
 def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
-    """{name: the child's first line and the seconds of its timed steps}. Trainers that fail are reported and skipped."""
+    """{name: the child's first line and the seconds of its timed steps}. Failing trainers are reported and skipped."""
     children = {}
     try:
         children |= {name: Child(name, sae_type, args) for name in names}
