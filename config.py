@@ -129,10 +129,11 @@ TABLE = (  # the keys under the titles of their sections
 # fmt: on
 KEYS = {key.name: key for key in TABLE if isinstance(key, Key)}
 
-DERIVED = ("hook_point", "name")  # written by post_init_cfg, always anew
-# What saved configs may hold beside these keys. language_model.complete_cfg adds `asked`, what was asked for where the
-# model changes it (the name is that of the run as asked for), and has_bos = False.
+DERIVED = ("hook_point", "name")  # always derived again by post_init_cfg
+# Keys that saved configs may hold beside these. language_model.complete_cfg adds `asked`, the requested values of keys
+# that the model changes (the run's name follows from these), and has_bos = False.
 RECORDED = ("_provenance", "asked", "has_bos")
+MIN_L0 = 0.1  # a mean L0 below this means that the features died
 
 
 def get_default_cfg() -> dict:

@@ -1,8 +1,12 @@
 """What the user reads: errors of one line, messages, exit codes. Without torch, so that results.py starts fast."""
 
+import os
 import re
+import select
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -35,11 +39,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 def run_command(main, interrupted: str = "Stopped") -> None:
     """main(arguments of the command line). An error with an exit_code, which is one line, ends the program with both;
-    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3.
+    Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3. See
+    quiet_on_closed_pipe for a closed pipe.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
-        main(sys.argv[1:])
+        with quiet_on_closed_pipe():
+            main(sys.argv[1:])
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(4)
@@ -61,3 +67,24 @@ def one_line(error: Exception) -> str:
 
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
+
+
+@contextmanager
+def quiet_on_closed_pipe() -> Iterator[None]:
+    """Exit with code 141 (128 + SIGPIPE) and no traceback if the reader of stdout or stderr is gone: `... | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
+        if not closed:
+            raise  # another pipe or connection
+        for stream in closed:  # Python flushes them again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(141)
+
+
+def has_no_reader(stream) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,43 +1,43 @@
-"""Metrics on held-out tokens, of all the SAEs of a group at once.
+"""Metrics on held-out tokens, for all SAEs of a group at once.
 
     python evaluation.py RUN [--eval-tokens N]      RUN is a run's folder, runs/<sweep>/<name>
 
-prints them as a table and writes RUN/evaluation.json, on the run's held-out tokens or the first N of them.
-
-With x an activation and r its reconstruction, both in the residual stream's own units:
+prints the metrics as a table and writes them to RUN/evaluation.json. It uses the run's held-out tokens, or the first N
+of them. With x an activation and r its reconstruction, both in the units of the residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
-    fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean over the held-out set);
+    fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
                     the explained variance is 1 − fvu, with the same standard error
     cosine_similarity  mean over tokens of the cosine between x and r
     l0              mean number of active features per token
-    dead_fraction   share of features that are never active on the held-out set
-    dense_fraction  share of features that are active on more than DENSE of its tokens
+    dead_fraction   fraction of features that are never active on the held-out set
+    dense_fraction  fraction of features that are active on more than DENSE of its tokens
     ce_original, ce_reconstructed, ce_zero_ablated, ce_mean_ablated
                     cross-entropy in nats per token: of the model, and with x replaced by r, by 0, by x_mean
-    ce_degradation  CE with the reconstruction − CE of the model: 0 is perfect, larger is worse
-    kl_divergence   mean over tokens of KL(p ‖ q), p the model's prediction and q that with the reconstruction, in nats
+    ce_degradation  ce_reconstructed − ce_original: 0 is perfect, larger is worse
+    kl_divergence   mean over tokens of KL(p ‖ q) in nats; p is the model's prediction, q that with r in place of x
     recovery_from_zero, recovery_from_mean
                     (CE ablated − CE reconstructed) / (CE ablated − CE original): 1 is perfect
-    threshold       BatchTopK's; l0 is what it gives
+    threshold       inference threshold of a BatchTopK SAE
 
-The first eval_skip_positions of a context, and tokens of exclude_tokens, are left alone: the model keeps its own
-activations there, and they count in no metric, nor do the predictions made from them. Everything is measured in eval();
-the same metrics of a BatchTopK's batch top-k have the suffix _batch.
+The first eval_skip_positions of a context and the tokens in exclude_tokens are skipped: the model keeps its own
+activations there, and neither these positions nor the predictions made from them count in any metric. Metrics are
+measured in eval(). For BatchTopK the suffix _batch marks the same metrics with the top k of the batch.
 
-Each metric has a standard error over contexts, <metric>_se (from two contexts on): of a mean over tokens that of the
-mean of the contexts' means; of a ratio by the delta method, std(a − ratio·b) / (mean(b)·√n) with a context's a over b;
-of the shares of features, which are of the set as a whole, by the jackknife that leaves out one of MOST_PARTS parts of
-it in turn. It tells how far other contexts would move the figure, not how far another seed would. It treats contexts as
-independent. Contexts cut from one long document are not: where the held-out set has few documents, the standard errors
-are too small. And the document at the end of the held-out set continues in the training set.
+With at least two contexts, each metric has a standard error over contexts, <metric>_se. For a mean over tokens it is
+the standard error of the mean of the contexts' means. For a ratio it is by the delta method, std(a − ratio·b) /
+(mean(b)·√n), where a and b are numerator and denominator of a context. For the fractions of features it is by the
+jackknife, which omits each of MAX_PARTS parts of the set in turn. It estimates the variation over contexts, not over
+seeds, and treats contexts as independent. Contexts from one long document are not independent: if the held-out set has
+few documents, the standard errors are too small. The last held-out document continues in the training set.
 
-On the whole held-out set there are also `histograms`, of the SAE in eval():
+On the whole held-out set, results also contain `histograms`, in eval():
 
     l0                   number of tokens with 0, 1, 2, ... active features
-    log10_density        number of features whose density (share of tokens on which it is active) has its log10
-                         between two neighbours of DENSITY_EDGES, which stand beside it as log10_density_edges
-    never_active         number of features of density 0: they are in no bin
+    log10_density        number of features per bin of log10 of the density (fraction of tokens on which a feature is
+                         active)
+    log10_density_edges  the edges of these bins, DENSITY_EDGES
+    never_active         number of features with density 0, which are in no bin
 """
 
 import argparse
@@ -56,15 +56,15 @@ from language_model import complete_cfg, load_model
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
-MOST_PARTS = 64  # consecutive contexts each; fewer where there are fewer contexts
-IGNORED = -100  # in place of a target whose prediction does not count
-CHUNK = 2**24  # pre-activations in memory at a time in calibrate_threshold, [tokens, F]
+MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
+IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
+CHUNK = 2**24  # maximum size of the pre-activations [tokens, F] that calibrate_threshold holds at a time
 
 
 @torch.no_grad()
 def heldout_baseline(activation_store) -> dict:
-    """What no SAE changes: the held-out mean activation [d], and per context [n] the CE of the model as it is
-    (ce_original), with its activations set to 0 (ce_zero_ablated) and to the mean (ce_mean_ablated), in nats per token.
+    """What does not depend on the SAE: `mean` [d], the mean held-out activation, and the CE of each context [n], in
+    nats per token: ce_original, ce_zero_ablated (activations set to 0) and ce_mean_ablated (set to the mean).
     """
     total, count = 0, 0
     for tokens in eval_batches(activation_store):
@@ -83,20 +83,20 @@ def heldout_baseline(activation_store) -> dict:
 
 @torch.no_grad()
 def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
-    """The metrics above for each SAE, on the first `num_contexts` held-out contexts (all of them by default; the
-    shares of dead and dense features and the histograms are told of all only). Leaves the SAEs as they were.
+    """The metrics above for each SAE, on the first `num_contexts` held-out contexts (default: all). dead_fraction,
+    dense_fraction and the histograms are computed on the whole set only. Does not change the SAEs.
 
-    In memory are the activations and features of one batch of contexts (eval_batches), two tensors of its logits (the
-    model's and one SAE's), and MOST_PARTS counts per feature.
+    Peak memory: activations, features and two logits tensors (the model's and one SAE's) of one batch of contexts
+    (eval_batches), and MAX_PARTS counts per feature.
     """
     cfg = activation_store.cfg
     variants = [(i, "", False) for i in range(len(saes))]
     variants += [(i, "_batch", True) for i, sae in enumerate(saes) if sae.cfg["sae_type"] == "batchtopk"]
-    per_context = {variant: [] for variant in variants}  # of each batch, the means of its contexts [8, contexts]
+    per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
     keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
-    part = torch.arange(contexts, device=cfg["device"]) * min(contexts, MOST_PARTS) // contexts  # of each context
-    times_active = {variant: 0 for variant in variants}  # in each part, of each feature [parts, F]
+    part = torch.arange(contexts, device=cfg["device"]) * min(contexts, MAX_PARTS) // contexts  # of each context
+    times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
     token_l0 = {variant: [] for variant in variants}
 
     done = 0
@@ -120,7 +120,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
-                zeros = parts.new_zeros(min(contexts, MOST_PARTS), active.shape[1], dtype=torch.int32)
+                zeros = parts.new_zeros(min(contexts, MAX_PARTS), active.shape[1], dtype=torch.int32)
                 times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
                 token_l0[variant].append(l0)
             del active
@@ -133,7 +133,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     metrics = [{} for _ in saes]
     ces = {key: values[:contexts].double().cpu() for key, values in baseline.items() if key != "mean"}
     original, zero, mean = ces["ce_original"], ces["ce_zero_ablated"], ces["ce_mean_ablated"]
-    # Of each context, the share of its tokens and of its predictions that count: 1 without exclude_tokens.
+    # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
     tokens, predictions = keep.double().mean(-1).cpu(), keep[:, :-1].double().mean(-1).cpu()
     for variant in variants:
         i, suffix, training = variant
@@ -147,8 +147,8 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
         for key, (a, b) in ratios.items():
             metrics[i] |= ratio_with_error(key + suffix, a, b)
         if num_contexts is None:
-            tokens_in_part = part.new_zeros(min(contexts, MOST_PARTS)).index_add_(0, part, keep.sum(1))
-            metrics[i] |= shares_with_errors(suffix, times_active[variant], tokens_in_part)
+            tokens_in_part = part.new_zeros(min(contexts, MAX_PARTS)).index_add_(0, part, keep.sum(1))
+            metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part)
             if not training:
                 l0 = torch.cat(token_l0[variant])
                 metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0))
@@ -161,8 +161,8 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
 
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
-    """Σa / Σb over contexts [n] and its standard error by the delta method. For a mean over tokens a is a context's
-    mean with 0 for tokens that are left out, and b the share of its tokens that are not.
+    """Σa / Σb over contexts [n] and its standard error by the delta method. For a mean over tokens, a is the mean over
+    a context with 0 at skipped tokens, and b the fraction of its tokens that are not skipped.
     """
     ratio = a.sum() / b.sum()
     values = {key: ratio.item()}
@@ -171,21 +171,24 @@ def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
     return values
 
 
-def shares_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch.Tensor) -> dict:
-    """dead_fraction and dense_fraction of counts [parts, F] in parts of so many tokens [parts]; jackknife errors."""
+def fractions_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch.Tensor) -> dict:
+    """dead_fraction and dense_fraction with jackknife standard errors, from the counts `times_active` [parts, F] and
+    the number of tokens in each part [parts].
+    """
     n, total, values = len(tokens), times_active.sum(0), {}
-    left = torch.stack([tokens.sum(), *(tokens.sum() - tokens)])  # of the set, and without each part
+    num_tokens = torch.stack([tokens.sum(), *(tokens.sum() - tokens)])  # of the set, and without each part
     counts = torch.cat([total[None], total - times_active])
-    for key, share in [("dead_fraction", counts == 0), ("dense_fraction", counts > DENSE * left.double()[:, None])]:
-        share = share.double().mean(1)
-        values[key + suffix] = share[0].item()
+    dense = counts > DENSE * num_tokens.double()[:, None]
+    for key, features in [("dead_fraction", counts == 0), ("dense_fraction", dense)]:
+        fraction = features.double().mean(1)
+        values[key + suffix] = fraction[0].item()
         if n > 1:
-            values[f"{key}{suffix}_se"] = (share[1:].std() * (n - 1) / n**0.5).item()
+            values[f"{key}{suffix}_se"] = (fraction[1:].std() * (n - 1) / n**0.5).item()
     return values
 
 
 def histograms(token_l0: torch.Tensor, times_active: torch.Tensor) -> dict:
-    """The histograms above, as plain lists, from each token's L0 [n] and each feature's number of active tokens [F]."""
+    """The histograms above, as lists, from the L0 of each token [n] and the number of active tokens per feature [F]."""
     ever = times_active[times_active > 0].double().cpu()
     edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
     log10_density = (ever / len(token_l0)).log10().clamp(min=DENSITY_EDGES[0])
@@ -198,7 +201,7 @@ def histograms(token_l0: torch.Tensor, times_active: torch.Tensor) -> dict:
 
 
 def eval_batches(activation_store, num_contexts: int | None = None) -> list[torch.Tensor]:
-    """The held-out contexts in batches of about batch_size tokens, so that a batch top-k is over a usual batch."""
+    """The held-out contexts in batches of about batch_size tokens, so that BatchTopK selects as in training."""
     cfg = activation_store.cfg
     contexts = activation_store.eval_contexts[:num_contexts].to(cfg["device"])
     return list(contexts.split(max(1, cfg["batch_size"] // activation_store.seq_len)))
@@ -210,17 +213,18 @@ def heldout_activations(activation_store, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def kept(activation_store, tokens: torch.Tensor) -> torch.Tensor:
-    """Of contexts [n, seq_len], which of the positions that evaluation does not skip are not of exclude_tokens either:
-    [n, seq_len - skip], bool."""
+    """Mask [n, seq_len - skip] of the positions in contexts [n, seq_len] that hold no token of exclude_tokens. The
+    first eval_skip_positions are cut off.
+    """
     return activation_store.kept(tokens[:, activation_store.cfg["eval_skip_positions"] :])
 
 
 def predict(activation_store, tokens: torch.Tensor, acts: torch.Tensor, replacement=None, keep=None) -> torch.Tensor:
-    """Logits [n, predictions, d_vocab] of the predictions made from the positions that evaluation does not skip.
+    """Logits [n, predictions, d_vocab] at the positions from eval_skip_positions on.
 
-    `acts` [n, seq_len, d] are the model's activations at the hook point. A replacement (what [n, seq_len - skip, d]
-    broadcasts from) takes their place wherever `keep` [n, seq_len - skip] is True. The model is computed from the hook
-    point on (language_model.Predictor).
+    `acts` [n, seq_len, d] are the model's activations at the hook point. A replacement (broadcast to
+    [n, seq_len - skip, d]) takes their place where `keep` [n, seq_len - skip] is True. Only the layers after the hook
+    point are run (language_model.Predictor).
     """
     skip = activation_store.cfg["eval_skip_positions"]
     if replacement is not None:
@@ -232,16 +236,14 @@ def prediction_losses(
     logits: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor, log_p: torch.Tensor | None = None
 ) -> torch.Tensor:
     """CE of each context, and with log_p [n, predictions, d_vocab] the KL divergence from it: [1 or 2, n], in nats.
-    They are means over all predictions, with 0 for those that are not made from positions that `keep` [n, predictions
-    + 1] has.
-
-    A context at a time: what is as large as its logits fits the memory beside those of the batch.
+    They are means over all predictions, with 0 for predictions from positions where `keep` [n, predictions + 1] is
+    False. Contexts are processed one at a time to save memory.
     """
     losses = []
     for i, targets in enumerate(tokens[:, -logits.shape[1] :]):
         log_q, counts = logits[i].float().log_softmax(-1), keep[i, :-1]
-        targets = targets.where(counts, IGNORED)
-        losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORED) / len(targets)])
+        targets = targets.where(counts, IGNORE_INDEX)
+        losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORE_INDEX) / len(targets)])
         if log_p is not None:
             kl = F.kl_div(log_q, log_p[i], reduction="none", log_target=True).sum(-1)
             losses[-1].append(kl.where(counts, 0).mean())
@@ -249,7 +251,7 @@ def prediction_losses(
 
 
 def in_mode(sae, training: bool, function, *args):
-    """Call `function` with the SAE in train() or eval() mode, and put it back in the mode it was in."""
+    """Call `function` with the SAE in train() or eval() mode, then restore its mode."""
     before = sae.training
     sae.train(training)
     try:
@@ -260,39 +262,39 @@ def in_mode(sae, training: bool, function, *args):
 
 @torch.no_grad()
 def calibrate_threshold(sae, activations, target_l0: float | None = None) -> float:
-    """Set a BatchTopK's inference threshold so that on these activations its mean L0 is `target_l0` (its top_k by
-    default): for other text, another L0, or an SAE imported without a threshold. Returns the mean L0 that it then has.
-    Where it is then saved (checkpoint.save_sae), the run's result.json and evaluation.json are still of the old one.
+    """Set the inference threshold of a BatchTopK SAE so that its mean L0 on these activations is `target_l0` (default:
+    top_k). Use it for other text, another L0, or an SAE imported without a threshold. Returns the resulting mean L0.
+    checkpoint.save_sae saves the SAE; result.json and evaluation.json of the run keep the metrics of the old threshold.
 
-    `activations`: residual-stream vectors [n, d] on any device, or an iterable of such batches, gone through once.
-    They should be like those that the SAE is to be used on. One pass fills a histogram with 4096 bins for each power of
-    2, so the memory is bounded, and the threshold is exact to 1 part in 4096, at an edge of a bin.
+    `activations`: residual-stream vectors [n, d] on any device, or an iterable of such batches, read once. They should
+    resemble those on which the SAE will be used. A histogram with 4096 bins per power of 2 bounds the memory; the
+    threshold is at the edge of a bin, so it is exact to 1 part in 4096.
 
-    Raises InputError, with nothing changed, for an SAE that has no threshold, a target that cannot be reached, and
-    activations that are none or hold NaN.
+    Raises InputError, and changes nothing, if the SAE type has no threshold, the target cannot be reached, or there are
+    no activations or NaN or infinity in them.
     """
     target = sae.cfg["top_k"] if target_l0 is None else target_l0
     if sae.cfg["sae_type"] != "batchtopk":
         raise InputError(f"only a batchtopk SAE has a threshold to calibrate; this one is {sae.cfg['sae_type']}")
     if not target > 0:
         raise InputError(f"target_l0 = {target} is not allowed: it must be above 0")
-    # The bits of a positive float32, read as an integer, have its order: the upper 20 of 31 are the bin.
+    # Positive float32 values have the same order as their bits read as integers: the upper 20 of 31 bits are the bin.
     histogram, num_tokens = torch.zeros(2**20, dtype=torch.int64, device=sae.W_enc.device), 0
     for batch in [activations] if isinstance(activations, torch.Tensor) else activations:
         for x in batch.flatten(0, -2).split(max(1, CHUNK // sae.cfg["dict_size"])):
             z = sae.pre_activation(sae.preprocess_input(x)[0]).float()
             if not z.isfinite().all():
-                raise InputError("there is NaN or infinity in the activations, or in what the SAE makes of them")
+                raise InputError("NaN or infinity in the activations or in the pre-activations of the SAE")
             histogram += (z[z > 0].view(torch.int32) >> 11).bincount(minlength=2**20)
             num_tokens += len(x)
     if num_tokens == 0:
         raise InputError("there are no activations to calibrate the threshold on")
-    l0 = histogram.flip(0).cumsum(0).flip(0).double() / num_tokens  # of a threshold just below each bin
+    l0 = histogram.flip(0).cumsum(0).flip(0).double() / num_tokens  # L0 with the threshold just below each bin
     if target > l0[0]:
-        raise InputError(f"target_l0 = {target} cannot be reached: {l0[0]:.1f} features per token are positive")
+        raise InputError(f"target_l0 = {target} cannot be reached: only {l0[0]:.1f} features per token are positive")
     edge = (l0 - target).abs().argmin()
-    sae.threshold.copy_(((edge << 11) - 1).clamp(min=0).int().view(torch.float32))  # z > θ holds from the edge on
-    sae.threshold_num_batches.clamp_(min=100)  # it counts as the mean of long training, should this one be trained on
+    sae.threshold.copy_(((edge << 11) - 1).clamp(min=0).int().view(torch.float32))  # z > θ for all z >= edge
+    sae.threshold_num_batches.clamp_(min=100)  # if training resumes, the running mean starts from this threshold
     return l0[edge].item()
 
 
@@ -300,46 +302,46 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
 
 
 def open_run(run: Path) -> tuple:
-    """A run's SAE, on the device of its training if there is such a one here, its language model, and a store that has
-    its held-out tokens and no room to train.
+    """A run's SAE, its language model, and an activation store with its held-out tokens that is too small for training.
+    The SAE is on the device of its training, if that exists here.
 
-    Raises InputError if that is no run, or it cannot be opened, or its BatchTopK has no threshold; tells if the text
-    has changed since the training.
+    Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
+    text has changed since training.
     """
     if not run.is_dir():
-        raise InputError(f"{run} is no folder; RUN must be a run's folder, runs/<sweep>/<name>")
+        raise InputError(f"{run} is not a folder; RUN must be a run's folder, runs/<sweep>/<name>")
     record = read_record(run / "config.json")
     device = str(record.get("device"))
     sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
     if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
         raise InputError(
-            f"{run}: this BatchTopK has no inference threshold yet (evaluation.calibrate_threshold sets it)"
+            f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
         )
     stay_offline_without_network(sae.cfg["model_name"], sae.cfg["dataset_path"])
     model = load_model(sae.cfg)
     sae.cfg = complete_cfg(sae.cfg, model)
-    little = {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
-    activation_store = ActivationsStore(model, sae.cfg | little)
-    activation_store.cfg = sae.cfg  # the evaluation's batches are as large as those of the training
+    minimal = {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
+    activation_store = ActivationsStore(model, sae.cfg | minimal)
+    activation_store.cfg = sae.cfg  # evaluation uses the batch size of training
     trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
     if trained_on not in (None, activation_store.fingerprint()):
-        tell(f"warning: {sae.cfg['dataset_path']} has changed since the training: the SAE may have seen held-out text")
+        tell(f"warning: {sae.cfg['dataset_path']} has changed since training: the SAE may have seen held-out text")
     return sae, model, activation_store
 
 
 def read_record(file: Path) -> dict:
-    """The JSON of a run's record; {} where there is none."""
+    """The JSON of a run's record; {} if the file does not exist. Raises InputError if it is corrupt."""
     try:
         record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged: {one_line(error)}") from error
+        raise InputError(f"{file} is corrupt: {one_line(error)}") from error
     if not isinstance(record, dict):
-        raise InputError(f"{file} is damaged: it is a {type(record).__name__}, not a dict")
+        raise InputError(f"{file} is corrupt: it holds a {type(record).__name__}, not a dict")
     return record
 
 
 def table(metrics: dict) -> str:
-    """The metrics, one a line: with its standard error, and what the batch top-k gives beside it."""
+    """A table with one metric per line, with its standard error, and a second column for the _batch metrics."""
     suffixes = ["", "_batch"] if "l0_batch" in metrics else [""]
     lines = [["", "as used", "batch top-k"][: 1 + len(suffixes)]]
     for key in metrics:
@@ -353,7 +355,7 @@ def table(metrics: dict) -> str:
 
 
 def with_error(metrics: dict, key: str) -> str:
-    """A metric, with its standard error where it has one."""
+    """A metric, with its standard error if it has one."""
     error = f" ± {metrics[f'{key}_se']:.4f}" if f"{key}_se" in metrics else ""
     return f"{metrics[key]:.4f}{error}"
 
@@ -361,24 +363,25 @@ def with_error(metrics: dict, key: str) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
-    parser.add_argument("--eval-tokens", type=int, metavar="N", help="measure on the first N held-out tokens alone")
+    parser.add_argument("--eval-tokens", type=int, metavar="N", help="use only the first N held-out tokens")
     args = parser.parse_args(argv)
     sae, _, activation_store = open_run(args.run)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
     if args.eval_tokens is not None:
-        most = contexts.numel()
-        if not 1 <= args.eval_tokens <= most:
+        if not 1 <= args.eval_tokens <= contexts.numel():
             raise InputError(
-                f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {most}, what is held out"
+                f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {contexts.numel()}, the number of "
+                f"held-out tokens"
             )
         contexts = activation_store.eval_contexts = contexts[: -(-args.eval_tokens // seq_len)]
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
-    print(f"{sae.cfg['name']} on {len(contexts)} held-out contexts of {seq_len} tokens")
-    print(table(metrics))
-    try:
+    try:  # before the table is printed, which fails if stdout is closed
         write_json(args.run / "evaluation.json", {"eval_tokens": contexts.numel()} | metrics)
     except OSError as error:
         raise InputError(f"{args.run / 'evaluation.json'} cannot be written: {one_line(error)}") from error
+    finally:
+        print(f"{sae.cfg['name']} on {len(contexts)} held-out contexts of {seq_len} tokens")
+        print(table(metrics))
 
 
 if __name__ == "__main__":

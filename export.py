@@ -1,19 +1,20 @@
-"""SAEs to and from other libraries' formats. RUN is a run's folder; --out names a new or empty folder.
+"""Convert SAEs to and from other libraries' formats. RUN is a run's folder; --out names a new or empty folder.
 
     python export.py RUN --to saelens|dictionary_learning|published|safetensors --out DIR
     python export.py DIR --from saelens|dictionary_learning|published --out RUN
-    python export.py DIR --upload NAMESPACE/NAME        (or together with --to)
+    python export.py DIR --upload NAMESPACE/NAME        (or combined with --to)
 
     saelens              cfg.json, sae_weights.safetensors   SAELens 6: SAE.load_from_disk(DIR)
     dictionary_learning  config.json, ae.pt                  dictionary_learning.utils.load_dictionary(DIR, device)
     published            config.json, sae.pt                 the scripts published with arXiv 2412.06410
-    safetensors          cfg.json, sae_weights.safetensors   this program's own: checkpoint.load_sae(DIR)
+    safetensors          cfg.json, sae_weights.safetensors   the format of this program: checkpoint.load_sae(DIR)
 
-Features and reconstructions stay the same; what a format cannot express is refused. BatchTopK goes with its inference
-threshold, to SAELens as the JumpReLU that it then is. Counters of dead features stay behind. Reading runs no code.
+Features and reconstructions stay the same; an SAE that the format cannot express is refused. BatchTopK is exported with
+its inference threshold; for SAELens it becomes the equivalent JumpReLU SAE. Counters of dead features are not exported.
+Importing executes no code from the files.
 
-Each export has a model card, README.md, with the metrics of the run (model_card.py). --upload puts such a folder on the
-Hugging Face hub, in a private repository unless there is one of that name already; nothing else uses the network.
+Each export has a model card, README.md, with the metrics of the run (model_card.py). --upload uploads such a folder to
+the Hugging Face hub. A new repository is private; an existing one keeps its visibility. Only --upload uses the network.
 """
 
 import argparse
@@ -36,53 +37,53 @@ from language_model import hub_name
 from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
 
-OURS = "batchtopk_config"  # the key of another library's config that holds this program's own
-DICTIONARIES = {  # of dictionary_learning: the class, the trainer that makes it, and its names for our weights
+OUR_CONFIG = "batchtopk_config"  # the key under which our config is stored in another library's config
+DICTIONARIES = {  # of dictionary_learning: class, trainer class, and names of the weights where they differ
     "vanilla": ("AutoEncoder", "StandardTrainer", {"b_dec": "bias"}),
     "topk": ("AutoEncoderTopK", "TopKTrainer", {}),
     "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
 }
-WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # one of them is in every export
-LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # the weights transposed
+WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # every export contains one of these
+LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # weights are transposed
 
 
 def export_sae(
     sae: BaseAutoencoder, to: str, folder: str | Path, run: Path | None = None, repo: str | None = None
 ) -> None:
-    """Write an SAE to a new or empty folder in the format `to`, a key of EXPORTS, with a model card: with the metrics
-    of `run`, its run's folder, and code that loads it from `repo`, the hub repository that it will be uploaded to.
+    """Write an SAE to a new or empty folder in the format `to` (a key of EXPORTS), with a model card. The card has the
+    metrics of the run's folder `run`, and code that loads the SAE from the hub repository `repo`.
 
     Raises InputError if the format cannot express the SAE, if the folder is not empty or cannot be written, or if a
-    record of the run is damaged.
+    record of the run is corrupt.
     """
     write_folder(Path(folder), EXPORTS[to](sae) | {"README.md": model_card(sae, to, run, repo).encode()})
 
 
 def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
-    """The SAE in a folder of the format `source`, a key of IMPORTS: on the CPU, in eval mode.
+    """Load the SAE from a folder in the format `source` (a key of IMPORTS), on the CPU, in eval mode.
 
-    A BatchTopK that comes without an inference threshold has none here: encoding in eval() raises until it is given
-    one. Raises InputError, one line, for whatever is missing, damaged, or impossible here.
+    A BatchTopK SAE without an inference threshold cannot encode in eval() until evaluation.calibrate_threshold sets
+    one. Raises InputError if anything is missing, corrupt or not supported.
     """
     folder = Path(folder)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # l1_coeff 0: what it was trained with is not known, nor needed
-            cfg, tensors = as_ours(*IMPORTS[source](folder))
+            warnings.simplefilter("ignore")  # l1_coeff = 0: the value in training is unknown
+            cfg, tensors = convert(*IMPORTS[source](folder))
             cfg = post_init_cfg(cfg)
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         sae.load_state_dict(sae.state_dict() | tensors)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     except KeyError as error:
-        raise InputError(f"{folder} is not in the format {source}: there is no {error}") from error
+        raise InputError(f"{folder} is not in the format {source}: {error} is missing") from error
     except Exception as error:
         raise InputError(f"{folder} cannot be read in the format {source}: {one_line(error)}") from error
     return sae.eval()
 
 
-# Export: the files of a format, {name: content}
+# Export: the files of each format, {name: content}
 
 
 def own_files(sae: BaseAutoencoder) -> dict:
@@ -93,7 +94,7 @@ def own_files(sae: BaseAutoencoder) -> dict:
 def published_files(sae: BaseAutoencoder) -> dict:
     cfg = portable_cfg(sae) | {"dtype": f"torch.{sae.cfg['dtype']}"}
     if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches > 0:
-        cfg["threshold"] = sae.threshold.item()  # the scripts have none, and ignore the key
+        cfg["threshold"] = sae.threshold.item()  # the scripts have no threshold and ignore the key
     return {"sae.pt": {name: parameter.detach() for name, parameter in sae.named_parameters()}, "config.json": cfg}
 
 
@@ -106,17 +107,17 @@ def saelens_files(sae: BaseAutoencoder) -> dict:
         config |= {"k": cfg["top_k"], "rescale_acts_by_decoder_norm": False}
     metadata = {
         "sae_lens_version": "6.0.0", "model_name": hub_name(cfg["model_name"]), "model_class_name": "HookedTransformer",
-        "model_from_pretrained_kwargs": {"center_writing_weights": False},  # trained on the model as it is
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},  # as in training
         "hook_name": cfg["hook_point"], "hook_layer": cfg["layer"], "hook_head_index": None,
         "context_size": cfg["seq_len"], "prepend_bos": cfg["bos_per_context"],
         "sequence_separator_token": "bos" if cfg.get("has_bos", True) else None,
         "disable_concat_sequences": False, "exclude_special_tokens": cfg["exclude_tokens"] or False,
-        "dataset_path": cfg["dataset_path"], OURS: portable_cfg(sae),
+        "dataset_path": cfg["dataset_path"], OUR_CONFIG: portable_cfg(sae),
     }  # fmt: skip
     config |= {
         "d_in": cfg["act_size"], "d_sae": cfg["dict_size"], "dtype": cfg["dtype"], "device": "cpu",
         "apply_b_dec_to_input": cfg["sae_type"] != "jumprelu", "reshape_activations": "none",
-        # Its layer_norm is the function that input_unit_norm is: unbiased standard deviation, plus 1e-5.
+        # Its layer_norm is the same function as input_unit_norm: unbiased standard deviation, plus 1e-5.
         "normalize_activations": "layer_norm" if cfg["input_unit_norm"] else "none", "metadata": metadata,
     }  # fmt: skip
     return {"sae_weights.safetensors": weights, "cfg.json": config}
@@ -125,7 +126,7 @@ def saelens_files(sae: BaseAutoencoder) -> dict:
 def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
     cfg, weights = sae.cfg, weights_of(sae)
     if cfg["input_unit_norm"]:
-        raise InputError("input_unit_norm = True cannot be expressed by dictionary_learning; --to saelens can")
+        raise InputError("dictionary_learning does not support input_unit_norm = True; use --to saelens")
     dict_class, trainer_class, names = DICTIONARIES[cfg["sae_type"]]
     if names is not None:
         weights = {(LINEAR | names).get(name, name): value.t() for name, value in weights.items()}
@@ -134,7 +135,7 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
     layer, submodule = cfg["layer"], cfg["hook_point"]
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", submodule):
         layer, site = int(match[1]), match[2]
-        if site == "resid_pre" and layer > 0:  # this library reads what comes out of a block
+        if site == "resid_pre" and layer > 0:  # this library reads the outputs of blocks
             layer, site = layer - 1, "resid_post"
         submodule = f"{site}_layer_{layer}"
     trainer = {
@@ -144,38 +145,38 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
         "submodule_name": submodule, "wandb_name": cfg["name"],
     }  # fmt: skip
     buffer = {"d_submodule": cfg["act_size"], "ctx_len": cfg["seq_len"]}
-    return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OURS: portable_cfg(sae)}}
+    return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OUR_CONFIG: portable_cfg(sae)}}
 
 
 def portable_cfg(sae: BaseAutoencoder) -> dict:
-    """The config without the folders of this machine that no reader has a use for."""
+    """The config without folders of this machine."""
     return {key: value for key, value in sae.cfg.items() if key not in KEYS or KEYS[key].portable}
 
 
 def weights_of(sae: BaseAutoencoder) -> dict:
-    """W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], and the threshold on z, [F] or [], where there is one."""
+    """W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], and the threshold on z ([F] or []) if the SAE has one."""
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if sae.cfg["sae_type"] == "jumprelu":
         weights["threshold"] = sae.jumprelu.log_threshold.detach().exp()
     if sae.cfg["sae_type"] in ("topk", "batchtopk"):
-        weights["b_enc"] = torch.zeros_like(sae.b_enc)  # not used here, but elsewhere it would be
+        weights["b_enc"] = torch.zeros_like(sae.b_enc)  # unused here, but other libraries add it
     if sae.cfg["sae_type"] == "batchtopk":
         if sae.threshold_num_batches == 0:
-            raise InputError("this BatchTopK has no inference threshold: calibrate it (--to published needs none)")
+            raise InputError("this BatchTopK SAE has no inference threshold: calibrate it, or use --to published")
         weights["threshold"] = sae.threshold
     return weights
 
 
-# Import: a folder -> config, tensors under our names, and whether the encoder reads x̂ − b_dec or x̂
+# Import: a folder -> config, tensors with our names, and whether the encoder input is x̂ − b_dec (True) or x̂
 
 
 def from_published(folder: Path) -> tuple[dict, dict, bool]:
     cfg, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder / "sae.pt")
     needed = ("sae_type", "act_size", "dict_size", "top_k", "input_unit_norm", "model_name", "site", "layer", "dtype")
-    cfg |= {key: cfg[key] for key in needed}  # no default is right for these
+    cfg |= {key: cfg[key] for key in needed}  # these have no valid default
     if (threshold := cfg.pop("threshold", None)) is not None:
         tensors["threshold"] = torch.tensor(threshold)
-    if cfg["sae_type"] in ("topk", "batchtopk"):  # they do not use it
+    if cfg["sae_type"] in ("topk", "batchtopk"):  # unused
         tensors["b_enc"] = torch.zeros_like(tensors["b_enc"])
     return cfg, tensors, cfg["sae_type"] != "jumprelu"
 
@@ -188,7 +189,7 @@ def from_saelens(folder: Path) -> tuple[dict, dict, bool]:
     check_allowed("reshape_activations", config["reshape_activations"], "none")
     check_allowed("rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False), False)
     check_allowed("hook_head_index", metadata.get("hook_head_index"), None)
-    ours = metadata.get(OURS, {})
+    ours = metadata.get(OUR_CONFIG, {})
     sae_type, theta = {"standard": "vanilla"}.get(architecture, architecture), tensors.get("threshold", torch.zeros(0))
     if sae_type == "jumprelu" and ours.get("sae_type") == "batchtopk" and len(theta.unique()) == 1:
         sae_type, tensors["threshold"] = "batchtopk", theta.flatten()[0]
@@ -213,7 +214,7 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
     if sae_type in ("topk", "batchtopk"):
         check_allowed("k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
     if sae_type == "topk":
-        tensors.pop("threshold", None)  # not used unless asked for
+        tensors.pop("threshold", None)  # unused by default
     if sae_type == "vanilla" and not torch.allclose(norms := tensors["W_dec"].norm(dim=-1), norms.new_ones(1)):
         tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms}  # as its loader does
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
@@ -226,10 +227,8 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
     elif submodule.startswith("blocks."):
         cfg["site"] = submodule
     else:
-        raise InputError(
-            f"submodule_name = {submodule!r} does not say where the SAE reads, as resid_post_layer_8 would"
-        )
-    cfg |= config.get(OURS, {}) | ({"top_k": trainer["k"]} if sae_type in ("topk", "batchtopk") else {})
+        raise InputError(f"submodule_name = {submodule!r} does not name a hook point, as resid_post_layer_8 does")
+    cfg |= config.get(OUR_CONFIG, {}) | ({"top_k": trainer["k"]} if sae_type in ("topk", "batchtopk") else {})
     cfg |= {"sae_type": sae_type, "act_size": trainer["activation_dim"], "dict_size": trainer["dict_size"]}
     return cfg | {"input_unit_norm": False}, tensors, sae_type != "jumprelu"
 
@@ -241,10 +240,10 @@ EXPORTS = {
 }  # fmt: skip
 
 
-def as_ours(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
-    """Config and state dict of the SAE here whose z is (x̂ − b_dec) W_enc + b_enc, or x̂ W_enc + b_enc if not centred.
+def convert(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
+    """Our config and state dict for an SAE with z = (x̂ − b_dec) W_enc + b_enc, or z = x̂ W_enc + b_enc if not centred.
 
-    Raises InputError if the tensors are not exactly those that the config asks for, or where no SAE here does this.
+    Raises InputError if the tensors do not match the config, or if none of our SAEs computes the same function.
     """
     d, F, sae_type = cfg["act_size"], cfg["dict_size"], cfg["sae_type"]
     shapes = {"W_enc": [d, F], "W_dec": [F, d], "b_enc": [F], "b_dec": [d]}
@@ -255,24 +254,24 @@ def as_ours(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
     for name in [*shapes, *tensors]:
         found = list(tensors[name].shape) if name in tensors else "missing"
         if found != shapes.get(name):
-            wanted = shapes.get(name, f"one of {', '.join(shapes)}")
-            raise InputError(f"{name} is {found}; by its config it must be {wanted}")
+            expected = shapes.get(name, f"one of {', '.join(shapes)}")
+            raise InputError(f"{name} is {found}; according to the config it must be {expected}")
         if not tensors[name].isfinite().all():
-            raise InputError(f"there is NaN or infinity in {name}")
+            raise InputError(f"NaN or infinity in {name}")
 
     theta, b_enc = tensors.pop("threshold", None), tensors["b_enc"]
-    if sae_type == "batchtopk" and theta is not None and theta >= 0:  # dictionary_learning has -1 for none
+    if sae_type == "batchtopk" and theta is not None and theta >= 0:  # dictionary_learning: -1 is no threshold
         if centred and not b_enc.any():
-            # It counts as the mean of long training, should this one be trained further.
+            # If training continues, the running mean starts from this threshold.
             tensors |= {"threshold": theta, "threshold_num_batches": torch.tensor(100)}
         else:
-            sae_type = "jumprelu"  # at inference that is what it is, and a JumpReLU has a bias
+            sae_type = "jumprelu"  # equivalent at inference, and JumpReLU has a bias
     if centred != (sae_type != "jumprelu"):
         shift = (tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
         tensors["b_enc"] = b_enc = b_enc - shift if centred else b_enc + shift
     if sae_type in ("topk", "batchtopk") and b_enc.any():
-        raise InputError(f"a {sae_type} SAE with an encoder bias is not possible here")
-    if sae_type == "jumprelu" and theta is not None:  # a threshold below 0 is as good as 0: z goes through relu too
+        raise InputError(f"a {sae_type} SAE with an encoder bias is not supported")
+    if sae_type == "jumprelu" and theta is not None:  # a threshold below 0 is equivalent to 0, because of the relu
         tensors["jumprelu.log_threshold"] = theta.expand(F).clamp(min=torch.finfo(torch.float32).tiny).log()
     dtype = "float64" if b_enc.dtype == torch.float64 else "float32"
     return cfg | {"sae_type": sae_type, "dtype": dtype, "device": "cpu"}, tensors
@@ -280,31 +279,34 @@ def as_ours(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
 
 def check_allowed(key: str, value, *allowed) -> None:
     if value not in allowed:
-        raise InputError(f"{key} = {value!r} is not possible here, only {', '.join(map(str, allowed))}")
+        raise InputError(f"{key} = {value!r} is not supported, only {', '.join(map(str, allowed))}")
 
 
 def read_tensors(path: Path) -> dict:
-    """The tensors of a .safetensors or .pt file. Raises InputError if it holds anything else; runs no code of it."""
+    """The tensors of a .safetensors or .pt file. Raises InputError if it holds anything else; executes no code."""
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch's own message advises to run the code
-        raise InputError(f"{path.name} is damaged, or holds more than plain tensors and is not opened") from error
+    except Exception as error:  # torch's message suggests to execute the code
+        raise InputError(f"{path.name} is corrupt, or holds objects other than tensors: not loaded") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"{path.name} holds no state dict, a dict of tensors")
+        raise InputError(f"{path.name} does not hold a state dict (a dict of tensors)")
     for name, value in tensors.items():
-        if value.untyped_storage().nbytes() < value.nbytes:  # one number can claim to be of any shape
+        if value.untyped_storage().nbytes() < value.nbytes:  # a tensor with stride 0 can have any shape
             raise InputError(f"{path.name}: {name} is larger than its data")
     return tensors
 
 
 def write_folder(folder: Path, files: dict) -> None:
-    """Write {name: content}, JSON, bytes or tensors (.safetensors, .pt), to a new or empty folder: all or nothing."""
+    """Write {name: content} (JSON, bytes, or tensors in .safetensors or .pt) to a new or empty folder, all or nothing.
+
+    Raises InputError if the folder is not empty or cannot be written.
+    """
     try:
         empty = folder.is_dir() and not any(folder.iterdir())
         if folder.exists() and not empty:
-            raise InputError(f"{folder} is no empty folder, and nothing is overwritten: choose another --out")
+            raise InputError(f"{folder} is not an empty folder and is not overwritten: choose another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder if empty else folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "new"
@@ -328,7 +330,7 @@ def write_folder(folder: Path, files: dict) -> None:
 
 
 def move_content(source: Path, folder: Path) -> None:
-    """Move what is in `source` to an empty folder, all or nothing.
+    """Move the content of `source` to an empty folder, all or nothing.
 
     The folder itself stays: it may be a mount point or the working directory, which cannot be replaced.
     """
@@ -346,7 +348,7 @@ def move_content(source: Path, folder: Path) -> None:
 
 
 def check_can_upload(repo: str) -> None:
-    """Raises InputError if it is no hub repository's name, or nobody is logged in to the hub here."""
+    """Raises InputError if `repo` is not a valid repository name, or if the user is not logged in to the hub."""
     try:
         validate_repo_id(repo)
         if "/" not in repo:
@@ -358,46 +360,46 @@ def check_can_upload(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Put a folder that export_sae wrote on the Hugging Face hub; a new repository is private, one that is there stays
-    as it is. Returns a line that says where it is, and who sees it.
+    """Upload a folder written by export_sae to the Hugging Face hub. A new repository is private; an existing one keeps
+    its visibility. Returns a line with the URL and the visibility.
 
-    Raises InputError if it is no such folder, or if the hub cannot be reached or refuses it.
+    Raises InputError if it is not such a folder, or if the hub cannot be reached or refuses the upload.
     """
     if not (folder / "README.md").is_file() or not any((folder / name).is_file() for name in WEIGHTS):
-        raise InputError(f"{folder} is no export with its model card, README.md, so it is not uploaded")
+        raise InputError(f"{folder} is not uploaded: it is not an export with a model card, README.md")
     api = HfApi()
     try:
         url = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Sparse autoencoder with its model card")
-        return f"{url} has {folder}; it is {'private' if api.model_info(repo).private else 'public'}"
+        return f"Uploaded {folder} to {url}, which is {'private' if api.model_info(repo).private else 'public'}"
     except HfHubHTTPError as error:
         refusals = {
-            401: "this login is not valid; log in again with `hf auth login`",
-            403: "this login may not write there: another's namespace, or a token without write permission",
+            401: "the login is not valid; log in again with `hf auth login`",
+            403: "no permission: the namespace is another user's, or the token has no write permission",
         }
         why = refusals.get(error.response.status_code, error.server_message or one_line(error))
-        raise InputError(f"{folder} is not uploaded, the hub refuses {repo}: {why}") from error
+        raise InputError(f"{folder} is not uploaded: the hub refused {repo}: {why}") from error
     except (httpx.TransportError, ConnectionError) as error:
-        raise InputError(f"{folder} is not uploaded, {api.endpoint} cannot be reached: {one_line(error)}") from error
-    except Exception as error:  # what stops the transfer of a file, or a card with metadata that the hub refuses
+        raise InputError(f"{folder} is not uploaded: {api.endpoint} cannot be reached: {one_line(error)}") from error
+    except Exception as error:  # a failed file transfer, or a model card with invalid metadata
         raise InputError(f"{folder} is not uploaded to {repo}: {' '.join(str(error).split())[:300]}") from error
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="RUN|DIR", help="what to export, import or upload")
+    parser.add_argument("folder", type=Path, metavar="RUN|DIR", help="the folder to export, import or upload")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--to", choices=EXPORTS, help="export the SAE of a run in this format")
     direction.add_argument("--from", dest="source", choices=IMPORTS, help="import a folder of this format")
-    parser.add_argument("--out", type=Path, help="a new or empty folder, of --to and --from")
+    parser.add_argument("--out", type=Path, help="the output of --to or --from: a new or empty folder")
     parser.add_argument(
-        "--upload", metavar="NAMESPACE/NAME", help="put the export on the Hugging Face hub, in this repository"
+        "--upload", metavar="NAMESPACE/NAME", help="upload the export to this repository on the Hugging Face hub"
     )
     args = parser.parse_args(argv)
     if (args.to or args.source) is None and args.upload is None or (args.source and args.upload):
-        parser.error("give --to or --from, or --upload alone or with --to")
+        parser.error("expected --to, --from, --upload, or --to and --upload")
     if (args.out is None) != ((args.to or args.source) is None):
-        parser.error("--out goes with --to or --from, which need it")
+        parser.error("--out is required with --to and --from, and not allowed otherwise")
     if args.upload is not None:
         check_can_upload(args.upload)  # before anything is written
     if args.to:
@@ -411,7 +413,7 @@ def main(argv: list[str]) -> None:
         write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
         print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
         if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
-            print("It has no inference threshold: calibrate it before it encodes in eval()")
+            print("It has no inference threshold: calibrate it before encoding in eval()")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""One static page per SAE: what each feature responds to and what it does, in one HTML file without network.
+"""A self-contained HTML page per SAE that shows what its features respond to and which tokens they promote.
 
     python features.py RUN [--num N] [--features I I ...]      RUN is a run's folder, runs/<sweep>/<name>
 
-Writes RUN/features.html with the N most interesting features, and those asked for first. Activations are those of
-the held-out tokens, with the SAE as it is used, in eval(); positions and tokens that evaluation leaves out have none.
+Writes RUN/features.html with the requested features I first, then the N top-ranked features. Activations are on the
+held-out tokens, in eval(). Positions and tokens that evaluation skips have none.
 
-Interesting are the features that put most energy, Σ f² ‖W_dec row‖², into the reconstructions of the held-out tokens.
-Those active on fewer than RARE tokens or on more than DENSE of them come after all others.
+Features are ranked by energy, Σ f² ‖W_dec row‖², in the reconstructions of the held-out tokens. Those active on fewer
+than RARE tokens or on more than DENSE of all tokens are ranked last.
 
-Logit effects take the decoder row as if it were the whole residual stream before the final norm: at RMS 1 through norm
-and unembedding, less the mean over the vocabulary, which softmax ignores. So they are the direct path only. The layers
-between hook point and norm are left out, and so is the size of the rest of the stream, which scales all effects of a
-token alike: the order of the tokens means something, the values compare within one feature.
+Logit effects are those of the decoder row alone: scaled to RMS 1, passed through the final norm and the unembedding,
+minus the mean over the vocabulary, which softmax ignores. This is the direct path: the layers between hook point and
+final norm are ignored. So is the norm of the rest of the residual stream, which scales all effects of a feature by the
+same factor. Compare effects within a feature, not between features.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from console import InputError, run_command
 from evaluation import DENSE, heldout_activations, kept, open_run, read_record
 
 EXAMPLES = 8  # top contexts of a feature
-WINDOW, BEFORE = 32, 22  # tokens shown of each, and how many of them come before its peak
-BINS = 32  # of a feature's histogram, from 0 to the power of 2 above its maximum
-TOKENS, NEAREST = 10, 6  # promoted and suppressed tokens, and similar features, of each feature
+WINDOW, BEFORE = 32, 22  # tokens shown per context, and how many of them precede its peak
+BINS = 32  # of a feature's histogram, from 0 to the next power of 2 above its maximum
+TOKENS, NEAREST = 10, 6  # promoted and suppressed tokens, and nearest features, per feature
 RARE = 10
-CHUNK = 2**24  # activations in memory at a time, [tokens, F]
+CHUNK = 2**24  # maximum size of the activations [tokens, F] in memory
 TEMPLATE = Path(__file__).with_suffix(".html")
-# Characters that byte-level tokenizers write for the 256 bytes: the printable ones as they are, the others from 256 on.
+# The characters that byte-level tokenizers use for the 256 bytes: printable bytes unchanged, others from U+0100 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(byte): byte for byte in PRINTABLE}
 BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
@@ -45,12 +45,12 @@ BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - s
 
 @torch.no_grad()
 def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
-    """One pass over the held-out tokens; never more than CHUNK activations (or one context's) at a time.
+    """Statistics from one pass over the held-out tokens, at most CHUNK activations (or one context) at a time.
 
-    active [F]: tokens on which a feature is active; energy [F]: Σ f² (float64); histogram [F, BINS]: its activations by
-    size, from 0 to 2^exponent [F]. And of the EXAMPLES contexts in which it is most active, [EXAMPLES, F], greatest
-    first, ties in the order of the text: value (the peak; 0: no such context), context, position and start, and shown
-    [EXAMPLES, window, F], the activations from start on.
+    active [F]: number of tokens on which a feature is active; energy [F]: Σ f² (float64); histogram [F, BINS]: of its
+    activations, from 0 to 2^exponent [F]. For the EXAMPLES contexts with the highest peaks, in descending order (ties
+    in text order): value [EXAMPLES, F], the peak (0: no such context), context, position, start, and shown [EXAMPLES,
+    window, F], the activations from start on.
     """
     contexts, skip = activation_store.eval_contexts, activation_store.cfg["eval_skip_positions"]
     seq_len, dict_size, device = contexts.shape[1], sae.cfg["dict_size"], sae.W_dec.device
@@ -70,7 +70,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
         energy += acts.pow(2).sum(0)
         per_context = acts.view(len(tokens), -1, dict_size)
 
-        # The best contexts so far, and those of this chunk.
+        # Merge the best contexts so far with those of this chunk.
         value, position = per_context.max(1)
         position = position + skip
         start = (position - BEFORE).clamp(0, seq_len - window)
@@ -83,10 +83,10 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
             index = order[:, None] if key == "shown" else order
             best[key] = torch.take_along_dim(torch.cat([best[key], tensor]), index, 0)
 
-        # A greater maximum doubles the width of the bins until it fits: exact, as bins merge in pairs.
+        # A new maximum doubles the bin width until it fits. This is exact: bins merge in pairs.
         peak = value.amax(0)
         if not peak.isfinite().all():
-            raise InputError("this SAE gives activations that are NaN or infinite")
+            raise InputError("NaN or infinity in the activations of this SAE")
         grown = torch.where(peak > 0, torch.maximum(exponent, torch.frexp(peak).exponent), exponent)
         bins = torch.arange(BINS, device=device) >> (grown - exponent).clamp(max=31)[:, None]
         histogram, exponent = torch.zeros_like(histogram).scatter_add_(1, bins, histogram), grown
@@ -98,8 +98,8 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     return best | {"active": histogram.sum(1), "energy": energy, "histogram": histogram, "exponent": exponent}
 
 
-def most_interesting(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> list[int]:
-    """The features that are active at all, the most interesting first, as the head of this file has it."""
+def rank_features(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> list[int]:
+    """The features that are ever active, in the order defined in the module docstring."""
     active = statistics["active"]
     last = (active < RARE) | (active > DENSE * num_tokens)
     energy = statistics["energy"] * W_dec.detach().double().pow(2).sum(-1)
@@ -109,15 +109,15 @@ def most_interesting(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> 
 
 @torch.no_grad()
 def logit_effects(model, directions: torch.Tensor) -> torch.Tensor:
-    """Directions [n, d] of the residual stream -> their logit effects [n, d_vocab] (head of this file)."""
+    """Directions [n, d] in the residual stream -> logit effects [n, d_vocab] (see the module docstring)."""
     directions = directions / directions.pow(2).mean(-1, keepdim=True).sqrt()
-    both = torch.cat([directions, torch.zeros_like(directions[:1])])  # 0: what the biases alone give
+    both = torch.cat([directions, torch.zeros_like(directions[:1])])  # 0: effect of the biases
     logits = model.unembed(model.ln_final(both[None].to(model.cfg.dtype)))[0].float()
     return (logits[:-1] - logits[-1]) - (logits[:-1] - logits[-1]).mean(-1, keepdim=True)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """What each token stands for, in characters that can be seen: half a character as \\xe2, a line's end as ↵."""
+    """The text of each token in printable characters: incomplete UTF-8 as \\xe2, newlines as ↵."""
     vocabulary = tokenizer.get_vocab()
     byte_level = sum(token[0] == "Ġ" for token in vocabulary if token) > sum("▁" in token for token in vocabulary)
     texts = []
@@ -136,13 +136,13 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
 
 
 def rounded(values: torch.Tensor) -> list:
-    """Three significant digits, and 0 for 0."""
+    """Values rounded to three significant digits; 0 as an int."""
     return [int(value) if value == 0 else float(f"{value:.3g}") for value in values.flatten().tolist()]
 
 
 @torch.no_grad()
 def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
-    """What the page shows of these features, in plain values; tokens are indices into its `vocab`."""
+    """The data of the page for these features, as JSON values; tokens are indices into `vocab`."""
     cfg, contexts = sae.cfg, activation_store.eval_contexts
     num_tokens = int(kept(activation_store, contexts).sum())
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
@@ -153,7 +153,7 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
         similarity[torch.arange(len(chunk)), chunk] = -2  # not itself
         near = similarity.topk(min(NEAREST, cfg["dict_size"] - 1))
         if writes_to_residual:
-            # A padded vocabulary has logits that no token belongs to.
+            # A padded vocabulary has logits without a token.
             effects = logit_effects(model, sae.W_dec[chunk].float())[:, : len(model.tokenizer)]
             up, down = (effects.topk(min(TOKENS, effects.shape[1]), largest=largest) for largest in (True, False))
         for row, i in enumerate(chunk.tolist()):
@@ -173,7 +173,7 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
                 page["down"] = list(zip(down.indices[row].tolist(), rounded(down.values[row])))
             pages.append(page)
 
-    # Of text and vocabulary only what is shown, numbered anew.
+    # Keep only the contexts and tokens that are shown, and renumber them.
     used = sorted({example[0] for page in pages for example in page["examples"]})
     ids = {token for page in pages for token, _ in page.get("up", []) + page.get("down", [])}
     ids = sorted(ids | set(contexts[used].flatten().tolist()))
@@ -198,7 +198,7 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
 
 
 def write_page(path: Path, title: str, data: dict) -> None:
-    """The template with this title and data, in ASCII: whatever the text holds, no character of it is read as HTML."""
+    """Write the template with this title and data. Both are escaped, so that no text in them is parsed as HTML."""
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(), "DATA": content}
     page = re.sub("{{(TITLE|DATA)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
@@ -210,9 +210,9 @@ def write_page(path: Path, title: str, data: dict) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
-    parser.add_argument("--num", type=int, metavar="N", help="the N most interesting features (default: 2048)")
+    parser.add_argument("--num", type=int, metavar="N", help="the N top-ranked features (default: 2048)")
     parser.add_argument(
-        "--features", nargs="+", type=int, default=[], metavar="I", help="these too; without N, only these"
+        "--features", nargs="+", type=int, default=[], metavar="I", help="show these first; without N, only these"
     )
     args = parser.parse_args(argv)
     num = args.num if args.num is not None else 0 if args.features else 2048
@@ -222,15 +222,15 @@ def main(argv: list[str]) -> None:
     sae, model, activation_store = open_run(args.run)
     for feature in args.features:
         if not 0 <= feature < sae.cfg["dict_size"]:
-            raise InputError(f"there is no feature {feature}: those of {args.run} are 0 to {sae.cfg['dict_size'] - 1}")
+            raise InputError(f"--features {feature} is not allowed: it must be 0 to {sae.cfg['dict_size'] - 1}")
     if num == 0 and not args.features:
-        raise InputError("--num 0 without --features leaves nothing to show")
+        raise InputError("--num 0 is not allowed without --features: there is nothing to show")
 
     statistics = feature_statistics(sae, activation_store)
     num_tokens = int(kept(activation_store, activation_store.eval_contexts).sum())
-    ranked = most_interesting(statistics, sae.W_dec, num_tokens)
-    chosen = list(dict.fromkeys(args.features))
-    features = chosen + [i for i in ranked if i not in chosen][:num]
+    ranked = rank_features(statistics, sae.W_dec, num_tokens)
+    requested = list(dict.fromkeys(args.features))
+    features = requested + [i for i in ranked if i not in requested][:num]
     data = page_data(sae, model, activation_store, statistics, features)
     keys = ("sae_type", "model_name", "hook_point", "dataset_path")
     data |= {
@@ -238,7 +238,7 @@ def main(argv: list[str]) -> None:
         "result": {k: v for k, v in result.items() if math.isfinite(v)},
     }
     write_page(args.run / "features.html", sae.cfg["name"], data)
-    print(f"{len(features)} of {sae.cfg['dict_size']} features: {args.run / 'features.html'}")
+    print(f"Wrote {len(features)} of {sae.cfg['dict_size']} features to {args.run / 'features.html'}")
 
 
 if __name__ == "__main__":

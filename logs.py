@@ -1,10 +1,10 @@
-"""One local record per run, mirrored to Weights & Biases where the user wants that.
+"""One local record per run, optionally mirrored to Weights & Biases.
 
-output_dir/sweep/name/config.json     the completed config, and _provenance: what the run was made with
+output_dir/sweep/name/config.json     the completed config, and _provenance: versions, model, data and device
                       metrics.jsonl   one line per logged step
-                      histograms.json of those tokens and of the features, see evaluation.py
-                      result.json     final metrics on held-out tokens, only when finished
-                      stopped.json    in its place where NaN or infinity stopped the run
+                      histograms.json of held-out tokens and features (see evaluation.py), if finished
+                      result.json     final metrics on held-out tokens, if finished
+                      stopped.json    step and reason, if NaN or infinity stopped the run
 """
 
 import errno
@@ -26,13 +26,13 @@ from checkpoint import SaveError, run_folder, saved_sae, write, write_json
 from console import InputError, one_line, tell
 from language_model import model_fingerprint
 
-WANDB_PATIENCE = 30  # seconds that a run's end waits for Weights & Biases to take what is left of it
+WANDB_TIMEOUT = 30  # seconds to wait for Weights & Biases at the end of a run
 
 
 class RunLog:
-    """The record of one run, and the lock that keeps other processes off it (until this one ends, however it ends).
+    """The record of one run, and the lock that keeps other processes out. The OS releases it when the process ends.
 
-    Raises InputError if the run is over or another process has it, or if the folder cannot be written.
+    Raises InputError if the run is over or in use by another process, or if the folder cannot be written.
     """
 
     def __init__(self, cfg: dict, provenance: dict):
@@ -50,14 +50,14 @@ class RunLog:
         if is_over(cfg):
             self.close()
             over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(cfg)}"
-            raise InputError(f"{self.folder} is {over}. Change its config, or move the folder away, to train it again")
+            raise InputError(f"{self.folder} is {over}. To train it again, change its config or move the folder")
 
     def start(self, step: int, logged: int) -> None:
-        """Go on after `step`, the last line before which was that of step `logged` (0, 0: at the beginning). What was
-        logged after it, of which no checkpoint knows, is taken back.
+        """Resume after `step`; `logged` is the step of the last line before (0, 0: start from the beginning). Lines
+        after `step`, which is the step of the checkpoint, are removed.
 
-        Raises InputError if what was logged before is not there, or if there is an SAE and no checkpoint to go on from;
-        SaveError if the disk is full.
+        Raises InputError if lines before `step` are missing, or if there is an SAE but no checkpoint to resume from;
+        SaveError if the folder cannot be written.
         """
         path = self.folder / "metrics.jsonl"
         lines = complete_lines(path.read_bytes()) if path.exists() else []
@@ -65,15 +65,15 @@ class RunLog:
         self.last_step = lines[-1]["step"] if lines else 0
         if step == 0 and saved_sae(self.folder / "sae"):
             raise InputError(
-                f"{self.folder} holds an SAE, and no checkpoint to go on from: move the folder away to train it again"
+                f"{self.folder} has an SAE but no checkpoint to resume from: to train it again, move the folder"
             )
         if self.last_step != logged:
             raise InputError(
-                f"{path} does not fit the checkpoint after step {step}: its last sound line before is of step "
-                f"{self.last_step}, not {logged}. Put it back, or move the folder away to train it again"
+                f"{path} does not match the checkpoint after step {step}: its last valid line before is of step "
+                f"{self.last_step}, not {logged}. Restore it; or move the folder to train it again"
             )
         recorded = read_json(self.folder / "config.json").get("_provenance", {})
-        # Two runs of one config are two runs there, a run that goes on is one.
+        # A resumed run keeps its id; two runs of the same config have different ids.
         wandb_id = recorded.pop("wandb_id", None) or secrets.token_hex(4)
         made_with = history(recorded, self.provenance, step) | {"wandb_id": wandb_id}
         try:
@@ -88,7 +88,7 @@ class RunLog:
             self.mirror(line)
 
     def log(self, step: int, tokens: int, metrics: dict) -> None:
-        """Raises OSError if the line cannot be written; it is kept, and written with the next."""
+        """Raises OSError if the line cannot be written. It is kept and written with the next."""
         line = {"step": step, "tokens": tokens} | metrics
         self.last_step = step
         self.unwritten += as_line(line)
@@ -96,7 +96,7 @@ class RunLog:
         self.flush()
 
     def flush(self) -> None:
-        """Write whole lines or nothing. Raises OSError."""
+        """Write complete lines or nothing. Raises OSError."""
         size = os.fstat(self.metrics.fileno()).st_size
         try:
             if self.metrics.write(self.unwritten) < len(self.unwritten):
@@ -107,32 +107,32 @@ class RunLog:
         self.unwritten = b""
 
     def sync(self) -> None:
-        """Have all that was logged on the disk. Raises OSError."""
+        """Write all logged lines to the disk. Raises OSError."""
         self.flush()
         os.fsync(self.metrics.fileno())
 
     def mirror(self, line: dict) -> None:
-        """Log a line to Weights & Biases, unless it has it (a run that goes on) or has failed."""
+        """Log a line to Weights & Biases, unless it already has it (resumed run) or has failed."""
         if self.wandb_run and line["step"] >= self.wandb_run.step:
             self.in_wandb(lambda run: run.log(line, step=line["step"]))
 
     def in_wandb(self, function) -> None:
-        """It may fail at any moment: the local record is complete without it."""
+        """Call a function of the W&B run. If it fails, mirroring stops: the local record is complete."""
         try:
             if self.wandb_run:
                 function(self.wandb_run)
         except Exception as error:
-            tell(f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)}), and gets no more of this run")
+            tell(f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)}): no more mirroring of this run")
             self.wandb_run = None
 
     def stop(self, step: int, reason: str) -> None:
-        """The end of a run that cannot be trained on: its record says why."""
+        """End a run that cannot be trained further, and record the reason."""
         self.sync()
         write_json(self.folder / "stopped.json", {"step": step, "reason": reason})
         self.close()
 
     def finish(self, result: dict) -> None:
-        """The end of a run. result.json comes last: a run without it is evaluated again."""
+        """End a run. result.json is written last: a run without it is evaluated again."""
         self.sync()
         write_json(self.folder / "histograms.json", result["histograms"])
         self.in_wandb(lambda run: run.summary.update(result))
@@ -143,7 +143,7 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder, and of a W&B run that has not come to its end."""
+        """Release the folder, and end an unfinished W&B run."""
         self.in_wandb(lambda run: run.finish(exit_code=1))
         self.wandb_run = None
         if self.metrics:
@@ -160,7 +160,7 @@ def as_line(content: dict) -> bytes:
 
 
 def complete_lines(content: bytes) -> list[dict]:
-    """Of JSON lines, those before the first that was cut off."""
+    """The JSON lines before the first incomplete one."""
     lines = []
     for line in content.splitlines(keepends=True):
         try:
@@ -184,7 +184,7 @@ def is_finished(cfg: dict) -> bool:
 
 
 def why_stopped(cfg: dict) -> str | None:
-    """Of a run that cannot be trained on: at which step, and why."""
+    """The step and reason, if the run was stopped for good."""
     stopped = read_json(run_folder(cfg) / "stopped.json")
     return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
 
@@ -194,10 +194,10 @@ def is_over(cfg: dict) -> bool:
 
 
 def start_wandb(cfg: dict, folder: Path, wandb_id: str):
-    """The W&B run of this SAE, or None. Never asks the user anything, never ends the training.
+    """The W&B run of this SAE, or None. Never prompts the user, never stops training.
 
-    An online run goes on under its id. Offline a run cannot go on, so it is written anew from its first line, and what
-    was there is set aside: a later `wandb sync` makes one run of it.
+    An online run is resumed by its id. An offline run cannot be resumed: it is written again from its first line, and
+    the old files are renamed, so that a later `wandb sync` creates one run.
     """
     mode = cfg["wandb_mode"] or os.environ.get("WANDB_MODE") or "online"
     if mode == "disabled" or (mode == "online" and not is_online()):
@@ -207,25 +207,25 @@ def start_wandb(cfg: dict, folder: Path, wandb_id: str):
         run = wandb.init(
             project=cfg["wandb_project"], name=cfg["name"], group=cfg["sweep"], config=cfg, mode=mode, dir=folder,
             id=wandb_id, resume="allow" if mode == "online" else None, reinit="create_new",
-            settings=wandb.Settings(silent=True, finish_timeout=WANDB_PATIENCE, finish_timeout_raises=True),
+            settings=wandb.Settings(silent=True, finish_timeout=WANDB_TIMEOUT, finish_timeout_raises=True),
         )  # fmt: skip
         for old in cut_off:
             old.rename(old.with_name(f"replaced-{old.name}"))
         run.define_metric("tokens")
         run.define_metric("*", step_metric="tokens")
     except Exception as error:
-        tell_once(f"Weights & Biases cannot be used ({one_line(error)}): metrics are logged to the run folders only.")
+        tell_once(f"Weights & Biases failed to start ({one_line(error)}): metrics are logged to the run folders only.")
         return None
     tell_once(f"Weights & Biases: {run.project_url or f'{mode} files in {folder.parent}/*/wandb'}")
     return run
 
 
-tell_once = functools.cache(tell)  # one line for all the runs of a sweep
+tell_once = functools.cache(tell)  # one line for all runs of a sweep
 
 
-@functools.cache  # without a network it takes a while
+@functools.cache  # slow without a network
 def is_online() -> bool:
-    """Whether Weights & Biases can be reached and knows the user; a line where not."""
+    """Whether Weights & Biases can be reached and the user is logged in. Prints a line if not."""
     try:
         problem = "" if wandb.login(prompt=False) else "Not logged in to Weights & Biases"
     except Exception as error:
@@ -236,24 +236,24 @@ def is_online() -> bool:
 
 
 def history(recorded: dict, now: dict, step: int) -> dict:
-    """The provenance of a run that goes on after `step`: `now`, with "after_step", the step after which it holds, and
-    "earlier", the list of those that held before, each with its own. Those of whose steps nothing is left are left out.
+    """The provenance of a run resumed after `step`: `now`, with "after_step", the step from which it applies, and
+    "earlier", the list of provenances before it, each with its own "after_step". Those of discarded steps are dropped.
     """
     earlier = [*recorded.get("earlier", []), {key: recorded[key] for key in recorded if key != "earlier"}]
-    earlier = [made_with for made_with in earlier if made_with and made_with.get("after_step", 0) < step]
+    earlier = [entry for entry in earlier if entry and entry.get("after_step", 0) < step]
     if earlier and now.items() <= earlier[-1].items():
         step = earlier.pop().get("after_step", 0)
     return now | {"after_step": step, "earlier": earlier}
 
 
 def provenance(model, activation_store) -> dict:
-    """What a run is made with: versions, commit, and fingerprints of the language model and of the text."""
+    """What determines a run beside its config: versions, commit, device, fingerprints of language model and text."""
     packages = ("torch", "numpy", "transformer_lens", "transformers", "datasets", "tokenizers")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None  # a copy without its repository
+        commit = None  # not a git repository
     return {
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
@@ -262,13 +262,13 @@ def provenance(model, activation_store) -> dict:
         "device": activation_store.cfg["device"],
         "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
-        **card(activation_store.cfg["device"]),
+        **gpu(activation_store.cfg["device"]),
         **activation_store.stream.reader.fingerprint(),
     }
 
 
-def card(device: str) -> dict:
-    """The card, the CUDA version and whether the language model uses TF32: rounding depends on them. {} on a CPU."""
+def gpu(device: str) -> dict:
+    """The GPU, the CUDA version and whether the language model uses TF32, which affect rounding. {} on a CPU."""
     if not device.startswith("cuda"):
         return {}
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))

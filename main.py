@@ -2,7 +2,7 @@
 
     python main.py [SWEEP] [KEY=VALUE ...] [--seeds N N N] [--list] [--force] [--resume-anyway]
 
-A sweep is a base and a list of overrides of the default config (config.py), one per run: edit them here.
+A sweep is a base config and a list of overrides, one per run, applied to the defaults in config.py. Edit them here.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
 from logs import is_finished, is_over, read_json, run_folder, why_stopped
-from plan import duration, plan_group, tell_time
+from plan import duration, estimate_time, plan_group
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import DocumentReader
@@ -35,7 +35,7 @@ PAPER = [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.004, 0.
 PAPER += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (16, 32, 64)]
 PAPER += [dict(sae_type=sae_type, dict_size=768 * n) for sae_type in ("topk", "batchtopk") for n in (4, 8, 32)]
 
-# The same comparison, and vanilla, on the language model in demo/: minutes on a laptop.
+# The same comparison with vanilla SAEs added, on the language model in demo/. It takes minutes on a laptop.
 DEMO = [dict(sae_type="vanilla", l1_coeff=l1_coeff) for l1_coeff in (0.02, 0.01, 0.005)]
 DEMO += [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.01, 0.005, 0.0025)]
 DEMO += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
@@ -54,15 +54,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "words", nargs="*", metavar="SWEEP or KEY=VALUE",
-        help=f"one of {', '.join(SWEEPS)} (default: paper); config keys that hold for every run of the sweep",
+        help=f"one of {', '.join(SWEEPS)} (default: paper); config overrides for every run of the sweep",
     )  # fmt: skip
+    parser.add_argument("--seeds", nargs="*", action="extend", metavar="N", help="train every run once per seed")
+    parser.add_argument("--list", action="store_true", help="print the names of the sweep's runs and exit")
+    parser.add_argument("--force", action="store_true", help="start even if this machine is estimated to be too small")
     parser.add_argument(
-        "--seeds", nargs="*", action="extend", metavar="N", help="train every run once with each of these seeds"
-    )
-    parser.add_argument("--list", action="store_true", help="print the runs of the sweep, one a line, and stop")
-    parser.add_argument("--force", action="store_true", help="start even if this machine seems too small")
-    parser.add_argument(
-        "--resume-anyway", action="store_true", help="go on from a checkpoint made with other versions, data or threads"
+        "--resume-anyway", action="store_true", help="resume even if versions, data or threads have changed"
     )
     args = parser.parse_intermixed_args(argv)
     sweep, overrides, seeds = parse_words(args.words, args.seeds)
@@ -73,11 +71,11 @@ def main(argv: list[str]) -> None:
         return
     todo = [cfg for cfg in cfgs if not is_over(cfg)]
     if finished := sum(map(is_finished, cfgs)):
-        tell(f"{finished} of {len(cfgs)} runs are finished already and are left as they are")
+        tell(f"{finished} of {len(cfgs)} runs are finished already and are skipped")
         warn_of_changed_data(cfgs)
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(cfg)):
-            tell(f"{run_folder(cfg)} was stopped ({why}): move it away to train it again")
+            tell(f"{run_folder(cfg)} was stopped ({why}): to train it again, move the folder")
     failed = train(todo, args.force, args.resume_anyway) if todo else []
     remove_checkpoints(cfgs[0], lambda name: is_over(cfgs[0] | {"name": name}))
     draw_results(run_folder(cfgs[0]).parent)
@@ -88,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def warn_of_changed_data(cfgs: list[dict]) -> None:
-    """A line for each dataset_path whose local data is not what finished runs were trained on, by their records."""
+    """Warn about each dataset_path whose local files differ from those recorded by finished runs."""
     trained_on = {}
     for cfg in filter(is_finished, cfgs):
         recorded = read_json(run_folder(cfg) / "config.json").get("_provenance", {}).get("data_files_sha256")
@@ -97,29 +95,32 @@ def warn_of_changed_data(cfgs: list[dict]) -> None:
         now = DocumentReader.files_fingerprint(path)
         if changed := sum(recorded is not None and now not in (None, recorded) for recorded in digests):
             tell(
-                f"warning: dataset_path = {path!r} has changed since {changed} of these runs were trained on it: to "
-                f"train them on the new data, move their folders away or set another output_dir"
+                f"warning: dataset_path = {path!r} has changed since {changed} of these runs were trained on it. To "
+                f"train them on the new data, move their folders or set another output_dir"
             )
 
 
 def write_demo_page(cfgs: list[dict]) -> None:
-    """The features of one of the demo's SAEs, as an example of features.py; left alone where it is there already."""
+    """Write features.html for one of the demo's SAEs, as an example of features.py, unless it exists."""
     batchtopks = (cfg for cfg in cfgs if cfg["sae_type"] == "batchtopk" and is_finished(cfg))
-    shown = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
-    if shown and not (shown / "features.html").exists():
-        features.main([str(shown)])
+    folder = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
+    if folder and not (folder / "features.html").exists():
+        features.main([str(folder)])
 
 
 def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, dict, list[int] | None]:
-    """Sweep, overrides and seeds from the command line; what follows --seeds may also be a sweep or an override."""
+    """Sweep, overrides and seeds from the command line. Sweep and overrides may also follow --seeds.
+
+    Raises InputError for words that are neither.
+    """
     seeds = None
-    if after_seeds is not None:  # argparse takes one word after --seeds= alone
+    if after_seeds is not None:  # argparse takes only one word with --seeds=
         seeds = [word for word in after_seeds if "=" not in word and word not in SWEEPS]
         seeds += [word for word in words if word.isdecimal()]
         words = [word for word in (*words, *after_seeds) if word not in seeds]
         bad = next((seed for seed in seeds or [""] if not re.fullmatch(r"-?\d+", seed)), None)
         if bad is not None:
-            raise InputError(f"--seeds {bad!r} is not allowed: it takes one or more integers, as in --seeds 49 50")
+            raise InputError(f"--seeds {bad!r} is not allowed: it must be one or more integers, as in --seeds 49 50")
         seeds = list(map(int, seeds))
     names = sorted((word for word in words if "=" not in word), key=lambda name: name not in SWEEPS)
     sweep = names[0] if names else "paper"
@@ -127,14 +128,14 @@ def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, d
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """KEY=VALUE from the command line; the value is a Python literal if it can be read as one, else a string."""
+    """KEY=VALUE from the command line. The value is a Python literal if possible, else a string."""
     key, equals, value = text.partition("=")
     if not equals:
-        seeds = f" (seeds come after --seeds: --seeds {text})" if text.isdecimal() else ""
+        seeds = f" (for a seed, use --seeds {text})" if text.isdecimal() else ""
         raise InputError(f"{text!r} is not of the form KEY=VALUE{seeds}")
     if key in (*DERIVED, *RECORDED, "sweep"):
         raise InputError(
-            f"{key} cannot be set: it follows from the sweep, other keys and the model (hook_point from site and layer)"
+            f"{key} cannot be set: it is derived from the sweep, other keys and the model (hook_point from site, layer)"
         )
     known = KEYS.get(key)
     if known and (isinstance(known.default, str) or (known.optional is str and value.lower() != "none")):
@@ -146,16 +147,16 @@ def parse_override(text: str) -> tuple[str, object]:
 
 
 def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -> list[dict]:
-    """The completed configs of a sweep under overrides; runs that these make equal are merged, and the log says so.
+    """The completed configs of a sweep with overrides. Runs that become equal are merged, which is printed.
 
-    A sweep with overrides that change its results has a folder of its own.
+    A sweep has a separate folder for each set of overrides that affect results. Raises InputError for bad input.
     """
     if sweep not in SWEEPS:
-        raise InputError(f"there is no sweep {sweep!r}; choose one of {', '.join(SWEEPS)}")
+        raise InputError(f"unknown sweep {sweep!r}: it must be one of {', '.join(SWEEPS)}")
     base, runs = SWEEPS[sweep]
     if seeds and "seed" in overrides:
-        raise InputError(f"seed = {overrides['seed']} and --seeds are both given: one of them is enough")
-    completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are one value
+        raise InputError(f"seed = {overrides['seed']} and --seeds are not allowed together")
+    completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are equal
     changes = {key: completed[key] for key in sorted(overrides) if KEYS[key].in_name}
     folder = f"{sweep}-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:6]}" if changes else sweep
     per_seed = [{"seed": seed} for seed in seeds] if seeds else [{}]
@@ -165,12 +166,12 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
             cfg = post_init_cfg(base | run | overrides | seed | {"sweep": folder})
             cfgs[cfg["name"]] = cfg
     if len(cfgs) < len(runs) * len(per_seed):
-        tell(f"{len(runs) * len(per_seed)} runs are {len(cfgs)} under these overrides: equal ones are merged")
+        tell(f"Merged equal runs: with these overrides, {len(runs) * len(per_seed)} runs become {len(cfgs)}")
     return list(cfgs.values())
 
 
 def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
-    """Train the runs side by side that can share a stream: those that go on do so with those at the same step of it.
+    """Train runs that can share a stream as one group. Runs with a checkpoint are grouped by its step.
 
     Returns a line for each group in which NaN or infinity stopped an SAE.
     """
@@ -181,21 +182,21 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:
             write_demo_text(Path(DEMO_BASE["dataset_path"]))
-        except OSError as error:  # a Python without the source of its library, or a folder that is read-only
+        except OSError as error:  # no source of the standard library, or a read-only folder
             raise InputError(f"the demo's text cannot be written: {error}") from error
     models, planned = {}, []
-    for group in groups.values():  # all models, before it is seen how much memory is left
+    for group in groups.values():  # load all models before measuring the free memory
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         if loaded_as(group[0]) not in models:
             models[loaded_as(group[0])] = load_model(group[0])
-    for (checkpoint, _), group in groups.items():  # all plans, before the first is carried out
+    for (checkpoint, _), group in groups.items():  # plan all groups before training the first
         model = models[loaded_as(group[0])]
         width = check_hook_point(model, group[0])
         group = [complete_cfg(cfg | {"act_size": width}, model) for cfg in group]
         steps_done = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
         planned += [(part, model, steps_done) for part in plan_group(group, model, steps_done, force)]
     if len(planned) > 1:
-        tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a pass of its own over the text")
+        tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a separate pass over the text")
     for plan in planned:
         try:
             train_planned(*plan, force, resume_anyway)
@@ -209,9 +210,9 @@ def loaded_as(cfg: dict) -> tuple:
 
 
 def train_planned(group: list[dict], model, steps_done: int, force: bool, resume_anyway: bool) -> None:
-    """Train one group: a function, so that its SAEs and its stream are gone before the next is built."""
+    """Train one group. A separate function, so that its SAEs and stream are freed before the next group."""
     store = ActivationsStore(model, group[0])
-    tell_time(group, store, steps_done, force)
+    estimate_time(group, store, steps_done, force)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)
@@ -219,5 +220,5 @@ def train_planned(group: list[dict], model, steps_done: int, force: bool, resume
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # wherever it comes, as Ctrl-C
-    run_command(main, "The same command goes on where this one stopped")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat SIGTERM as Ctrl-C, also before training
+    run_command(main, "Run the same command again to resume")

@@ -1,16 +1,16 @@
-"""Tables and plots of a sweep from its run records, local or in Weights & Biases. Local ones need no account, no torch.
+"""Tables and plots of a sweep from its run records, local or in Weights & Biases. Local records need no torch.
 
     python results.py [RUNS or SWEEP] [--wandb ENTITY/PROJECT]
 
-RUNS is a folder of sweeps, of which the newest is taken (default: runs); SWEEP a sweep's folder or its name in runs/.
-With --wandb the runs come from that project, where a sweep is a group. Into the sweep's folder go the figures, each
-as PNG and PDF, and the numbers, of finished runs only:
+RUNS is a folder of sweeps, whose newest sweep is used (default: runs). SWEEP is a sweep's folder or its name in runs/.
+With --wandb the runs are read from that project, where a sweep is a group. The sweep's folder receives the figures as
+PNG and PDF, and the numbers of finished runs:
 
     results               the paper's figure: NMSE and CE degradation against dictionary size and against L0
-    results_pareto        the same two against L0, all runs, with the fronts of each SAE type and of all
-    results_curves        loss and dead features over the tokens of training; unfinished runs thin, with hollow ends
-    results_histograms    L0 of the single tokens, and density of the features
-    results.csv, .md      the numbers: a run a row; a configuration a row, with mean ± standard error over its seeds
+    results_pareto        the same metrics against L0, with the Pareto front of each SAE type and of all runs
+    results_curves        loss and dead features during training; unfinished runs are thin lines with a hollow end
+    results_histograms    L0 per token, and density of the features
+    results.csv, .md      one row per run; one row per configuration, with mean ± standard error over seeds
 """
 
 import argparse
@@ -28,10 +28,10 @@ import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from config import KEYS, RECORDED
+from config import KEYS, MIN_L0, RECORDED
 from console import InputError, run_command, tell
 
-# Drawn at the width of a paper's page, 6.8 inches, so that fonts keep their size in points in print.
+# Figures have the width of a page, 6.8 inches, so that font sizes are the same in print.
 plt.rcParams.update({
     "font.size": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2,
     "lines.markersize": 4.5, "errorbar.capsize": 2, "axes.spines.top": False, "axes.spines.right": False,
@@ -39,7 +39,7 @@ plt.rcParams.update({
     "savefig.dpi": 300, "pdf.fonttype": 42,
 })  # fmt: skip
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers and lines tell them apart in grey.
+# The Okabe-Ito palette, which is safe for colour-blind readers; markers and line styles differ for greyscale prints.
 STYLES = {
     "batchtopk": ("BatchTopK", "#0072B2", "o", "-"),
     "topk": ("TopK", "#D55E00", "s", "--"),
@@ -47,40 +47,39 @@ STYLES = {
     "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
 }
 LINES = ["-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 3, 2)), (0, (3, 1, 1, 1, 1, 1))]
-FEWEST_ACTIVE = 0.1  # L0 below which a run counts as dead
-# A point of a plot is the mean over runs that differ in these keys alone: the seed, and how a run is recorded.
+# A point of a plot is the mean over runs that differ in these keys only: the seed, and how a run is recorded.
 NOT_IN_POINT = {"name", *RECORDED, *(key.name for key in KEYS.values() if not key.in_point)}
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # and their signs in legends
+SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # with their symbols in legends
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
 CURVES = {"loss": "Training loss", "num_dead_features": "Dead features (%)"}
-METRICS = {"nmse": "Normalized MSE", "ce_degradation": "CE degradation (nats)"}
+METRIC_LABELS = {"nmse": "Normalized MSE", "ce_degradation": "CE degradation (nats)"}
 
 
-# Records, as both sources have them
+# Records, from either source
 
 
-class Run(NamedTuple):
+class RunRecord(NamedTuple):
     name: str
     config: dict
-    history: list[dict]  # a dict per logged step
-    summary: dict  # the last value of each logged metric, then the final metrics and histograms over them
-    state: str  # "finished", or what W&B calls it, or "unfinished"
+    history: list[dict]  # one dict per logged step
+    summary: dict  # the last value of each logged metric, overridden by the final metrics and histograms
+    state: str  # "finished", "unfinished", or another state of W&B
 
 
 def run_configs(folder: Path) -> list[Path]:
-    """The config.json of the runs in a sweep's folder; other things have a config.json too, such as language models."""
+    """The config.json of the runs in a sweep's folder. Others with that name, as of language models, are skipped."""
     paths = sorted(folder.glob("*/config.json"))
     return [path for path in paths if '"sae_type"' in path.read_text() and is_run(read(path))]
 
 
 def is_run(config) -> bool:
-    """Whether it is the config of a run of this program, by the keys that the table needs."""
+    """Whether it is the config of a run of this program: whether it has the keys that the table needs."""
     needed = {*SWEPT, "seed", "sweep", "num_tokens"}
     return isinstance(config, dict) and needed <= config.keys() and config["sae_type"] in tuple(STYLES)
 
 
-def local_runs(folder: Path) -> list[Run]:
+def local_runs(folder: Path) -> list[RunRecord]:
     """The runs of a sweep's folder."""
     runs = []
     for path in run_configs(folder):
@@ -89,25 +88,25 @@ def local_runs(folder: Path) -> list[Run]:
         summary = {key: value for line in [*history, result] for key, value in line.items()}
         config.pop("_provenance", None)
         state = "finished" if result else "unfinished"
-        runs.append(Run(path.parent.name, config, history, summary | {"histograms": histograms}, state))
+        runs.append(RunRecord(path.parent.name, config, history, summary | {"histograms": histograms}, state))
     return runs
 
 
 def read(path: Path) -> dict | list[dict]:
-    """A JSON file, or the complete lines of a .jsonl (a killed run may leave half a line); empty without the file."""
+    """A JSON file, or the complete lines of a .jsonl file (a killed run may leave half a line). Empty if missing."""
     try:
         text = path.read_text() if path.exists() else ""
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n")[:-1]]
         return json.loads(text or "{}")
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): restore it, or move its run away") from error
+        raise InputError(f"{path} is not JSON ({error}): restore it, or move the run's folder elsewhere") from error
 
 
-def wandb_runs(project: str, sweep: str | None) -> list[Run]:
-    """The runs of a W&B project's group `sweep`, by default that of its newest run of a sweep; the newest run first.
+def wandb_runs(project: str, sweep: str | None) -> list[RunRecord]:
+    """The runs of the group `sweep` in a W&B project (default: the newest sweep), newest first.
 
-    Runs of other programs are skipped, and a line counts them.
+    Runs of other programs are skipped, and their number is printed.
     """
     import wandb
 
@@ -130,30 +129,30 @@ def wandb_runs(project: str, sweep: str | None) -> list[Run]:
         runs = list(map(from_wandb, runs_of({"group": sweep}))) if sweep else []
     except InputError:
         raise
-    except (wandb.Error, ValueError) as error:  # what the client raises: no access, no such project, no network
+    except (wandb.Error, ValueError) as error:  # no access, no such project or no network
         line = f"the W&B project {project} cannot be read: {' '.join(str(error).split())[:300]}"
         raise InputError(line) from error
     if skipped:
         tell(f"Skipped runs of {project} that are not from a sweep of this program: {len(skipped)}")
     if not runs:
-        raise InputError(f"the W&B project {project} holds no runs of a sweep {sweep or ''}".rstrip())
+        raise InputError(f"the W&B project {project} has no runs of a sweep {sweep or ''}".rstrip())
     return runs
 
 
-def from_wandb(run) -> Run:
-    """A run of wandb.Api as a record. One that was cut short has no "seconds" there, whatever W&B calls its state."""
+def from_wandb(run) -> RunRecord:
+    """The record of a run of wandb.Api. Without "seconds" it is unfinished, even if W&B calls it finished."""
     summary, state = run.summary_metrics, run.state
     state = "finished" if "seconds" in summary else "unfinished" if state == "finished" else state
-    history = run.scan_history(keys=["tokens", *CURVES], page_size=10_000)  # its pages are of steps, logged or not
-    return Run(run.name, run.config, list(history), summary, state)
+    history = run.scan_history(keys=["tokens", *CURVES], page_size=10_000)  # page_size counts all steps
+    return RunRecord(run.name, run.config, list(history), summary, state)
 
 
-def run_table(runs: list[Run]) -> pd.DataFrame:
-    """State, config and metrics, a run a row, the same from either source; the column `run` has the record itself."""
+def run_table(runs: list[RunRecord]) -> pd.DataFrame:
+    """One row per run with state, config and metrics. The column `run` holds the RunRecord."""
     rows = []
     for run in runs:
         metrics = {k: v for k, v in run.summary.items() if isinstance(v, int | float) and not k.startswith("_")}
-        config = {k: str(v) if isinstance(v, list) else v for k, v in run.config.items()}  # pandas groups by no lists
+        config = {k: str(v) if isinstance(v, list) else v for k, v in run.config.items()}  # pandas cannot group lists
         rows.append({"tokens": 0} | metrics | config | {"name": run.name, "state": run.state, "run": run})
     table = pd.DataFrame(rows)
     first = ["name", "state", *SWEPT, "seed", *(key for key in COLUMNS if key in table)]
@@ -161,31 +160,31 @@ def run_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def point_keys(table: pd.DataFrame) -> list[str]:
-    """The config keys that runs must agree on to be one point."""
+    """The config keys on which the runs of a point agree."""
     return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard error (nmse_se, ...) of each metric over the runs (column `run`) of a point, one a row.
+    """One row per point: mean and standard error (nmse_se, ...) of each metric over its runs (column `run`).
 
-    `died` says whether the features of one of its runs died.
+    `died` is True if the features of any of these runs died.
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
-    metrics = [key for key in metrics if not key.endswith("_se")]  # errors over contexts: of the seeds there are others
+    metrics = [key for key in metrics if not key.endswith("_se")]  # over contexts, not seeds
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
     return points.assign(died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
 
 
-def died(run: Run) -> bool:
-    """Whether hardly a feature was active on the held-out tokens."""
-    return run.summary.get("l0", FEWEST_ACTIVE) < FEWEST_ACTIVE
+def died(run: RunRecord) -> bool:
+    """Whether almost no feature was active on the held-out tokens."""
+    return run.summary.get("l0", MIN_L0) < MIN_L0
 
 
 def markdown_table(points: pd.DataFrame) -> str:
-    """The main metrics, a configuration a row; with several seeds each as mean ± standard error. † marks dead runs."""
+    """The main metrics, one row per configuration; mean ± standard error over several seeds. † marks dead runs."""
     rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
     for metric in COLUMNS:
         form = "{:.1f}" if metric == "l0" else "{:.4f}"
@@ -206,25 +205,25 @@ def markdown_table(points: pd.DataFrame) -> str:
 
 
 def by_type(points: pd.DataFrame) -> Iterator[tuple]:
-    """The points of each SAE type that there is, and its style."""
+    """The points of each SAE type present, and its style."""
     for sae_type, style in STYLES.items():
         if (points["sae_type"] == sae_type).any():
             yield points[points["sae_type"] == sae_type], *style
 
 
 def common_point(points: pd.DataFrame) -> tuple[int | None, int]:
-    """The k at which there are most dictionary sizes, and the dictionary size of which there are most points."""
+    """The k with the most dictionary sizes, and the dictionary size with the most points."""
     by_k = points[points["sae_type"].isin(["topk", "batchtopk"])]
     top_k = by_k.groupby("top_k")["dict_size"].nunique().idxmax() if len(by_k) else None
     return top_k, points.groupby("dict_size").size().idxmax()
 
 
 def paper_figure(points: pd.DataFrame) -> plt.Figure:
-    """NMSE and CE degradation, against dictionary size at fixed k (top) and L0 at fixed dictionary size (bottom)."""
+    """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
     figure, axes = plt.subplots(2, 2, figsize=(6.8, 5), layout="constrained")
     top_k, dict_size = common_point(points)
     by_k = points[points["sae_type"].isin(["topk", "batchtopk"]) & (points["top_k"] == top_k)]
-    for column, (metric, label) in enumerate(METRICS.items()):
+    for column, (metric, label) in enumerate(METRIC_LABELS.items()):
         draw_lines(axes[0, column], by_k, "dict_size", metric)
         axes[0, column].set(xlabel=f"Dictionary size (k = {top_k})", ylabel=label)
         draw_lines(axes[1, column], points[points["dict_size"] == dict_size], "l0", metric)
@@ -243,12 +242,12 @@ def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> Non
 
 
 def alive(values: pd.Series) -> pd.Series:
-    """An L0 as it is drawn on a logarithmic axis, NaN where it is (nearly) 0: mark_died draws that."""
-    return values.where(values >= FEWEST_ACTIVE)
+    """L0 values for a logarithmic axis: NaN if below MIN_L0, which mark_died draws."""
+    return values.where(values >= MIN_L0)
 
 
 def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
-    """Make the markers of dead runs hollow; an L0 of (nearly) 0 goes to the left edge of the logarithmic axis."""
+    """Draw dead runs with hollow markers; those with L0 below MIN_L0 are at the left edge of the logarithmic axis."""
     for own, _, colour, marker, _ in by_type(points[points["died"]]):
         style = dict(color=colour, marker=marker, mfc="white", linestyle="none", zorder=4)
         axis.plot(alive(own[x]), own[metric], **style)
@@ -259,7 +258,7 @@ def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None
 
 
 def log2_axis(axis: plt.Axes) -> None:
-    if not np.isfinite(axis.dataLim.minposx):  # nothing above 0, for which matplotlib finds no limits
+    if not np.isfinite(axis.dataLim.minposx):  # without positive values, matplotlib finds no limits
         axis.set_xlim(1, 2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(PLAIN)
@@ -271,11 +270,11 @@ def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
 
 
 def pareto_figure(points: pd.DataFrame) -> plt.Figure:
-    """NMSE and CE degradation against L0, every configuration a point; the lines join the front of each SAE type."""
+    """NMSE and CE degradation against L0, one point per configuration; lines are the Pareto front of each SAE type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
-    for axis, (metric, ylabel) in zip(axes, METRICS.items()):
+    for axis, (metric, ylabel) in zip(axes, METRIC_LABELS.items()):
         best = front(points, metric)
-        axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Front of all", zorder=1)
+        axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Pareto front", zorder=1)
         for own, label, colour, marker, line in by_type(points):
             area = 12 * own["dict_size"] / points["dict_size"].min()
             errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
@@ -292,19 +291,19 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
 
 
 def front(points: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The points that no other one matches or beats in both L0 and the metric, from the lowest L0 on; no dead ones."""
-    points = points[points["l0"] >= FEWEST_ACTIVE].sort_values(["l0", metric])
+    """The Pareto front in L0 and the metric, sorted by L0, without dead runs."""
+    points = points[points["l0"] >= MIN_L0].sort_values(["l0", metric])
     return points[points[metric] < points[metric].cummin().shift(fill_value=np.inf)]
 
 
 def curves_figure(table: pd.DataFrame) -> plt.Figure:
-    """Loss and dead features over tokens, a column per SAE type; an unfinished run is a line of its own."""
+    """Loss and dead features over tokens, one column per SAE type; each unfinished run is a separate line."""
     types = list(by_type(table))
     figure = plt.figure(figsize=(max(3.3, 1.7 * len(types)), 4.4), layout="constrained")
     axes = figure.subplots(2, len(types), sharex=True, sharey="row", squeeze=False)
     for column, (own, name, colour, _, _) in zip(axes.T, types):
         points = over_seeds(own)
-        told = [key for key in point_keys(own) if points[key].nunique() > 1]
+        varied = [key for key in point_keys(own) if points[key].nunique() > 1]
         for i, (_, point) in enumerate(points.iterrows()):
             shade = 0.25 + 0.75 * (i + 1) / len(points)
             style = dict(color=shade * np.array(to_rgb(colour)) + 1 - shade, mfc="white", markevery=[-1])
@@ -312,7 +311,7 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
             unfinished = [[run] for run in point["run"] if run.state != "finished"]
             for axis, metric in zip(column, CURVES):
                 if finished:
-                    label = ", ".join(f"{SWEPT.get(key, key)} = {point[key]}" for key in told) or "all"
+                    label = ", ".join(f"{SWEPT.get(key, key)} = {point[key]}" for key in varied) or "all"
                     draw_mean(axis, curves(finished, metric), linestyle=LINES[i % len(LINES)], label=label, **style)
                 for run in unfinished:
                     draw_mean(axis, curves(run, metric), linewidth=0.7, marker="o", **style)
@@ -327,8 +326,8 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def curves(runs: list[Run], metric: str) -> pd.DataFrame:
-    """A training metric by millions of tokens, a run a column, where all runs have it; dead features in per cent."""
+def curves(runs: list[RunRecord], metric: str) -> pd.DataFrame:
+    """A training metric, one column per run, indexed by millions of tokens that all runs logged; dead features in %."""
     columns = []
     for run in runs:
         scale = 100 / run.config["dict_size"] if metric == "num_dead_features" else 1
@@ -338,47 +337,47 @@ def curves(runs: list[Run], metric: str) -> pd.DataFrame:
 
 
 def draw_mean(axis: plt.Axes, values: pd.DataFrame, step: str | None = None, **style) -> None:
-    """The mean of the columns over the index as a line, and its standard error as a band."""
+    """Draw the mean over columns as a line, and its standard error as a band."""
     mean, error = values.mean(axis=1), values.sem(axis=1).fillna(0)
     axis.plot(mean, drawstyle=f"steps-{step}" if step else "default", **style)
     axis.fill_between(mean.index, mean - error, mean + error, step=step, color=style["color"], alpha=0.25, linewidth=0)
 
 
 def histograms_figure(points: pd.DataFrame) -> plt.Figure:
-    """At one dictionary size: the L0 of single tokens under BatchTopK and TopK, and how often features are active."""
+    """L0 per token for BatchTopK and TopK, and the density of features, at one dictionary size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.8), layout="constrained")
     top_k, dict_size = common_point(points)
     points = points[points["dict_size"] == dict_size]
-    top, shares = 0.69, []  # of the axes, below the legend
+    top, shares = 0.69, []  # top: fraction of the axes below the legend
     for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
-        for i, (_, point) in enumerate(own[own["l0"] >= FEWEST_ACTIVE].iterrows()):
+        for i, (_, point) in enumerate(own[own["l0"] >= MIN_L0].iterrows()):
             values = histograms(point["run"], "l0")
             if label == "BatchTopK":
                 style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
                 draw_mean(left, values, step="mid", **style)
-            else:  # one bar of about 100 % would dwarf all else: a line instead
+            else:  # a line, as one bar of about 100 % would dwarf the rest
                 left.axvline(values.mean(axis=1).idxmax(), ymax=top, color=colour, linestyle=line)
                 shares.append(values.mean(axis=1).get(point["top_k"], 0))
     if shares:
         left.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {min(shares):.3g} % of tokens")
-    left.set(xlabel=f"L0 of a token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
+    left.set(xlabel=f"L0 per token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
 
     for own, label, colour, _, line in by_type(points):
-        point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # the one nearest to that k
+        point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # with L0 nearest to top_k
         never = np.mean([run.summary["histograms"]["never_active"] / dict_size for run in point["run"]])
         label = f"{label}, L0 {point['l0']:.0f}{' †' if point['died'] else ''}: {never:.1%} never active"
         values = histograms(point["run"], "log10_density")
         draw_mean(right, values, step="mid", color=colour, linestyle=line, label=label)
-    right.set(xlabel="Feature density (log10 of the share of tokens)", ylabel="Features (%)")
+    right.set(xlabel="Feature density (log10 of the fraction of tokens)", ylabel="Features (%)")
     for axis, place in ((left, "upper right"), (right, "upper left")):
         axis.set_ylim(0, axis.get_ylim()[1] / top)
-        if axis.get_legend_handles_labels()[0]:  # without one, matplotlib warns
+        if axis.get_legend_handles_labels()[0]:  # matplotlib warns about empty legends
             axis.legend(loc=place)
     return figure
 
 
-def histograms(runs: list[Run], key: str) -> pd.DataFrame:
-    """Per cent of tokens by L0, or of features by the middle of their bin; a run a column, without empty ends."""
+def histograms(runs: list[RunRecord], key: str) -> pd.DataFrame:
+    """% of tokens indexed by L0, or % of features indexed by bin centre; one column per run, empty ends trimmed."""
     columns = []
     for run in runs:
         record = run.summary["histograms"]
@@ -387,27 +386,27 @@ def histograms(runs: list[Run], key: str) -> pd.DataFrame:
             counts.index = np.convolve(record["log10_density_edges"], [0.5, 0.5], "valid")
             total = run.config["dict_size"]
         columns.append(100 * counts / total)
-    values = pd.concat(columns, axis=1).fillna(0)  # none where a run's greatest L0 is smaller
+    values = pd.concat(columns, axis=1).fillna(0)  # maximum L0 differs between runs
     present = values.index[values.any(axis=1)]
-    return values.loc[present[0] : present[-1]] if len(present) else values[:0]  # if all features died
+    return values.loc[present[0] : present[-1]] if len(present) else values[:0]  # all features died
 
 
-# The whole
+# All results
 
 
-def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
-    """Print the table of a sweep's runs (by default those in its folder); save figures and numbers in the folder."""
+def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
+    """Print the table of a sweep's runs (default: those in its folder); save figures and numbers in the folder."""
     table, notes, figures = run_table(local_runs(folder) if runs is None else runs), [], {}
     for _, run in table[table["state"] != "finished"].iterrows():
         reached = f"{run['state']}, {run['tokens']:,} of {run['num_tokens']:,} tokens"
-        notes.append(f"Not finished, so only among the curves: {run['name']} ({reached})")
+        notes.append(f"Not finished, so only in the curves: {run['name']} ({reached})")
     finished = table[table["state"] == "finished"]
     keys = point_keys(table)
-    again = finished.duplicated([*keys, "seed"])
-    notes += [f"Left out, because another run has the same config: {name}" for name in finished["name"][again]]
-    table, finished = table.drop(finished.index[again]), finished[~again]
+    duplicates = finished.duplicated([*keys, "seed"])
+    notes += [f"Skipped, because another run has the same config: {name}" for name in finished["name"][duplicates]]
+    table, finished = table.drop(finished.index[duplicates]), finished[~duplicates]
     if names := [run.name for run in finished["run"] if died(run)]:
-        notes.append(f"† The features died (L0 below {FEWEST_ACTIVE}): {', '.join(names)}")
+        notes.append(f"† The features died (L0 below {MIN_L0}): {', '.join(names)}")
     mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
     if mixed:
         notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")
@@ -420,12 +419,12 @@ def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
         if all(run.summary.get("histograms") for run in finished["run"]):
             figures["results_histograms"] = histograms_figure(points)
         else:
-            notes.append("Some of these records have no histograms: that figure is left out")
+            notes.append("Some records have no histograms: no histogram figure")
         text = [f"# {folder.name}", markdown_table(points), "Mean ± standard error over seeds.", *notes]
         (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
         print(text[1])
     else:
-        notes.append(f"{folder} holds no finished run: there is no table yet")
+        notes.append(f"{folder} has no finished run: no table")
     logged = table[[bool(run.history) for run in table["run"]]]
     if len(logged):
         figures["results_curves"] = curves_figure(logged)
@@ -440,14 +439,14 @@ def draw_results(folder: Path, runs: list[Run] | None = None) -> None:
         print(f"Numbers: {folder / 'results.csv'} and .md")
 
 
-def sweep_folder(asked: Path) -> Path:
-    """The folder of a sweep asked for by its folder, by its name in runs/, or as the newest of a folder of sweeps."""
-    for folder in (asked, "runs" / asked):
+def sweep_folder(path: Path) -> Path:
+    """The folder of a sweep, given its folder, its name in runs/, or a folder of sweeps, of which it is the newest."""
+    for folder in (path, "runs" / path):
         if run_configs(folder):
             return folder
-    sweeps = [folder for folder in asked.glob("*") if run_configs(folder)]
+    sweeps = [folder for folder in path.glob("*") if run_configs(folder)]
     if not sweeps:
-        raise InputError(f"{asked} holds no run records; train a sweep first (python main.py demo)")
+        raise InputError(f"{path} has no run records; train a sweep first (python main.py demo)")
     return max(sweeps, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*/*.json")))
 
 
@@ -455,7 +454,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "folder", nargs="?", type=Path, metavar="RUNS or SWEEP",
-        help="a sweep's folder or its name in runs/, or a folder of sweeps: the newest in it (default: runs)",
+        help="a sweep's folder or its name in runs/, or a folder of sweeps, whose newest is used (default: runs)",
     )  # fmt: skip
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from this W&B project")
     args = parser.parse_args(argv)

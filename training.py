@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import sparse_ops
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, save_sae
-from config import num_steps
+from config import MIN_L0, num_steps
 from console import InputError, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
@@ -20,7 +20,6 @@ from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder, Counts
 
-FEWEST_ACTIVE = 0.1  # features per token; a mean L0 below this is worth a warning
 TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
 
 
@@ -158,7 +157,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     values |= more
             memory.position = None  # from here on nothing changes an SAE
             for run, values in zip(runs, metrics):
-                if values.get("l0_norm", FEWEST_ACTIVE) < FEWEST_ACTIVE and run.cfg["name"] not in warned:
+                if values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
                     tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")

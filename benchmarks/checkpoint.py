@@ -1,9 +1,9 @@
-"""What a checkpoint of the paper's sweep costs: how long training is held up, and the room on the disk.
+"""Cost of a checkpoint of the paper's sweep: how long it blocks training, and its size on disk.
 
     python benchmarks/checkpoint.py [--folder DIR] [--repeats N]
 
 Builds the 15 SAEs of the sweep with their optimizers (about 7 GiB of memory), takes one training step with each, and
-writes checkpoints as training does: flushed, read back, the older ones deleted.
+writes checkpoints as training does: flushes them, reads them back and deletes old ones.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from training import make_optimizer, training_step  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to write them (default: the system's temporary folder)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=args.folder))
@@ -40,19 +40,19 @@ def main() -> None:
     for cfg in sweep_configs("paper", {"device": "cpu"}):
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         runs.append(SimpleNamespace(cfg=cfg, sae=sae, optimizer=make_optimizer(sae, cfg)))
-        begun = time.perf_counter()
+        started = time.perf_counter()
         training_step(sae, runs[-1].optimizer, x, cfg)
-        step_seconds += time.perf_counter() - begun
+        step_seconds += time.perf_counter() - started
     seconds = []
     for step in range(1, args.repeats + 1):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         state = {"step": step, "seconds": 0.0, "stream": {}, "logged": {}, "provenance": {}}
         save_checkpoint(folder, runs, state, keep=2)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     path = max(folder.glob("step_*"))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     load_checkpoint(path, json.loads((path / "state.json").read_text()), runs)
-    loading = time.perf_counter() - begun
+    loading = time.perf_counter() - started
     size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
     shutil.rmtree(folder)
     took, freq = statistics.median(seconds), get_default_cfg()["checkpoint_freq"]
@@ -60,10 +60,10 @@ def main() -> None:
     print(
         f"a checkpoint: {size:.2f} GiB, {took:.1f} s ({min(seconds):.1f} – {max(seconds):.1f}); loading {loading:.1f} s"
     )
-    print(f"a step of all SAEs: {step_seconds:.1f} s, so that every {freq:,} steps it takes", end=" ")
     interval = MAX_CHECKPOINT_INTERVAL
-    print(f"{took / (freq * step_seconds + took):.3%} of the time, and every {interval / 60:.0f} minutes", end=" ")
-    print(f"{took / max(interval, 50 * took):.2%}")
+    print(f"a step of all SAEs: {step_seconds:.1f} s. Checkpoints take", end=" ")
+    print(f"{took / (freq * step_seconds + took):.3%} of the time if written every {freq:,} steps,", end=" ")
+    print(f"{took / max(interval, 50 * took):.2%} if every {interval / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One training step as the published scripts do it (github.com/bartbussmann/BatchTopK), in dense tensors.
+"""The training step of the published scripts (github.com/bartbussmann/BatchTopK), in dense tensors.
 
-Written from the definitions, to time against: the same losses and gradients as sae.py but for what the README says
-differs, products and selections over all of [B, F], torch's plain Adam.
+A baseline for benchmarks, written from the definitions. Losses and gradients are those of sae.py, except for the
+differences listed in the README. Products and selections are over all of [B, F], and Adam is torch's default.
 """
 
 import torch
@@ -11,7 +11,7 @@ from sae import JumpReLU, Step
 
 
 class DenseReference:
-    """Weights of its own, copied from an SAE of sae.py."""
+    """A copy of the weights of an SAE from sae.py."""
 
     def __init__(self, sae):
         self.cfg = sae.cfg

@@ -1,10 +1,10 @@
-"""What evaluating a group of SAEs costs: with the language model from the hook point on, and with all of it.
+"""Time to evaluate a group of SAEs, running only the layers after the hook point, or the whole language model.
 
     python benchmarks/evaluation_time.py [--gpt2] [--rounds N]
 
-The demo's model with 4 SAEs of 512 features on 16,384 held-out tokens, or GPT-2 small's shape with random weights and 2
-SAEs of 12288 features on 2,048 tokens. In every round, one after the other: heldout_baseline and evaluate as they are;
-the same with the whole model computed for every SAE, in transformer_lens' form. The SAEs are untrained.
+Uses the demo's model with 4 SAEs of 512 features on 16,384 held-out tokens, or a random GPT-2 small with 2 SAEs of
+12288 features on 2,048 tokens. Every round runs heldout_baseline and evaluate, first unchanged, then with the whole
+transformer_lens model for every SAE. The SAEs are untrained.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from sae import SAE_CLASSES  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpt2", action="store_true", help="GPT-2 small's shape instead of the demo's model")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
+    parser.add_argument("--gpt2", action="store_true", help="a random GPT-2 small instead of the demo's model")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     write_demo_text(folder / "text.jsonl")
@@ -57,15 +57,15 @@ def main() -> None:
             sae.threshold_num_batches.fill_(1)
 
     below, seconds = store.predict.below, {}
-    for i in range(args.rounds + 1):  # the first warms up
-        for name, skipped in (("from the hook point on", below), ("the whole model", [])):
+    for i in range(args.rounds + 1):  # the first is a warm-up
+        for name, skipped in (("after the hook point", below), ("the whole model", [])):
             store.predict.below = skipped
-            begun = time.perf_counter()
+            started = time.perf_counter()
             baseline = heldout_baseline(store)
             between = time.perf_counter()
             evaluate(saes, store, baseline)
             if i > 0:
-                seconds.setdefault(name, []).append((between - begun, time.perf_counter() - between))
+                seconds.setdefault(name, []).append((between - started, time.perf_counter() - between))
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name, times in seconds.items():
         parts = (" – ".join(f"{value:.2f}" for value in (min(part), max(part))) for part in zip(*times))

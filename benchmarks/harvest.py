@@ -1,18 +1,18 @@
-"""Tokens per second on the way from text to batches of activations, against what the language model alone can do.
+"""Tokens per second from text to batches of activations, compared with the language model alone.
 
     python benchmarks/harvest.py [--rounds N] [--model-dtype bfloat16] [--json FILE]
 
-For the demo's language model at layer 2 and for a GPT-2-small-shaped one with random weights at layer 8, on the demo's
-text, contexts of 128 tokens, one after the other in every round:
+Uses the demo's language model at layer 2 and a random GPT-2 small at layer 8, on the demo's text, with contexts of 128
+tokens. Every round times:
 
-    tokenizing       text -> contexts, alone
-    bare forward     the limit: transformers' own blocks below the hook point, fused attention, no hooks
-    bridge           transformer_lens' form of the model, stopped by a hook
-    store            ActivationsStore.next_batch: text -> shuffled batches, a whole buffer
+    tokenizing       text -> contexts
+    bare forward     the upper limit: blocks of transformers below the hook point, fused attention, no hooks
+    bridge           the transformer_lens model, stopped by a hook
+    store            ActivationsStore.next_batch: text -> shuffled batches, for one buffer
     cache            the same from a filled activation_cache
 
-Rates are medians over the rounds (lowest to highest); ratios to the bare forward are medians of each round's own.
-Also: the share of pairs of a batch's rows that come from one context, and the process's memory after some refills.
+Rates are medians over rounds (minimum to maximum); ratios are medians of the ratios of each round. Also reports the
+fraction of row pairs in a batch that are from the same context, and the memory growth of the process over the rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RATES = ("tokenizing", "bare forward", "bridge", "store", "cache")
 
 
 def gpt2_small_shaped(folder: Path) -> Path:
-    """A directory with GPT-2 small's architecture, random weights, and the demo's tokenizer."""
+    """Write a GPT-2 small with random weights and the demo's tokenizer to `folder`."""
     shutil.copytree(ROOT / "demo" / "lm", folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(folder)
@@ -50,7 +50,7 @@ def gpt2_small_shaped(folder: Path) -> Path:
 
 
 def bare_blocks(cfg: dict, layer: int) -> torch.nn.Module:
-    """The transformers model with the blocks below the hook point only, and nothing after them."""
+    """The transformers model up to the hook point."""
     dtype = getattr(torch, cfg["model_dtype"])
     options = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     model = transformers.AutoModel.from_pretrained(cfg["model_name"], **options).eval()
@@ -95,16 +95,16 @@ def measure(cfg: dict, rounds: int) -> dict:
         lambda: buffer_of(live), from_cache,
     )))  # fmt: skip
     rates, memory = {name: [] for name in RATES}, []
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(rounds + 1):  # the first is a warm-up
         for name, task in tasks.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             tokens = task()
             if i > 0:
-                rates[name].append(tokens / (time.perf_counter() - begun))
+                rates[name].append(tokens / (time.perf_counter() - started))
         memory.append(psutil.Process().memory_info().rss)
 
-    context_of = live.order // live.seq_len  # of each row in the order that they are handed out
-    same = [share_of_pairs(batch) for batch in context_of.split(cfg["batch_size"])]
+    context_of = live.order // live.seq_len  # of each row, in output order
+    same = [same_context_fraction(batch) for batch in context_of.split(cfg["batch_size"])]
     return {
         "rates": rates,
         "same_context": statistics.mean(same),
@@ -114,21 +114,21 @@ def measure(cfg: dict, rounds: int) -> dict:
     }
 
 
-def share_of_pairs(contexts: torch.Tensor) -> float:
-    """Of all pairs of different rows, those with the same context."""
+def same_context_fraction(contexts: torch.Tensor) -> float:
+    """The fraction of pairs of different rows that have the same context."""
     counts = torch.bincount(contexts - contexts.min()).double()
     return ((counts * (counts - 1)).sum() / (len(contexts) * (len(contexts) - 1))).item()
 
 
 def table(results: dict) -> str:
-    lines = ["| model | what | tokens/s (lowest – highest) | ratio to the bare forward |", "|---|---|---|---|"]
+    lines = ["| model | stage | tokens/s (min – max) | ratio to bare forward |", "|---|---|---|---|"]
     for model, result in results.items():
         for name, rates in result["rates"].items():
             ratios = [rate / bare for rate, bare in zip(rates, result["rates"]["bare forward"])]
             spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} – {max(rates):,.0f})"
             ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
             lines.append(f"| {model} | {name} | {spread} | {ratio} |")
-    lines += ["", "| model | pairs of one context in a batch | in unshuffled text | buffer | growth over the rounds |"]
+    lines += ["", "| model | pairs from one context in a batch | unshuffled | buffer | memory growth |"]
     lines += ["|---|---|---|---|---|"]
     for model, result in results.items():
         lines.append(
@@ -140,9 +140,9 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--model-dtype", default="float32", help="of the language models (default: float32)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every rate to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rates to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         text = str(write_demo_text(Path(folder) / "text.jsonl"))

@@ -1,4 +1,4 @@
-"""What the benchmarks say of the machine they ran on."""
+"""The machine that a benchmark runs on."""
 
 import platform
 from pathlib import Path

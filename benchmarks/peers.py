@@ -1,29 +1,29 @@
-"""One training step of this project against one of SAELens, dictionary_learning and sparsify.
+"""Time of a training step of this project, SAELens, dictionary_learning and sparsify.
 
     python -m venv peers && peers/bin/pip install sae-lens dictionary-learning eai-sparsify
     peers/bin/python benchmarks/peers.py [--types batchtopk topk] [--device cuda] [--rounds N] [--json FILE]
 
-They have a venv of their own because sae-lens wants an older transformer_lens; any of the three will do, and those that
-are absent are named. This project's step runs with the same Python and torch, which suffices where sae-lens is, or else
-with the Python that --python names. (With a CPU-only torch, `pip uninstall torchvision`: it would have to match.)
+They need a separate venv, because sae-lens requires an older transformer_lens. Libraries that are not installed are
+skipped and listed. This project's step runs with the same Python and torch if sae-lens is installed; otherwise use
+--python. (With a CPU-only torch, `pip uninstall torchvision`, unless its version matches.)
 
-Every trainer is a process that stays alive and does one step when told to, so that they alternate, one step of each a
-round, while the others sleep. All get the same fresh batches (sums of 20 of many random directions, frequent and rare,
-plus noise), drawn outside of the timed part. A step is all that the library's trainer does with a batch: forward, loss,
-backward, its clipping and decoder norms, Adam, its counters of dead features. No feature ever counts as dead, so nobody
-computes an auxiliary loss. Their settings are the defaults, except:
+Every trainer is a separate process that waits for a request to do one step; a round is one step of each in turn. All
+get the same batches (sums of 20 random directions of varying frequency, plus noise), drawn outside the timed part. A
+step is everything that the library's trainer does with a batch: forward, loss, backward, gradient clipping, decoder
+norms, Adam, counters of dead features. No feature becomes dead, so there is no auxiliary loss. Settings are the
+defaults, except:
 
-    SAELens              SAETrainer.step; "sparse" is TopK with use_sparse_activations=True, which on a CPU works only
-                         with rescale_acts_by_decoder_norm=False
+    SAELens              SAETrainer.step; "sparse" is TopK with use_sparse_activations=True, which on a CPU needs
+                         rescale_acts_by_decoder_norm=False
     dictionary_learning  TopKTrainer.update, BatchTopKTrainer.update; the threshold is estimated from the first step
-                         on, as in a long run, not from the 1000th
+                         on, as in a long run, instead of from the 1000th
     sparsify             the body of Trainer.fit, which takes no activations, around SparseCoder; Adam, not signum
 
-On CUDA they run with what they have for speed: SAELens with its autocast option, dictionary_learning under bfloat16
-autocast as its training loop runs it, sparsify with its Triton kernels and TF32.
+On CUDA all use their fast options: autocast in SAELens, bfloat16 autocast in dictionary_learning (as in its training
+loop), Triton kernels and TF32 in sparsify.
 
-Times are medians over the rounds (lower – upper quartile); ratios are those of each round's own. Peak RSS is a whole
-process; "imports" is what it had reached before it built anything.
+Times are medians over rounds (lower – upper quartile); ratios are per round. Peak RSS is that of the whole process;
+"imports" is the peak RSS after the imports.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def sparsify_step(sae_type: str, size: argparse.Namespace):
 
 BOTH = ("batchtopk", "topk")
 SPARSE = dict(use_sparse_activations=True, rescale_acts_by_decoder_norm=False)
-TRAINERS = {  # name: (package, module to import, what builds the step, SAE types)
+TRAINERS = {  # name: (package, module to import, function that builds the step, SAE types)
     OURS: (None, "training", our_step, BOTH),
     "SAELens": ("sae-lens", "sae_lens", sae_lens_step, BOTH),
     "SAELens, sparse": ("sae-lens", "sae_lens", partial(sae_lens_step, **SPARSE), ("topk",)),
@@ -128,14 +128,14 @@ TRAINERS = {  # name: (package, module to import, what builds the step, SAE type
 
 
 def peak_rss() -> int:
-    """Bytes, of this process."""
+    """Peak RSS of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def serve(name: str, sae_type: str, size: argparse.Namespace) -> None:
-    """A child: for every line read, one step, and a line of JSON with its seconds; the first line is about itself."""
+    """Child process: first prints a JSON line about itself, then does one step per line read and prints its seconds."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # keep the output of libraries out of the answers
     try:
         import torch
 
@@ -157,10 +157,10 @@ def serve(name: str, sae_type: str, size: argparse.Namespace) -> None:
             x = (x + 0.1 * torch.randn(x.shape, generator=generator)).to(size.device)
             wait = torch.cuda.synchronize if x.is_cuda else lambda: None
             wait()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             step(x)
             wait()
-            print(json.dumps({"seconds": time.perf_counter() - begun, "peak_rss": peak_rss()}), file=answers)
+            print(json.dumps({"seconds": time.perf_counter() - started, "peak_rss": peak_rss()}), file=answers)
     except Exception as error:
         line = (str(error).strip() or "no message").splitlines()[0]
         print(json.dumps({"error": f"{type(error).__name__}: {line[:150]}"}), file=answers)
@@ -176,9 +176,9 @@ class Child:
         self.seconds = []
 
     def answer(self) -> dict:
-        """Raises RuntimeError if the child failed."""
+        """The next JSON line of the child. Raises RuntimeError if the child failed."""
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"ended with status {self.process.wait()}"}
+        answer = json.loads(line) if line else {"error": f"exited with status {self.process.wait()}"}
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer
@@ -192,7 +192,7 @@ class Child:
 
 
 def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
-    """{name: what the child told about itself, and the seconds of each counted step}; those that fail are told."""
+    """{name: the child's first line and the seconds of its timed steps}. Failing trainers are reported and skipped."""
     children = {}
     try:
         children |= {name: Child(name, sae_type, args) for name in names}
@@ -203,8 +203,8 @@ def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
                     children[name].step()
             except (RuntimeError, OSError) as error:
                 if name == OURS:
-                    sys.exit(f"this project's step does not run with {args.python}: {error}; --python names another")
-                print(f"{name} ({sae_type}) left out: {error}", file=sys.stderr)
+                    sys.exit(f"this project's step failed with {args.python}: {error}; --python selects another")
+                print(f"skipped {name} ({sae_type}): {error}", file=sys.stderr)
                 children.pop(name).process.kill()
         for _ in range(args.rounds):
             for child in children.values():
@@ -222,7 +222,7 @@ def spread(values: list[float], form: str) -> str:
 
 
 def table(results: dict, batch: int) -> str:
-    rows = [["SAE", "trainer", "seconds a step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
+    rows = [["SAE", "trainer", "seconds per step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
     for sae_type, trainers in results.items():
         for name, result in trainers.items():
             ratios = [a / b for a, b in zip(result["seconds"], trainers[OURS]["seconds"])]
@@ -241,11 +241,13 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=768, help="width of the activations (default: 768)")
     parser.add_argument("--dict-size", type=int, default=12288, help="features (default: 12288)")
     parser.add_argument("--k", type=int, default=32, help="active features per token (default: 32)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where all of them run (default: cpu)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of each that are not counted (default: 3)")
-    parser.add_argument("--rounds", type=int, default=10, help="counted steps of each (default: 10)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the trainers (default: cpu)"
+    )
+    parser.add_argument("--warmup", type=int, default=3, help="warm-up steps (default: 3)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--python", default=sys.executable, help="Python for this project's step (default: this one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times to this file")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -260,14 +262,14 @@ def main() -> None:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     if not any(versions.values()):
-        sys.exit(f"{sys.executable} has none of {', '.join(versions)}; the top of {__file__} says how to install them")
+        sys.exit(f"{sys.executable} has none of {', '.join(versions)}; the docstring of {__file__} has instructions")
 
     results = {}
     for sae_type in args.types:
         present = [name for name, (package, *_) in TRAINERS.items() if name == OURS or versions[package]]
         results[sae_type] = measure(sae_type, [name for name in present if sae_type in TRAINERS[name][3]], args)
-    told = [result for trainers in results.values() for result in trainers.values()]
-    torches = ", ".join(sorted({f"torch {result['torch']} with {result['threads']} threads" for result in told}))
+    children = [result for trainers in results.values() for result in trainers.values()]
+    torches = ", ".join(sorted({f"torch {child['torch']} with {child['threads']} threads" for child in children}))
     if args.device == "cuda":
         import torch
 

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes on a GPU: the device's time by kernel, and the host's waits.
+"""Profile of a training step on a GPU: time per kernel, and synchronizations of the host.
 
     python benchmarks/profile_step.py [--sae-type batchtopk] [--top-k 32] [--dict-size 12288]
 
-The SAE and its batch are those of step.py.
+Uses the SAE and the batch of step.py.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     waits = sum(e.count for e in events if "Synchronize" in e.key)
     print(f"{torch.cuda.get_device_name()}, {label(setup)}")
     milliseconds = total / 1e3 / STEPS
-    print(f"{milliseconds:.3f} ms on the device, {count / STEPS:.0f} kernels and {waits / STEPS:.1f} waits a step")
+    print(f"per step: {milliseconds:.3f} ms on the device, {count / STEPS:.0f} kernels, {waits / STEPS:.1f} syncs")
     for event in sorted(kernels, key=lambda e: -e.self_device_time_total)[:30]:
         print(f"{event.self_device_time_total / 1e3 / STEPS:8.4f} ms  x{event.count / STEPS:<5.1f} {event.key[:90]}")
 

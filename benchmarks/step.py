@@ -1,16 +1,15 @@
-"""What one training step costs: against the dense step as published, this program's dense form, and one product.
+"""Time and memory of one training step, compared with dense steps and with the encoder product alone.
 
     python benchmarks/step.py [--growth] [--rounds N] [--only TEXT] [--json FILE] [--plot FILE]
 
-In every round, one after the other, on the same batch: a step of this program's training; the same with the sparse form
-switched off; the published step (dense_reference.py), on CUDA also with TF32 products and under bfloat16 autocast; and
-the encoder's product [B, d] x [d, F] in float32 alone. Medians over the rounds, with the quartiles; ratios are medians
-of each round's own. On CUDA a time is that of 10 steps between two events, a tenth of it. Peak memory is that of a
-process that does nothing but such steps (on CUDA: what torch reserves on the device), less what it held before it built
-the SAE: weights, optimizer, gradients and all.
+Every round times, on the same batch: our training step; our step in its dense form; the published step
+(dense_reference.py), on CUDA also with TF32 products and bfloat16 autocast; and the encoder product [B, d] x [d, F] in
+float32. Times are medians over rounds with quartiles; ratios are medians of the ratios of each round. On CUDA a time is
+the mean of 10 steps between two events. Peak memory is the memory of the process (on CUDA: reserved by torch on the
+device) during such steps, minus that before the SAE was built, so it includes weights, optimizer and gradients.
 
-Tokens are sparse sums of random directions, and noise. Dead features are held dead: their encoder columns are small and
-their counters high before every step. L0 of JumpReLU and vanilla is set by the initial thresholds or biases.
+Tokens are sparse sums of random directions plus noise. Dead features are kept dead: before every step their encoder
+columns are scaled down and their counters set high. Initial thresholds or biases set the L0 of JumpReLU and vanilla.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from training import Run, group_step, make_optimizer  # noqa: E402
 
 CONTENDERS = ("ours", "dense form", "published", "published, TF32", "published, bf16", "encoder product")
 ON_CUDA = ("published, TF32", "published, bf16")
-STEPS_AT_ONCE = 10  # on CUDA: so that the host's part is hidden as far as it is in training
+STEPS_AT_ONCE = 10  # on CUDA, so that host and device overlap as in training
 PAPER = dict(batch_size=4096, act_size=768, dict_size=12288, top_k=32, num_dead=0, l0=None)
 SETUPS = [dict(sae_type=t, dict_size=768 * n) for t in ("batchtopk", "topk") for n in (4, 8, 16, 32)]
 SETUPS += [dict(sae_type=t, top_k=k) for t in ("batchtopk", "topk") for k in (16, 64)]
@@ -58,7 +57,7 @@ DEMOS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_
 LARGE = [dict(sae_type=t, dict_size=98304) for t in ("batchtopk", "topk")]  # on CUDA only
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
 GROWTH += [dict(sae_type="batchtopk", batch_size=2**n) for n in range(10, 15)]
-LARGEST = {"published": 2**27, "dense form": 2**23}  # entries of [B, F] on a CPU: beyond them it takes long
+LARGEST = {"published": 2**27, "dense form": 2**23}  # entries of [B, F] on a CPU: larger ones are too slow
 
 
 def label(setup: dict) -> str:
@@ -68,7 +67,7 @@ def label(setup: dict) -> str:
 
 
 def batches(setup: dict, device: str) -> list[torch.Tensor]:
-    """Two batches of tokens [B, d]: each the sum of 40 of 4 d directions with exponential weights, and noise."""
+    """Two batches [B, d]. Each token is a sum of 40 out of 4 d directions with exponential weights, plus noise."""
     generator = torch.Generator().manual_seed(0)
     B, d = setup["batch_size"], setup["act_size"]
     directions = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=generator), dim=-1)
@@ -82,7 +81,7 @@ def batches(setup: dict, device: str) -> list[torch.Tensor]:
 
 
 class Bench:
-    """The contenders of one setup, each with weights and an optimizer of its own; `step[name](x)` runs one."""
+    """The contenders of one setup, each with separate weights and optimizer; `step[name](x)` runs one step."""
 
     def __init__(self, setup: dict, names: list[str], device: str):
         keys = {key: value for key, value in setup.items() if key not in ("num_dead", "l0")}
@@ -123,7 +122,7 @@ class Bench:
         sae, n = self.saes[name], self.setup["num_dead"]
         if name == "encoder product":
             return
-        sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, -1000  # the others do not die in between
+        sae.num_batches_not_active[:n], sae.num_batches_not_active[n:] = 10, -1000  # the others never die
         if hasattr(sae, "counts"):
             sae.known_counts = None
             sae.known_counts = sae.counts()
@@ -132,23 +131,23 @@ class Bench:
             W_enc[:, :n] *= 0.2 * W_enc[:, n:].norm(dim=0).mean() / W_enc[:, :n].norm(dim=0)
 
     def time(self, name: str, x: torch.Tensor) -> float:
-        """Seconds of a step."""
+        """Seconds per step."""
         self.hold_dead(name)
         if not x.is_cuda:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             self.step[name](x)
-            return time.perf_counter() - begun
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         for _ in range(STEPS_AT_ONCE):
             self.step[name](x)
-        ended.record()
-        ended.synchronize()
-        return begun.elapsed_time(ended) / 1000 / STEPS_AT_ONCE
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / STEPS_AT_ONCE
 
 
 def in_precision(name: str, step, x: torch.Tensor):
-    """A published step with the products that its name says."""
+    """Run a published step in the precision given by its name."""
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = "TF32" in name
     try:
@@ -164,10 +163,10 @@ def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
     if not device.startswith("cuda"):
         names = [name for name in CONTENDERS if name not in ON_CUDA and size <= LARGEST.get(name, size)]
     bench = Bench(setup, names, device)
-    for i in range(12 if setup["l0"] is not None else 4):  # JumpReLU and vanilla begin in the dense form
+    for i in range(12 if setup["l0"] is not None else 4):  # JumpReLU and vanilla start in the dense form
         bench.time("ours", bench.batches[i % 2])
     seconds = {name: [] for name in names}
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(rounds + 1):  # the first is a warm-up
         for name in names:
             took = bench.time(name, bench.batches[i % 2])
             if i > 0:
@@ -185,7 +184,7 @@ def in_own_process(setup: dict, name: str, device: str) -> int:
 
 
 def peak_memory(setup: dict, name: str, device: str) -> int:
-    """Bytes at the peak of two steps, beyond what the process (the device) held before the SAE was built."""
+    """Peak memory of two steps in bytes, minus the memory of the process (or device) before the SAE was built."""
     batches(setup, device)
     cuda = device.startswith("cuda")
     if cuda:
@@ -196,7 +195,7 @@ def peak_memory(setup: dict, name: str, device: str) -> int:
     bench = Bench(setup, [name], device)
     for i in range(2 if setup["l0"] is None else 12):
         if not cuda and i == (0 if setup["l0"] is None else 10):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         bench.time(name, bench.batches[i % 2])
     if cuda:
         return torch.cuda.max_memory_reserved() - before
@@ -222,12 +221,12 @@ def table(results: list[dict]) -> str:
 
 
 def ratio(seconds: dict, a: str, b: str) -> float:
-    """The median over the rounds of each round's own ratio."""
+    """The median over rounds of the ratio a / b."""
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
 
 
 def plot(results: list[dict], file: Path) -> None:
-    """Seconds a step against dictionary size and against batch size, both axes logarithmic."""
+    """Plot seconds per step against dictionary size and batch size, on logarithmic axes."""
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
@@ -236,7 +235,7 @@ def plot(results: list[dict], file: Path) -> None:
     for ax, key, name in ((axes[0], "dict_size", "dictionary size"), (axes[1], "batch_size", "batch size")):
         other = "batch_size" if key == "dict_size" else "dict_size"
         rows = [row for row in results if row["setup"][other] == PAPER[other]]
-        if key == "dict_size":  # the one at which the batch grows is no power of 2, and has no room
+        if key == "dict_size":  # PAPER's size is not a power of 2 and its label would overlap
             rows = [row for row in rows if row["setup"][key] != PAPER[key]]
         for contender, (colour, marker) in styles.items():
             points = [
@@ -262,21 +261,21 @@ def plot(results: list[dict], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--growth", action="store_true", help="dictionaries 2^13 to 2^17 and batches 2^10 to 2^14 instead"
+        "--growth", action="store_true", help="dictionaries of 2^13 to 2^17 and batches of 2^10 to 2^14"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the setups whose name has this in it")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only setups whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --growth: draw it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the results to this file (with --growth)")
     args = parser.parse_args()
     if args.rounds < 2:
-        parser.error("--rounds: at least 2, for the quartiles")
+        parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
     setups = GROWTH if args.growth else SETUPS + (LARGE if args.device.startswith("cuda") else []) + DEMOS
     setups = [PAPER | setup for setup in setups]
     chosen = [setup for setup in setups if args.only in label(setup)]
     if not chosen:
-        parser.error(f"--only {args.only!r} is in none of: {'; '.join(map(label, setups))}")
+        parser.error(f"--only {args.only!r} matches none of: {'; '.join(map(label, setups))}")
     results = []
     for setup in tqdm(chosen, unit="setup"):
         results.append(measure(setup, args.rounds, args.device, memory=not args.growth))

@@ -1,21 +1,23 @@
-"""The paper's sweep of 15 SAEs on one shared stream, against 15 single runs, and against the published way.
+"""Time of the paper's sweep of 15 SAEs: as one group on a shared stream, as 15 single runs, and the published way.
 
     python benchmarks/sweep.py [--only demo|gpt2] [--dead-after N] [--warmup N] [--rounds N] [--json FILE]
 
-On the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and on one of GPT-2 small's shape with
-random weights (the paper's sizes: d 768, dictionaries 3072 to 24576, batches of 4096), on the demo's text. First some
-steps of training alone: JumpReLU's first ten batches are dense in any case. Then in every round, one after the other: a
-buffer of batches from the store, and a training step of each SAE on each of them (seconds a batch); contexts of as many
-tokens as a batch has in transformer_lens' form of the
-language model, up to the hook point, which is what the published scripts run; the dense step of each SAE
-(dense_reference.py). Then
+Uses the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and a random GPT-2 small (the paper's
+sizes: d 768, dictionaries 3072 to 24576, batches of 4096), both on the demo's text. Warm-up steps come first, because
+the first ten batches of JumpReLU are dense. Every round then times, per batch:
+
+    harvest       a batch from the store, averaged over a buffer
+    step          a training step of each SAE, averaged over a buffer
+    bridge        as many tokens in the transformer_lens model up to the hook point, as in the published scripts
+    dense step    the dense step of each SAE (dense_reference.py)
+
+From these follow the seconds per batch of the whole sweep and its tokens/s, as medians over rounds:
 
     one group       harvest + Σ step           what `python main.py` does
     single runs     Σ (harvest + step)         the language model runs once per SAE
-    published way   Σ (bridge + dense step)    the same, with its form of the model and its step
+    published way   Σ (bridge + dense step)    the same, with the published model and step
 
-are the seconds that a batch takes the whole sweep, and tokens/s that batch over them: medians over the rounds. No whole
-run is timed; tokens/s are those of the steps after the warm-up. Evaluation, logs and checkpoints are in none of them.
+No complete run is timed. Evaluation, logs and checkpoints are not included.
 """
 
 import argparse
@@ -48,25 +50,25 @@ WAYS = ("one group", "single runs", "published way")
 
 
 def sweep(base: dict) -> list[dict]:
-    """The paper's runs, with dictionaries as many times as wide as the activations as there."""
+    """The paper's runs, with the same ratios of dictionary size to activation width."""
     sizes = [run.get("dict_size", 12288) * base["act_size"] // 768 for run in PAPER]
     return [post_init_cfg(base | run | {"dict_size": size}) for run, size in zip(PAPER, sizes)]
 
 
 def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
-    """Seconds of each part in each round."""
+    """Seconds of each part in each round, and the mean fraction of dead features."""
     cfg = cfgs[0]
     model = load_model(cfg)
     store = ActivationsStore(model, cfg)
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
     runs = [Run(sae.cfg, sae, make_optimizer(sae, sae.cfg), log=None) for sae in saes]
     contexts = store.eval_contexts[: cfg["batch_size"] // store.seq_len].to(cfg["device"])
-    num_batches = len(store.storage) // cfg["batch_size"]  # in a buffer
+    num_batches = len(store.storage) // cfg["batch_size"]  # per buffer
     parts = {"harvest": [], "step": [], "bridge": [], "dense step": []}
     dead = []
 
     def steps(x) -> list[float]:
-        """A step of each SAE; the share of features that are dead in it."""
+        """Train each SAE for a step. Returns the fraction of dead features of each."""
         outputs = []
         group_step(runs, x, outputs, {})
         return [output["num_dead_features"].item() / sae.cfg["dict_size"] for output, sae in zip(outputs, saes)]
@@ -90,17 +92,17 @@ def measure(cfgs: list[dict], warmup: int, rounds: int) -> dict:
 
 
 def timed(function, *args) -> tuple:
-    """The function's value, and the seconds it took."""
+    """The result of a function, and its seconds."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     value = function(*args)
     wait()
-    return value, time.perf_counter() - begun
+    return value, time.perf_counter() - started
 
 
-def seconds_of_a_batch(result: dict) -> dict:
-    """For the whole sweep, in each way: a list over the rounds."""
+def seconds_per_batch(result: dict) -> dict:
+    """For the whole sweep, for each of WAYS, a list over rounds."""
     n, rounds = result["runs"], list(zip(*result["parts"].values()))
     return {
         "one group": [harvest + step for harvest, step, _, _ in rounds],
@@ -110,10 +112,10 @@ def seconds_of_a_batch(result: dict) -> dict:
 
 
 def table(results: dict) -> str:
-    lines = ["| model | way | seconds a batch (lowest – highest) | tokens/s of the sweep | published way ÷ this |"]
+    lines = ["| model | way | seconds per batch (min – max) | tokens/s of the sweep | published way ÷ this |"]
     lines += ["|---|---|---|---|---|"]
     for model, result in results.items():
-        ways = seconds_of_a_batch(result)
+        ways = seconds_per_batch(result)
         for way in WAYS:
             seconds = statistics.median(ways[way])
             ratio = statistics.median(p / s for p, s in zip(ways["published way"], ways[way]))
@@ -129,12 +131,12 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("demo", "gpt2"), help="one of the two models")
+    parser.add_argument("--only", choices=("demo", "gpt2"), help="use only this model")
     parser.add_argument("--dead-after", type=int, default=5, metavar="N", help="n_batches_to_dead (default: 5)")
-    parser.add_argument("--warmup", type=int, default=12, help="steps before them (default: 12)")
+    parser.add_argument("--warmup", type=int, default=12, help="warm-up steps (default: 12)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time to this file too")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all times to this file")
     args = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +145,7 @@ def main() -> None:
         shared |= dict(n_batches_to_dead=args.dead_after)
         if args.only != "gpt2":
             demo = dict(model_name=str(ROOT / "demo" / "lm"), layer=2, act_size=128, batch_size=1024, top_k_aux=64)
-            demo |= dict(model_batch_size=8, num_batches_in_buffer=1)  # a buffer is a batch: each round harvests one
+            demo |= dict(model_batch_size=8, num_batches_in_buffer=1)  # one batch per buffer
             results["demo"] = measure(sweep(shared | demo), args.warmup, args.rounds)
         if args.only != "demo":
             gpt2 = dict(model_name=str(gpt2_small_shaped(Path(folder) / "gpt2")), layer=8, act_size=768)

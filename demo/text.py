@@ -1,14 +1,14 @@
-"""The demo's text: the source code of the running Python's own standard library.
+"""The demo's text: the source code of the running Python's standard library.
 
-It is on every machine, so nothing has to be shipped or downloaded. A stable hash of each file's path
-splits it by file into three parts that never mix, whatever the Python version:
+It is on every machine, so it need not be shipped or downloaded. A hash of each file's path assigns the file to one of
+three parts, the same for every Python version:
 
-    lm       what the demo's language model was trained on (the library's test folders join it)
-    sae      what the demo's SAEs are trained on; the language model has never seen it
-    heldout  what both are judged on
+    lm       training data of the demo's language model, including the library's test folders
+    sae      training data of the demo's SAEs, which the language model has not seen
+    heldout  evaluation data for both
 
-The tables in encodings/ and the generated text in pydoc_data/ are neither in "sae" nor in "heldout": they are a
-quarter of the library, and so unlike the rest that their share would decide every mean.
+The tables in encodings/ and the generated text in pydoc_data/ are excluded from "sae" and "heldout". They are a quarter
+of the library and so different from the rest that they would dominate every mean.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ TABLE_FOLDERS = {"encodings", "pydoc_data"}
 
 
 def part_of(relative_path: Path) -> str | None:
-    """The part ("lm", "sae" or "heldout") that a file of the standard library belongs to; None: to none of them."""
+    """The part of a file of the standard library: "lm", "sae", "heldout", or None if it is excluded."""
     if TEST_FOLDERS & set(relative_path.parts):
         return "lm"
     share = path_hash(relative_path) % 100
@@ -39,9 +39,9 @@ def path_hash(relative_path: Path) -> int:
 
 
 def documents(part: str) -> list[dict]:
-    """The files of one part as [{"file": relative path, "text": its source}], in an order given by the hash.
+    """The files of one part as [{"file": relative path, "text": source}], ordered by hash.
 
-    Raises FileNotFoundError where this Python ships without the source of its library.
+    Raises FileNotFoundError if this Python has no source code of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path.relative_to(root) for path in root.rglob("*.py")]
@@ -50,21 +50,21 @@ def documents(part: str) -> list[dict]:
     for path in sorted(paths, key=path_hash):
         if part_of(path) == part:
             try:
-                with tokenize.open(root / path) as file:  # honours the file's coding line
+                with tokenize.open(root / path) as file:  # uses the declared encoding
                     found.append({"file": path.as_posix(), "text": file.read()})
             except (SyntaxError, UnicodeDecodeError):
-                continue  # deliberately broken files among the library's tests
+                continue  # deliberately invalid files in the library's tests
     if not found:
         raise FileNotFoundError(
-            f"the demo's text is the source of Python's standard library, and {root} has none of it"
+            f"the demo's text is the source code of Python's standard library, which is not in {root}"
         )
     return found
 
 
 def write_demo_text(path: Path) -> Path:
-    """Write the SAE's text as JSON lines, the held-out files first: the store holds out the start of its stream."""
+    """Write the SAEs' text as JSON lines, held-out files first, because the store holds out the start of its stream."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write it at once
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write it concurrently
     with open(temporary, "w", encoding="utf-8") as file:
         for document in documents("heldout") + documents("sae"):
             file.write(json.dumps(document) + "\n")

@@ -1,10 +1,9 @@
-"""Train the small GPT-2 that ships with this repo in demo/lm, and say what it has learned.
+"""Train the small GPT-2 in demo/lm, and compare it with n-gram models.
 
     python demo/train_lm.py [--steps N] [--out FOLDER]
 
-A 4-layer GPT-2 (d_model 128, context 128, its own byte-level BPE of 4096 tokens) on the "lm" part of the
-standard library's source (demo/text.py). It is judged on the "heldout" part against a unigram and an
-n-gram model of the same tokens.
+Trains a 4-layer GPT-2 (d_model 128, context 128, byte-level BPE with 4096 tokens) on the "lm" part of the standard
+library's source code (demo/text.py). It is evaluated on the "heldout" part, as are n-gram models of the same tokens.
 """
 
 import argparse
@@ -39,28 +38,28 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def name_tokenizer_class(path: Path) -> None:
-    """transformers 5 writes a class name of its own; every version reads this one."""
+    """Set a class name that every version of transformers can read; transformers 5 writes a new one."""
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def token_stream(texts: list[str], tokenizer) -> np.ndarray:
-    """All documents as one array of token ids, each document starting with BOS."""
+    """All documents as one array of token ids; each document starts with BOS."""
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
     return np.concatenate([[tokenizer.bos_token_id, *document.ids] for document in encoded]).astype(np.int64)
 
 
 def ngram_cross_entropy(train: np.ndarray, heldout: np.ndarray, order: int) -> float:
-    """Nats per token of a Witten-Bell interpolated n-gram model (order 1: unigrams over a uniform floor).
+    """Nats per token of an n-gram model with Witten-Bell interpolation (order 1: unigrams and a uniform distribution).
 
-    p(w | h) = (c(h, w) + T(h) p(w | h')) / (c(h) + T(h)), T(h) the number of distinct tokens seen after h.
+    p(w | h) = (c(h, w) + T(h) p(w | h')) / (c(h) + T(h)), where T(h) is the number of distinct tokens seen after h.
     """
-    assert VOCAB**order < 2**63, "an n-gram is packed into one integer"
+    assert VOCAB**order < 2**63, "an n-gram must fit into one integer"
     probability = np.full(len(heldout), 1 / VOCAB)
     for n in range(1, order + 1):
         grams, counts = np.unique(pack(train, n), return_counts=True)
         histories, start = np.unique(grams // VOCAB, return_index=True)
         history_count, history_types = np.add.reduceat(counts, start), np.diff(np.append(start, len(grams)))
-        # The first n - 1 tokens of the held-out text have no full history and keep their lower-order estimate.
+        # The first n - 1 held-out tokens have no full history and keep their lower-order estimate.
         query = pack(heldout, n)
         c = lookup(grams, counts, query)
         c_h, t_h = lookup(histories, history_count, query // VOCAB), lookup(histories, history_types, query // VOCAB)
@@ -83,7 +82,7 @@ def lookup(keys: np.ndarray, values: np.ndarray, query: np.ndarray) -> np.ndarra
 
 @torch.no_grad()
 def lm_cross_entropy(model: GPT2LMHeadModel, tokens: np.ndarray) -> float:
-    """Nats per token over contiguous contexts, positions 1..127 of each predicted from those before."""
+    """Nats per token over contiguous contexts, at positions 1..127."""
     model.eval()
     contexts = torch.from_numpy(tokens[: len(tokens) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
     losses = [model(batch, labels=batch).loss.item() * len(batch) for batch in contexts.split(BATCH)]
@@ -106,7 +105,7 @@ def main():
     tokenizer.save_pretrained(args.out)
     name_tokenizer_class(args.out / "tokenizer_config.json")
     torch.manual_seed(49)
-    # Dropout regularises (the text is small); none on the attention weights, where it doubles a step's time on a CPU.
+    # Dropout, because the text is small; not on attention weights, where it doubles the time of a step on a CPU.
     sizes = dict(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4, attn_pdrop=0.0)
     model = GPT2LMHeadModel(
         GPT2Config(**sizes, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.bos_token_id)
@@ -117,7 +116,7 @@ def main():
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
 
-    def lr_share(step):  # linear warm-up, then a cosine down to a hundredth
+    def lr_share(step):  # linear warm-up, then cosine decay to 1 %
         return min((step + 1) / WARMUP, 0.505 + 0.495 * math.cos(math.pi * step / args.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_share)
@@ -127,7 +126,7 @@ def main():
         model.train()
         starts = torch.randint(len(data) - CONTEXT, (BATCH, 1), generator=generator)
         batch = data[starts + torch.arange(CONTEXT)]
-        with torch.autocast("cpu", torch.bfloat16):  # twice the speed where the CPU has bf16 instructions
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast if the CPU has bf16 instructions
             logits = model(batch).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
@@ -141,9 +140,9 @@ def main():
             bar.write(f"step {step + 1}: held-out cross-entropy {lm_cross_entropy(model, heldout):.3f}")
             model.save_pretrained(args.out)
 
-    trained_on = lm_cross_entropy(model, train[:2_000_000])
+    train_loss = lm_cross_entropy(model, train[:2_000_000])
     print(f"{args.steps} steps in {(time.time() - started) / 60:.0f} minutes")
-    print(f"cross-entropy: training part {trained_on:.3f}, held-out part {lm_cross_entropy(model, heldout):.3f}")
+    print(f"cross-entropy: training part {train_loss:.3f}, held-out part {lm_cross_entropy(model, heldout):.3f}")
 
 
 if __name__ == "__main__":

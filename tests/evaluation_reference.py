@@ -1,4 +1,4 @@
-"""The held-out metrics by their definitions, slowly: loops over tokens and contexts, and transformers' own GPT-2."""
+"""A slow reference of the held-out metrics: loops over tokens and contexts, with the GPT-2 of transformers."""
 
 import math
 
@@ -38,8 +38,8 @@ def kept_positions(tokens: list[int], skip: int, excluded: tuple) -> list[int]:
 def ce_by_hand(
     hf_model, tokens: list[int], skip: int, rows: list | None = None, excluded: tuple = ()
 ) -> tuple[float, float]:
-    """Over the predictions made from positions `skip` on that hold no excluded token, whose activations are replaced by
-    `rows`: mean −log p, and mean Σ p (log p − log q), q with and p without the replacement. 0 where there are none.
+    """Mean −log p and mean Σ p (log p − log q) over the predictions from positions >= `skip` without an excluded token,
+    or 0 if there are none. `rows` replace the activations at these positions; q is with, p without the replacement.
     """
     kept = kept_positions(tokens, skip, excluded)
 
@@ -57,7 +57,7 @@ def ce_by_hand(
 
 @torch.no_grad()
 def reconstruct_by_hand(sae, batch: list[torch.Tensor], batch_top_k: bool) -> tuple[list, list]:
-    """Reconstruction and features of each token of a batch: the definitions, in float64, a token at a time."""
+    """Reconstruction and features of each token of a batch by the definitions, in float64."""
     kind, k = sae.cfg["sae_type"], sae.cfg["top_k"]
     W_enc, W_dec, b_enc, b_dec = (getattr(sae, name).double() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
     normalised, pre_activations = [], []
@@ -110,7 +110,7 @@ def share_by_hand(of, parts: list[list]) -> tuple[float, float]:
 def metrics_by_hand(
     hf_model, sae, contexts: list[list[int]], skip: int, batch_top_k: bool, measured: int, excluded: tuple = ()
 ) -> dict:
-    """All metrics, (value, standard error), on the first `measured` contexts; the held-out mean is over all."""
+    """All metrics as (value, standard error) on the first `measured` contexts; the held-out mean is over all."""
     kept = [kept_positions(tokens, skip, excluded) for tokens in contexts]
     acts = [[forward_by_hand(hf_model, tokens)[0][t] for t in at] for tokens, at in zip(contexts, kept)]
     held_out = [x.double() for rows in acts for x in rows]
@@ -156,7 +156,7 @@ def metrics_by_hand(
         return [x - y for x, y in zip(ce[key], ce[other])]
 
     each = [len(rows) for rows in acts[:measured]]
-    parts = [[] for _ in range(min(measured, evaluation.MOST_PARTS))]
+    parts = [[] for _ in range(min(measured, evaluation.MAX_PARTS))]
     for i in range(measured):
         parts[i * len(parts) // measured].append((times_active[i], each[i]))
     return {

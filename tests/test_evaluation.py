@@ -1,4 +1,4 @@
-"""The held-out metrics against slow references: loops over tokens and contexts, and transformers' own GPT-2."""
+"""The held-out metrics against a slow reference: loops over tokens and contexts, with the GPT-2 of transformers."""
 
 import copy
 import inspect
@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -29,7 +31,7 @@ import evaluation
 from activation_store import ActivationsStore
 from checkpoint import save_sae, write_json
 from config import get_default_cfg, post_init_cfg
-from console import InputError
+from console import InputError, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from language_model import load_model
@@ -86,7 +88,7 @@ def group(model, tmp_path_factory):
 
 
 def with_skip(store, skip: int):
-    """The same store under another eval_skip_positions."""
+    """The same store with another eval_skip_positions."""
     store = copy.copy(store)
     store.cfg = post_init_cfg(store.cfg | {"eval_skip_positions": skip})
     return store
@@ -106,7 +108,7 @@ def assert_equal_metrics(measured: dict, reference: dict, suffix: str = "") -> N
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
-    """Every metric of every SAE type, and BatchTopK's _batch figures, follow from their definitions."""
+    """Every metric of every SAE type, and the _batch metrics of BatchTopK, follow their definitions."""
     store, saes = with_skip(group[0], skip), group[1]
     contexts = store.eval_contexts.tolist()
     assert len(contexts) == CONTEXTS
@@ -124,7 +126,7 @@ def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
 
 
 def excluding(store, *ids: int):
-    """The same store under exclude_tokens, with a context of nothing but such tokens."""
+    """The same store with exclude_tokens, and with a context that consists of such tokens."""
     store = copy.copy(store)
     store.cfg, store.excluded = post_init_cfg(store.cfg | {"exclude_tokens": ids}), torch.tensor(ids)
     store.eval_contexts = store.eval_contexts.clone()
@@ -138,7 +140,7 @@ def most_frequent(tokens: torch.Tensor, n: int) -> list[int]:
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
-    """They keep the model's activations, and neither they nor the predictions made from them count."""
+    """They keep the model's activations, and neither they nor the predictions from them count."""
     ids = (0, *most_frequent(group[0].eval_contexts, 3))
     store, saes = excluding(with_skip(group[0], skip), *ids), group[1]
     contexts = store.eval_contexts.tolist()
@@ -151,12 +153,12 @@ def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
 
 
 def test_histograms_equal_a_plain_reference(model, hf_model, group):
-    """Tokens by their number of active features, features by the log10 of their density: counted one by one."""
+    """Tokens by number of active features and features by log10 of density, counted one by one."""
     store, saes = group
     saes = {name: copy.deepcopy(sae).eval() for name, sae in saes.items()}
     with torch.no_grad():
         for sae in saes.values():
-            sae.W_enc[:, :2] = 0  # features that are hardly ever active
+            sae.W_enc[:, :2] = 0  # features that are almost never active
     rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in store.eval_contexts.tolist()])
     results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for sae, result in zip(saes.values(), results):
@@ -177,7 +179,7 @@ def test_histograms_equal_a_plain_reference(model, hf_model, group):
 
 
 def test_histogram_bins_hold_every_density():
-    """Features that are always active, or more rarely than the lowest edge says, are in the last and the first bin."""
+    """Features that are always active are in the last bin, those below the lowest edge in the first bin."""
     counted = histograms(token_l0=torch.tensor([2] * 999 + [0]), times_active=torch.tensor([1000, 50, 1e-6, 0, 0]))
     assert counted["l0"] == [1, 0, 999]
     middle = [int(edge <= math.log10(0.05) < edge + 0.25) for edge in counted["log10_density_edges"][1:-2]]
@@ -185,7 +187,7 @@ def test_histogram_bins_hold_every_density():
 
 
 def test_metrics_on_the_first_contexts(model, hf_model, group):
-    """Evaluations during training are the same metrics on the first contexts, without the shares of features."""
+    """Evaluations during training give the same metrics on the first contexts, without dead and dense fractions."""
     store, saes = group
     results = evaluate(list(saes.values()), store, heldout_baseline(store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
@@ -195,8 +197,8 @@ def test_metrics_on_the_first_contexts(model, hf_model, group):
         assert_equal_metrics(result, reference)
 
 
-def test_baseline_is_of_the_held_out_set(model, hf_model, group):
-    """The mean activation and the CEs without an SAE are those of the held-out contexts, one by one."""
+def test_baseline_is_computed_on_the_held_out_set(model, hf_model, group):
+    """The mean activation and the CEs without an SAE equal those computed one context at a time."""
     store, _ = group
     baseline = heldout_baseline(store)
     contexts = store.eval_contexts.tolist()
@@ -207,8 +209,8 @@ def test_baseline_is_of_the_held_out_set(model, hf_model, group):
         assert baseline[key].tolist() == pytest.approx(by_hand, rel=2e-4)
 
 
-def test_the_demo_language_model_has_something_to_lose(model, group):
-    """The signs: ablation hurts the language model, so a reconstruction's degradation and recovery mean something."""
+def test_ablation_hurts_the_demo_language_model(model, group):
+    """So the degradation and recovery of a reconstruction are meaningful."""
     store, saes = group
     for result in evaluate(list(saes.values()), store, heldout_baseline(store)):
         assert result["ce_zero_ablated"] - result["ce_original"] > 0.5
@@ -218,7 +220,7 @@ def test_the_demo_language_model_has_something_to_lose(model, group):
 
 
 def state_of(model, sae) -> list:
-    """Everything that an evaluation must leave as it was."""
+    """Everything that an evaluation must not change."""
     return [
         {name: tensor.clone() for name, tensor in sae.state_dict().items()},
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -235,7 +237,7 @@ def state_of(model, sae) -> list:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_has_no_side_effects(model, group, training):
-    """Weights, buffers, gradients, mode, hooks and random states are the same after an evaluation as before."""
+    """Weights, buffers, gradients, mode, hooks and random states are unchanged after an evaluation."""
     store, saes = group
     contexts = store.eval_contexts.clone()
     for sae in saes.values():
@@ -252,8 +254,8 @@ def test_evaluation_has_no_side_effects(model, group, training):
     assert evaluate(list(saes.values()), store, heldout_baseline(store)) == first
 
 
-def test_evaluation_takes_nothing_from_the_stream(model, group):
-    """The next batch is the same with an evaluation before it as without."""
+def test_evaluation_does_not_advance_the_stream(model, group):
+    """The next batch is the same with and without an evaluation before it."""
     batches = []
     for evaluated in (False, True):
         store = ActivationsStore(model, group[0].cfg)
@@ -265,7 +267,7 @@ def test_evaluation_takes_nothing_from_the_stream(model, group):
 
 
 def test_metrics_do_not_depend_on_the_group(model, group):
-    """An SAE evaluated among others gets the figures that it gets alone."""
+    """An SAE has the same metrics whether it is evaluated in a group or alone."""
     store, saes = group
     baseline = heldout_baseline(store)
     together = evaluate(list(saes.values()), store, baseline)
@@ -274,7 +276,7 @@ def test_metrics_do_not_depend_on_the_group(model, group):
 
 
 def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
-    """In eval() a token's features do not depend on its batch: only the _batch figures change with the batch size."""
+    """In eval() a token's features do not depend on its batch: only the _batch metrics change with the batch size."""
     store, saes = group
     smaller = copy.copy(store)
     smaller.cfg = post_init_cfg(store.cfg | {"batch_size": SEQ_LEN})
@@ -289,9 +291,9 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
             assert usual["nmse_batch"] != pytest.approx(other["nmse_batch"], rel=1e-5)
 
 
-def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
-    """With more contexts than MOST_PARTS the jackknife leaves out consecutive contexts together."""
-    monkeypatch.setattr(evaluation, "MOST_PARTS", 4)
+def test_fractions_have_errors_over_parts(model, hf_model, group, monkeypatch):
+    """With more contexts than MAX_PARTS, the jackknife omits consecutive contexts together."""
+    monkeypatch.setattr(evaluation, "MAX_PARTS", 4)
     store, sae = group[0], group[1]["topk"]
     (result,) = evaluate([sae], store, heldout_baseline(store))
     reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
@@ -300,7 +302,7 @@ def test_shares_have_errors_over_parts(model, hf_model, group, monkeypatch):
 
 
 def test_one_context_has_no_error(model, group):
-    """A standard error over contexts takes two of them; the figures are there all the same, and finite."""
+    """Standard errors need two contexts; with one, the metrics are finite and have no standard error."""
     store, sae = group[0], group[1]["batchtopk"]
     (result,) = evaluate([sae], store, heldout_baseline(store), num_contexts=1)
     assert {"nmse", "kl_divergence", "recovery_from_mean_batch"} <= result.keys()
@@ -308,8 +310,8 @@ def test_one_context_has_no_error(model, group):
 
 
 def test_the_model_is_not_run_more_often_than_needed(model, group):
-    """In evaluate, per batch of contexts: what is below the hook point once for all SAEs; what is above it once as it
-    is, and once for each SAE and each batch top-k.
+    """Per batch of contexts, evaluate runs the layers before the hook point once; those after it once for the model,
+    and once for each SAE and each batch top k.
     """
     store, saes = group
     baseline, below, above = heldout_baseline(store), [], []
@@ -330,8 +332,8 @@ def test_the_model_is_not_run_more_often_than_needed(model, group):
 
 @pytest.fixture(scope="module")
 def demo_halves(model, tmp_path_factory):
-    """Activations of the demo's own text that nothing was trained on, two halves by documents taken in turn, and one
-    batch that SAEs may be trained on.
+    """Activations on the demo's text: two halves of alternating documents, not used in training, and one set for
+    training.
     """
     path = tmp_path_factory.mktemp("data") / "demo.jsonl"
     texts = [document["text"][:6000] for document in documents("sae")[:80]]
@@ -346,8 +348,8 @@ def demo_halves(model, tmp_path_factory):
 
 @pytest.mark.parametrize("top_k", [8, 16, 32, 64])
 def test_calibrated_threshold_gives_the_l0_on_other_text(demo_halves, top_k):
-    """Calibrated on one half of the text, the mean L0 on the other half is within 2 % of the target; on its own half it
-    is the target, by a count over all pre-activations at once.
+    """After calibration on one half of the text, the mean L0 is the target on this half, and within 2 % of it on the
+    other half. The threshold is that from sorting all pre-activations.
     """
     calibration, other, training = demo_halves
     cfg = make_cfg(top_k=top_k, dict_size=512, batch_size=1024)
@@ -357,10 +359,10 @@ def test_calibrated_threshold_gives_the_l0_on_other_text(demo_halves, top_k):
         training_step(sae, optimizer, x, cfg)
     sae.eval()
     for target in (None, 0.75 * top_k):
-        told = calibrate_threshold(sae, (x for x in calibration.split(1000)), target)
+        returned = calibrate_threshold(sae, (x for x in calibration.split(1000)), target)
         with torch.no_grad():
             l0, l0_other = ((sae.encode(x) > 0).sum().item() / len(x) for x in (calibration, other))
-        assert told == pytest.approx(l0, rel=1e-4)
+        assert returned == pytest.approx(l0, rel=1e-4)
         assert l0 == pytest.approx(target or top_k, rel=1e-3)
         assert l0_other == pytest.approx(target or top_k, rel=0.02)
         with torch.no_grad():
@@ -370,7 +372,7 @@ def test_calibrated_threshold_gives_the_l0_on_other_text(demo_halves, top_k):
 
 
 def test_calibration_of_an_sae_without_threshold(demo_halves, monkeypatch):
-    """It can encode afterwards; a tensor at once and batches of it, split again where they are large, are the same."""
+    """It can encode afterwards. One tensor and batches of it, split into chunks or not, give the same threshold."""
     cfg = make_cfg(top_k=8)
     thresholds = []
     for activations in (demo_halves[0], list(demo_halves[0].split(777)), demo_halves[0].double()):
@@ -385,11 +387,11 @@ def test_calibration_of_an_sae_without_threshold(demo_halves, monkeypatch):
 
 
 def test_calibration_on_bad_input(demo_halves):
-    """One line for a target that cannot be, no activations, NaN, another type of SAE; the threshold stays as it was."""
+    """One line for an impossible target, no activations, NaN or another SAE type; the threshold is unchanged."""
     sae = SAE_CLASSES["batchtopk"](make_cfg(top_k=8)).eval()
     x = demo_halves[0][:50]
     for given, target, message in [
-        (x, 96, "target_l0 = 96 cannot be reached: [0-9.]+ features per token"),
+        (x, 96, "target_l0 = 96 cannot be reached: only [0-9.]+ features per token"),
         (x, 0, "target_l0 = 0 is not allowed"),
         (x, math.nan, "target_l0 = nan is not allowed"),
         (x[:0], None, "no activations"),
@@ -408,7 +410,7 @@ def test_calibration_on_bad_input(demo_halves):
 
 @pytest.mark.parametrize("name, skip", [*itertools.product(SAES, [0, 1, 3]), ("batchtopk, exclude_tokens", 1)])
 def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, skip):
-    """While it is active the model computes with reconstructions from position `skip` on, as by hand, and only then."""
+    """While it is active, and only then, reconstructions replace the activations from position `skip` on."""
     name, excludes = name.removesuffix(", exclude_tokens"), name.endswith("exclude_tokens")
     store, sae = group[0], copy.deepcopy(group[1][name]).eval()
     tokens = store.eval_contexts[:3]
@@ -433,8 +435,8 @@ def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, sk
     assert torch.equal(model(tokens), before), "an error inside leaves no hook behind"
 
 
-def test_splice_into_a_bridge_of_ones_own(model, group):
-    """One that load_model has not made computes the same, also where tokens are excluded."""
+def test_splice_into_another_bridge(model, group):
+    """A bridge not made by load_model computes the same, also with excluded tokens."""
     own = TransformerBridge.boot_transformers(str(DEMO_LM), device="cpu", dtype=torch.float32)
     store, saes = group
     ids = store.eval_contexts[:2]
@@ -449,7 +451,7 @@ def test_splice_into_a_bridge_of_ones_own(model, group):
 
 @pytest.mark.parametrize("name", SAES)
 def test_encode_and_decode_of_contexts(group, name):
-    """[contexts, positions, d] as well as [B, d]; decode gives the residual stream's units with `like`."""
+    """They accept [contexts, positions, d] and [B, d]; with `like`, decode returns units of the residual stream."""
     store, sae = group[0], copy.deepcopy(group[1][name]).eval()
     acts = heldout_activations(store, store.eval_contexts[:3])
     with torch.no_grad():
@@ -475,7 +477,7 @@ def run_folder(group, tmp_path_factory):
 
 
 def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):
-    """A table of all metrics, aligned, and evaluation.json with the same; result.json stays as it is."""
+    """An aligned table of all metrics, and evaluation.json with the same; result.json is unchanged."""
     store, sae = group[0], group[1]["batchtopk"]
     result = (run_folder / "result.json").read_bytes()
     for arguments, contexts in [([], 6), (["--eval-tokens", "40"], 3)]:
@@ -487,11 +489,10 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
         assert written.pop("eval_tokens") == contexts * SEQ_LEN
         assert written.pop("histograms") == expected.pop("histograms")
         assert written == pytest.approx(expected, rel=1e-6)
-        printed, told = capsys.readouterr()
+        printed, warnings = capsys.readouterr()
         first, header, *lines = printed.splitlines()
-        assert (
-            first == f"{sae.cfg['name']} on {contexts} held-out contexts of {SEQ_LEN} tokens" and "changed" not in told
-        )
+        assert first == f"{sae.cfg['name']} on {contexts} held-out contexts of {SEQ_LEN} tokens"
+        assert "changed" not in warnings
         assert header.split("   ")[-1] == "batch top-k"
         rows = {line.split()[0]: line for line in lines}
         assert {f"{key}{end}" for key in rows for end in ("", "_se", "_batch", "_batch_se")} >= expected.keys()
@@ -504,7 +505,7 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
 
 
 def test_command_on_bad_input(run_folder, group, tmp_path):
-    """One line that names what is wrong."""
+    """One line that names the problem."""
 
     def refused(*args) -> str:
         with pytest.raises(InputError) as error:
@@ -512,7 +513,7 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no folder" in refused(tmp_path / "nosuch")
+    assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
     for tokens in (0, -5, 97):
         assert f"--eval-tokens {tokens} is not allowed: it must be 1 to 96" in refused(
@@ -520,3 +521,23 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
         )
     save_sae(SAE_CLASSES["batchtopk"](group[1]["batchtopk"].cfg), tmp_path / "untrained")
     assert "calibrate_threshold" in refused(tmp_path / "untrained")
+
+
+def test_closed_pipe_ends_the_command_quietly(run_folder):
+    """`python evaluation.py RUN | head -1` writes evaluation.json and exits with 128 + SIGPIPE, without a traceback."""
+    (run_folder / "evaluation.json").unlink(missing_ok=True)
+    command = f"'{sys.executable}' evaluation.py '{run_folder}' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=DEMO_LM.parent.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (141, "", "")
+    assert (run_folder / "evaluation.json").is_file()
+
+
+def test_other_broken_pipes_are_errors(monkeypatch, capfd):
+    """Only a closed stdout or stderr is quiet, not another broken connection."""
+
+    def fail(argv):
+        raise BrokenPipeError("the connection broke")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    with pytest.raises(BrokenPipeError, match="the connection broke"):
+        run_command(fail)

@@ -1,7 +1,7 @@
-"""SAEs keep their function in other libraries' formats and back, and what is damaged or impossible is refused.
+"""SAEs compute the same after export and import, and corrupt or unsupported files are refused.
 
-The other libraries are not installed here: what they compute is written out below from their documented forward. The
-real ones are asked by check_with_peers.py.
+The other libraries are not installed here: their documented forward passes are implemented below. check_with_peers.py
+runs the real ones.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def real_activations(texts: list[str]) -> torch.Tensor:
 
 
 def trained_sae(acts: torch.Tensor, **changes):
-    """A small SAE after some steps on the activations, so that no bias and no threshold is what it began as."""
+    """A small SAE after some training steps, so that no bias or threshold has its initial value."""
     cfg = get_default_cfg() | {"model_name": "demo/lm", "layer": 2, "act_size": 128, "dict_size": 256, "top_k": 8}
     cfg |= {"l1_coeff": 0.01, "lr": 3e-3, "device": "cpu", "seq_len": 64, "bandwidth": 0.1, "bos_per_context": True}
     cfg = post_init_cfg(cfg | changes)
@@ -71,7 +71,7 @@ def make_sae(acts):
 
 
 def assert_same(results, expected):
-    """(features, reconstructions) equal up to float32 rounding; a z this close to a threshold may fall either way."""
+    """(features, reconstructions) are equal up to float32 rounding, which may flip features with z near a threshold."""
     (features, reconstruction), (wanted, wanted_reconstruction) = results, expected
     flipped = (features > 0) != (wanted > 0)
     assert flipped.float().mean() < 1e-4 and (wanted > 0).any() and not (wanted > 0).all()
@@ -86,7 +86,7 @@ def ours(sae, x):
     return features, reconstruction
 
 
-# What the others compute: features [B, F] and reconstructions [B, d]
+# Forward passes of the other libraries: features [B, F] and reconstructions [B, d]
 
 
 def saelens_forward(folder, x):
@@ -149,14 +149,14 @@ FORWARD = {
 }  # fmt: skip
 
 
-# The function survives
+# Round trips
 
 
 @pytest.mark.parametrize("input_unit_norm", [False, True])
 @pytest.mark.parametrize("sae_type", TYPES)
 @pytest.mark.parametrize("to", FOREIGN)
 def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
-    """The other library computes what ours does, and so does what comes back, with its whole config."""
+    """The other library and the SAE imported again compute what ours does; the config is complete."""
     sae = make_sae(sae_type, input_unit_norm)
     if to == "dictionary_learning" and input_unit_norm:
         with pytest.raises(InputError, match="input_unit_norm = True"):
@@ -178,8 +178,8 @@ def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
         assert torch.equal(back.threshold, sae.threshold) and back.threshold_num_batches > 0
 
 
-def test_no_bias_was_trivial(make_sae):
-    """The round trips say something only if what could get lost is not 0."""
+def test_no_bias_is_trivial(make_sae):
+    """The round trips can only detect lost values that are not 0."""
     for sae_type in TYPES:
         assert make_sae(sae_type).b_dec.abs().min() > 0
     assert make_sae("vanilla").b_enc.any() and make_sae("jumprelu").b_enc.any()
@@ -187,7 +187,7 @@ def test_no_bias_was_trivial(make_sae):
 
 
 def test_command_line(make_sae, acts, tmp_path, capsys):
-    """From a run's folder out and back: the import is a run's folder again, which load_sae reads; safetensors too."""
+    """Export of a run's folder and import into another, which load_sae reads; also the format safetensors."""
     sae = make_sae("batchtopk", True)
     save_sae(sae, tmp_path / "run" / "sae")
     main([str(tmp_path / "run"), "--to", "saelens", "--out", str(tmp_path / "new" / "out")])
@@ -208,8 +208,8 @@ def test_command_line(make_sae, acts, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "here"])
-def test_an_empty_folder_is_as_good_as_none(make_sae, tmp_path, monkeypatch, kind):
-    """Also where it is a link, and where it is the working directory, which stays what it was: export and import."""
+def test_empty_output_folders(make_sae, tmp_path, monkeypatch, kind):
+    """Export and import write to an existing empty folder, a link to one, and the working directory."""
     for name in ("out", "back"):
         (tmp_path / name).mkdir()
     if kind == "link":
@@ -223,7 +223,7 @@ def test_an_empty_folder_is_as_good_as_none(make_sae, tmp_path, monkeypatch, kin
     assert load_sae(tmp_path / "back").cfg == make_sae("topk").cfg
 
 
-def test_a_write_that_fails_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     rename, names = Path.rename, []
 
@@ -242,7 +242,7 @@ def test_a_write_that_fails_leaves_an_empty_folder_empty(make_sae, tmp_path, mon
 def test_nothing_is_overwritten(make_sae, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".kept").touch()
-    with pytest.raises(InputError, match="nothing is overwritten"):
+    with pytest.raises(InputError, match="not overwritten"):
         export_sae(make_sae("topk"), "saelens", tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
@@ -263,8 +263,8 @@ def test_saelens_config_is_complete(make_sae, tmp_path):
     assert (metadata["prepend_bos"], metadata["context_size"]) == (True, 64)
 
 
-def test_dictionary_learning_reads_blocks_outputs(make_sae, tmp_path):
-    """What goes into block 2 comes out of block 1, as that library counts."""
+def test_dictionary_learning_reads_outputs_of_blocks(make_sae, tmp_path):
+    """The input of block 2 is the output of block 1 in that library."""
     export_sae(make_sae("topk"), "dictionary_learning", tmp_path / "out")
     trainer = json.loads((tmp_path / "out" / "config.json").read_text())["trainer"]
     assert (trainer["layer"], trainer["submodule_name"]) == (1, "resid_post_layer_1")
@@ -277,7 +277,7 @@ def test_float64_stays(acts, tmp_path):
     assert torch.equal(back.encode(acts), sae.encode(acts)) and back.W_enc.dtype == torch.float64
 
 
-# SAEs that were trained elsewhere
+# SAEs trained with other libraries
 
 
 def edit_json(path, edit):
@@ -294,7 +294,7 @@ def edit_tensors(path, edit):
 
 @pytest.fixture
 def foreign(make_sae, tmp_path):
-    """A folder as the other library writes it, without our config; and edits of its tensors and its config."""
+    """A folder as the other library writes it, without our config, after edits of its tensors and config."""
 
     def make(source, sae_type, tensors=lambda tensors: None, config=lambda config: None):
         folder = tmp_path / f"{source}_{sae_type}"
@@ -314,13 +314,13 @@ def foreign(make_sae, tmp_path):
 @pytest.mark.parametrize("sae_type", TYPES)
 @pytest.mark.parametrize("source", FOREIGN)
 def test_foreign_config(foreign, acts, source, sae_type):
-    """Without our config in it, the other library's own says what is needed."""
+    """The other library's config suffices."""
     folder = foreign(source, sae_type)
     back = import_sae(folder, source)
     assert back.cfg["hook_point"] in ("blocks.2.hook_resid_pre", "blocks.1.hook_resid_post")
     assert (back.cfg["model_name"], back.cfg["seq_len"]) == ("demo/lm", 64)
     if sae_type == "batchtopk" and source == "saelens":
-        assert back.cfg["sae_type"] == "jumprelu"  # it does not say that it was a BatchTopK
+        assert back.cfg["sae_type"] == "jumprelu"  # its config does not mention BatchTopK
     else:
         assert back.cfg["sae_type"] == sae_type
     back.train(source == "published" and sae_type == "batchtopk")
@@ -353,7 +353,7 @@ def negative_thresholds(tensors):
     ],
 )
 def test_other_parametrisations(foreign, acts, source, sae_type, becomes, tensors, config):
-    """Biases that an SAE type has elsewhere only, decoder rows of other norms, thresholds below 0."""
+    """Biases that our SAE type does not have, decoder rows with other norms, negative thresholds."""
     folder = foreign(source, sae_type, tensors, config)
     back = import_sae(folder, source)
     assert back.cfg["sae_type"] == becomes
@@ -361,7 +361,7 @@ def test_other_parametrisations(foreign, acts, source, sae_type, becomes, tensor
 
 
 def test_decoder_norms_are_folded(foreign, acts):
-    """dictionary_learning's loader gives an AutoEncoder decoder rows of unit norm; so does the import."""
+    """The import normalises the decoder rows of an AutoEncoder, as the loader of dictionary_learning does."""
     folder = foreign("dictionary_learning", "vanilla", longer_rows)
     features, reconstruction = dictionary_learning_forward(folder, acts)
     norms = torch.load(folder / "ae.pt", weights_only=True)["decoder.weight"].norm(dim=0)
@@ -428,10 +428,10 @@ def set_nan(tensors):
 @pytest.mark.parametrize(
     "source, sae_type, file, damage, message",
     [
-        ("published", "topk", "sae.pt", pickled_code, "more than plain tensors"),
-        ("published", "topk", "sae.pt", saved_code, "more than plain tensors"),
-        ("published", "topk", "sae.pt", cut_short, "damaged"),
-        ("published", "topk", "sae.pt", lambda path: torch.save([1], path), "no state dict"),
+        ("published", "topk", "sae.pt", pickled_code, "other than tensors"),
+        ("published", "topk", "sae.pt", saved_code, "other than tensors"),
+        ("published", "topk", "sae.pt", cut_short, "corrupt"),
+        ("published", "topk", "sae.pt", lambda path: torch.save([1], path), "not hold a state dict"),
         ("published", "topk", "sae.pt", lambda path: path.unlink(), "No such file"),
         ("published", "topk", "sae.pt", tensors(set_nan), "NaN"),
         ("published", "topk", "sae.pt", tensors(lambda t: t.pop("W_dec")), "W_dec is missing"),
@@ -441,7 +441,7 @@ def set_nan(tensors):
         ("published", "topk", "config.json", config(sae_type="quantile"), "sae_type = 'quantile'"),
         ("published", "topk", "config.json", config(tied_weights=True), "unknown config key 'tied_weights'"),
         ("published", "topk", "config.json", config(top_k="8"), "top_k = '8'"),
-        ("published", "topk", "config.json", without("input_unit_norm"), "no 'input_unit_norm'"),
+        ("published", "topk", "config.json", without("input_unit_norm"), "'input_unit_norm' is missing"),
         ("published", "batchtopk", "config.json", config(threshold=float("nan")), "NaN"),
         ("published", "topk", "config.json", lambda path: path.write_text("{"), "Expecting"),
         ("published", "topk", "config.json", lambda path: path.write_text("[]"), "cannot be read"),
@@ -449,11 +449,11 @@ def set_nan(tensors):
         ("saelens", "topk", "cfg.json", config(normalize_activations="constant_norm_rescale"), "constant_norm"),
         ("saelens", "topk", "cfg.json", config(reshape_activations="hook_z"), "hook_z"),
         ("saelens", "topk", "cfg.json", config(rescale_acts_by_decoder_norm=True), "rescale"),
-        ("saelens", "topk", "cfg.json", without("metadata"), "no 'metadata'"),
+        ("saelens", "topk", "cfg.json", without("metadata"), "'metadata' is missing"),
         ("saelens", "topk", "cfg.json", config(d_in=64), "W_enc is"),
         ("saelens", "topk", "cfg.json", config(k=257), "top_k = 257"),
         ("saelens", "topk", "sae_weights.safetensors", tensors(set_nan), "NaN"),
-        ("saelens", "topk", "sae_weights.safetensors", cut_short, "damaged"),
+        ("saelens", "topk", "sae_weights.safetensors", cut_short, "corrupt"),
         ("saelens", "topk", "sae_weights.safetensors", tensors(add_bias), "encoder bias"),
         (
             "saelens",
@@ -464,15 +464,15 @@ def set_nan(tensors):
         ),
         ("dictionary_learning", "topk", "config.json", config(dict_class="GatedAutoEncoder"), "only AutoEncoder, "),
         ("dictionary_learning", "topk", "config.json", config(k=9), "k in ae.pt"),
-        ("dictionary_learning", "topk", "config.json", config(submodule_name="x"), "where the SAE reads"),
+        ("dictionary_learning", "topk", "config.json", config(submodule_name="x"), "submodule_name = 'x'"),
         ("dictionary_learning", "topk", "ae.pt", tensors(add_bias), "encoder bias"),
         ("dictionary_learning", "vanilla", "ae.pt", tensors(lambda t: t.pop("bias")), "b_dec is missing"),
-        ("dictionary_learning", "vanilla", "ae.pt", pickled_code, "more than plain tensors"),
+        ("dictionary_learning", "vanilla", "ae.pt", pickled_code, "other than tensors"),
         ("dictionary_learning", "jumprelu", "ae.pt", tensors(set_nan), "NaN"),
     ],
 )
 def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, damage, message):
-    """One line that says what is wrong; no code that came with a file is run."""
+    """One line names the problem, and no code in the file is executed."""
     monkeypatch.chdir(tmp_path)
     folder = foreign(source, sae_type)
     damage(folder / file)
@@ -485,7 +485,7 @@ def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, damage,
 @pytest.mark.parametrize("char", ["\x1b", "\n", "\r", "\x00", "\x7f", "\x9b"])
 @pytest.mark.parametrize("where", ["model_name", "site", "dataset_path", "tensor"])
 def test_no_control_character_reaches_the_terminal(foreign, tmp_path, monkeypatch, capsys, where, char):
-    """A config's text or a tensor's name with one is refused, in one line that shows it escaped."""
+    """A control character in a config value or tensor name is refused; the error shows it escaped, in one line."""
     hostile = f"blocks.2.hook_resid_pre{char}[31mred"
     if where == "tensor":
         folder = foreign("published", "topk", lambda tensors: tensors.update({hostile: torch.zeros(1)}))
@@ -500,7 +500,7 @@ def test_no_control_character_reaches_the_terminal(foreign, tmp_path, monkeypatc
     assert hostile.encode("unicode_escape").decode() in err and not (tmp_path / "run").exists()
 
 
-def test_the_pickles_would_run_code(tmp_path, monkeypatch):
+def test_the_pickles_execute_code_if_trusted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved_code(tmp_path / "sae.pt")
     torch.load(tmp_path / "sae.pt", weights_only=False)

@@ -1,4 +1,4 @@
-"""features.py: its figures against a slow reference, hostile text, and the page in a real browser."""
+"""features.py: its statistics against a slow reference, hostile text, and the page in a real browser."""
 
 import copy
 import html
@@ -65,20 +65,20 @@ def group(tmp_path_factory):
     return model, store, {name: sae.eval() for name, sae in zip(SAES, saes)}
 
 
-# The figures
+# Statistics
 
 
 @pytest.mark.parametrize(
     "name, contexts_at_a_time, excluded", [(name, n, []) for name in SAES for n in (1, 7)] + [("batchtopk", 7, [0, 4])]
 )
 def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, excluded, monkeypatch):
-    """Counts, energy, histograms and the top contexts with their shading, a context and a feature at a time."""
+    """Counts, energy, histograms and top contexts with their activations, one context and feature at a time."""
     store, sae = copy.copy(group[1]), group[2][name]
     store.excluded = torch.tensor(excluded, dtype=torch.int64)
     seq_len, skip, dict_size = store.seq_len, store.cfg["eval_skip_positions"], sae.cfg["dict_size"]
     monkeypatch.setattr(features, "CHUNK", contexts_at_a_time * dict_size * seq_len)
     got = features.feature_statistics(sae, store)
-    with torch.no_grad():  # a chunk's products round alike only in a chunk: encode the same rows together
+    with torch.no_grad():  # rounding depends on the shape: encode the same chunks
         parts = [store.get_activations(part)[:, skip:] for part in store.eval_contexts.split(contexts_at_a_time)]
         acts = torch.cat([sae.encode(x.flatten(0, 1)).view(*x.shape[:2], -1) for x in parts]).numpy()
     acts = np.pad(acts, ((0, 0), (skip, 0), (0, 0)))
@@ -111,7 +111,7 @@ def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, excl
 
 
 def test_logit_effects_are_the_direct_path(group):
-    """Norm and unembedding by hand, in float64, on transformers' own weights; a bias of theirs has no part in it."""
+    """Norm and unembedding by hand in float64, with the weights of transformers and without biases."""
     model = group[0]
     hf_model = transformers.GPT2LMHeadModel.from_pretrained(DEMO_LM)
     gamma, W_U = hf_model.transformer.ln_f.weight.double(), hf_model.lm_head.weight.double()
@@ -123,7 +123,7 @@ def test_logit_effects_are_the_direct_path(group):
 
 
 def test_page_data(group):
-    """Tokens, neighbours and logit lists of a page are those of the SAE, the model and the text."""
+    """Tokens, nearest features and logit effects on a page follow from the SAE, the model and the text."""
     model, store, sae = group[0], group[1], group[2]["batchtopk"]
     statistics = features.feature_statistics(sae, store)
     data = features.page_data(sae, model, store, statistics, [5, 0, 63])
@@ -150,20 +150,20 @@ def test_page_data(group):
             assert shown[position - start] == max(shown) == pytest.approx(statistics["value"][n, i].item(), rel=6e-3)
 
 
-def test_interesting_is_energy_after_rare_and_dense():
+def test_ranking_is_by_energy_with_rare_and_dense_features_last():
     statistics = {
         "active": torch.tensor([500, 50, 9, 50, 0, 60]),
         "energy": torch.tensor([9.0, 2, 8, 3, 0, 1]).double(),
     }
     W_dec = torch.eye(6) * torch.tensor([1.0, 1, 1, 1, 1, 2])[:, None]
-    assert features.most_interesting(statistics, W_dec, 1000) == [5, 3, 1, 0, 2]
+    assert features.rank_features(statistics, W_dec, 1000) == [5, 3, 1, 0, 2]
 
 
 # Text
 
 
 def test_token_texts_of_a_byte_level_tokenizer():
-    """Joined they are the text; halves of a character are bytes, invisible characters are escaped."""
+    """Joined, they are the text; incomplete UTF-8 and invisible characters are escaped."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_LM)
 
     def seen(text: str) -> str:
@@ -171,14 +171,14 @@ def test_token_texts_of_a_byte_level_tokenizer():
 
     for text in ["def f(x):\n    return x", "</script>", "a & b"]:
         assert seen(text) == text.replace("\n", "↵")
-    assert seen("🐢") == "\\xf0\\x9f\\x90\\xa2", "no token of this model is more of it than a byte"
+    assert seen("🐢") == "\\xf0\\x9f\\x90\\xa2", "this tokenizer splits it into single bytes"
     assert seen("a\x00\tb") == "a\\x00\\tb"
     assert seen("\u202e").isprintable()
     assert features.token_texts(tokenizer, [0]) == ["<|endoftext|>"]
 
 
 def test_token_texts_of_a_sentencepiece_tokenizer():
-    """▁ is a space, <0xE2> a byte; the letter Ġ is a letter there."""
+    """▁ is a space and <0xE2> a byte; Ġ is an ordinary letter."""
     model = tokenizers.Tokenizer.from_str(
         json.dumps(
             {
@@ -197,7 +197,7 @@ def test_token_texts_of_a_sentencepiece_tokenizer():
 
 
 def test_page_holds_hostile_text_as_data(tmp_path):
-    """Whatever names and tokens hold, the page has the template's elements and its data reads back unchanged."""
+    """Hostile names and tokens add no elements to the template, and the data is read back unchanged."""
     data = {"vocab": HOSTILE}
     features.write_page(tmp_path / "page.html", HOSTILE[0], data)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -227,7 +227,7 @@ def page_of(folder: Path) -> dict:
 
 
 def test_command_writes_the_same_page_twice(run_folder, capsys):
-    """Chosen features first, then the most interesting; a second run gives the same bytes."""
+    """Requested features come first, then the top-ranked ones; a second run writes the same bytes."""
     features.main([str(run_folder), "--features", "7", "3", "7", "--num", "5"])
     first = (run_folder / "features.html").read_bytes()
     numbers = [page["i"] for page in page_of(run_folder)["features"]]
@@ -240,7 +240,7 @@ def test_command_writes_the_same_page_twice(run_folder, capsys):
 
 
 def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
-    """Its page has no feature, but its metrics, and shows a dead one if asked for."""
+    """Its page has metrics but no features, except requested ones."""
     sae = copy.deepcopy(group[2]["batchtopk"])
     sae.threshold.fill_(1e9)
     save_sae(sae, tmp_path / "sae")
@@ -253,7 +253,7 @@ def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
 
 
 def test_bad_input_is_one_line(run_folder, group, tmp_path):
-    """A missing run, a feature that does not exist, a model that is not found, an SAE without threshold, damage."""
+    """A missing run, feature or model, an SAE without a threshold, a corrupt record."""
 
     def refused(*args) -> str:
         with pytest.raises(InputError) as error:
@@ -261,11 +261,11 @@ def test_bad_input_is_one_line(run_folder, group, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "no folder" in refused(tmp_path / "nosuch")
+    assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
-    assert "no feature 64: those of" in refused(run_folder, "--features", 64) and "0 to 63" in refused(
-        run_folder, "--features", -1
-    )
+    for feature in (64, -1):
+        message = f"--features {feature} is not allowed: it must be 0 to 63"
+        assert message in refused(run_folder, "--features", feature)
     assert "--num -1" in refused(run_folder, "--num", -1)
     assert "nothing to show" in refused(run_folder, "--num", 0)
 
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line(run_folder, group, tmp_path):
     write_json(other / "sae" / "cfg.json", group[2]["batchtopk"].cfg | {"model_name": "./nosuch"})
     assert "./nosuch" in refused(other)
     (other / "result.json").write_text("{")
-    assert "result.json is damaged" in refused(other)
+    assert "result.json is corrupt" in refused(other)
     (other / "result.json").unlink()
     sae = copy.deepcopy(group[2]["batchtopk"])
     sae.threshold_num_batches.zero_()
@@ -282,13 +282,13 @@ def test_bad_input_is_one_line(run_folder, group, tmp_path):
     assert "threshold" in refused(other)
     command = [sys.executable, "features.py", "nosuch"]
     done = subprocess.run(command, cwd=DEMO_LM.parent.parent, capture_output=True, text=True)
-    assert done.returncode == 2 and re.fullmatch("error: nosuch is no folder; .*\n", done.stderr)
+    assert done.returncode == 2 and re.fullmatch("error: nosuch is not a folder; .*\n", done.stderr)
 
 
 # The browser
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# What a reader does, and what they then see; it takes the page's place. Laid out by then, on the real clock.
+# Simulates a reader and replaces the page by what they see. `ready` is the real time until the layout is done.
 DRIVE = """<script>{
   const height = document.body.offsetHeight, seen = {ready: performance.now(), title: document.title}
   const list = document.getElementById("list")
@@ -297,7 +297,7 @@ DRIVE = """<script>{
   const type = text => set(document.getElementById("search"), text, "input")
   const sort = key => set(document.getElementById("sort"), key, "change")
   seen.at_first = numbers()
-  for (const key of ["number", "dense", "rare", "max", "interest"]) { sort(key); seen[key] = numbers() }
+  for (const key of ["number", "dense", "rare", "max", "energy"]) { sort(key); seen[key] = numbers() }
   type("<\\/SCRIPT>"); seen.script = numbers()
   type("no such text"); seen.nothing = numbers()
   type("#" + seen.at_first[1]); seen.one = numbers()
@@ -314,7 +314,7 @@ DRIVE = """<script>{
 
 
 def in_browser(page: Path, tmp_path: Path) -> dict:
-    """What DRIVE saw of the page."""
+    """The results of DRIVE on the page."""
     driven = tmp_path / "driven.html"
     driven.write_text(page.read_text(encoding="utf-8").replace("</html>", DRIVE + "</html>"), encoding="utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
@@ -328,14 +328,14 @@ def in_browser(page: Path, tmp_path: Path) -> dict:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page was NOT opened in a browser")
 def test_page_in_a_browser(run_folder, tmp_path):
-    """It shows what the data say, sorts, searches by number and text, runs nothing of the text and loads nothing."""
+    """It shows the data, sorts, searches by number and text, executes no code in the text and loads nothing."""
     features.main([str(run_folder), "--num", "64"])
     data = page_of(run_folder)
     seen = in_browser(run_folder / "features.html", tmp_path)
     pages = {page["i"]: page for page in data["features"]}
     assert seen["title"].startswith("Features of batchtopk_64") and seen["images"] == 0 and seen["loaded"] == []
     shown = len(seen["at_first"])
-    assert seen["at_first"] == seen["interest"] == list(pages)[:shown] and shown >= min(60, len(pages))
+    assert seen["at_first"] == seen["energy"] == list(pages)[:shown] and shown >= min(60, len(pages))
     assert seen["number"] == sorted(pages)[:shown]
     for key, figure, sign in [("dense", "active", -1), ("rare", "active", 1), ("max", "max", -1)]:
         assert seen[key] == sorted(pages, key=lambda i: sign * pages[i][figure])[:shown]
@@ -357,7 +357,7 @@ def test_page_in_a_browser(run_folder, tmp_path):
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page was NOT opened in a browser")
 def test_a_page_of_2048_features_opens_in_under_two_seconds(run_folder, tmp_path):
-    """2048 features of a run's, numbered anew; the limit has the browser's own clock."""
+    """2048 copies of a run's features, measured with the browser's clock."""
     features.main([str(run_folder), "--num", "64"])
     data = page_of(run_folder)
     copies = [page | {"i": i} for i, page in enumerate((data["features"] * 2048)[:2048])]

@@ -1,4 +1,4 @@
-"""main.py as a user runs it: sweeps end to end, bad input in one line, tables and figures."""
+"""main.py as a user runs it: complete sweeps, bad input, tables and figures."""
 
 import concurrent.futures
 import csv
@@ -17,13 +17,13 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO_LM = REPO / "demo" / "lm"
-# Few tokens, and runs of one group: seconds, not minutes.
+# Few tokens, and all runs in one group, so that a sweep takes seconds.
 TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", "top_k_aux=16"]
 DEMO_RUNS, PAPER_RUNS = 16, 15
 
 
 def environment(home: Path) -> dict:
-    """No network, no account, nothing of the user's: the hub is a port that nobody listens on."""
+    """No network, account or user settings: the hub is a closed port."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HF_"))}
     env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
     home.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
-# A whole sweep
+# A complete sweep
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         assert (folder / "sae" / "sae_weights.safetensors").is_file()
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
     assert types == {"vanilla", "topk", "batchtopk", "jumprelu"}
-    assert sweep.name != "demo", "a sweep with overrides has a folder of its own"
+    assert sweep.name != "demo", "a sweep with overrides has a separate folder"
     assert (sweep / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert (sweep / "results.pdf").read_bytes()[:4] == b"%PDF"
     with open(sweep / "results.csv", newline="") as file:
@@ -91,11 +91,11 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         assert sum(line.lstrip("| ").startswith(label.strip()) for line in table.splitlines()) == count
     assert "ce_degradation" in table and str(sweep / "results.png") in table
     (page,) = sweep.glob("*/features.html")
-    assert page.parent.name.startswith("batchtopk_512_k16_") and f" of 512 features: {page}" in table
+    assert page.parent.name.startswith("batchtopk_512_k16_") and f" of 512 features to {page}" in table
 
 
-def test_demo_says_what_it_does(demo):
-    """The plan, the progress and the missing login are told on stderr; nothing is a traceback or a warning."""
+def test_demo_prints_its_progress(demo):
+    """The plan, the progress and the missing login are on stderr, without a traceback or a warning."""
     first, _, _, _ = demo
     assert "16 SAEs on " in first.stderr and "blocks.2.hook_resid_pre" in first.stderr
     for shown in ("tok/s", "loss", "L0", "dead"):
@@ -104,13 +104,13 @@ def test_demo_says_what_it_does(demo):
     assert "Traceback" not in first.stderr and "Warning" not in first.stderr
 
 
-def test_rerun_skips_what_is_finished(demo):
-    """The same command again trains nothing, touches no record, and draws the figure anew."""
+def test_rerun_skips_finished_runs(demo):
+    """The same command again trains nothing, changes no record, and draws the figure again."""
     first, again, sweep, before = demo
     assert again.returncode == 0, again.stderr
     assert snapshot(sweep) == before
     assert "16 of 16 runs are finished" in again.stderr and "tok/s" not in again.stderr
-    assert again.stdout and first.stdout.startswith(again.stdout), "the page is there: it is not written again"
+    assert again.stdout and first.stdout.startswith(again.stdout), "the page exists and is not written again"
     assert (sweep / "results.png").is_file()
 
 
@@ -122,7 +122,7 @@ def test_results_of_a_sweep_folder(demo, tmp_path):
     done = run("results.py", copy, home=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.replace(str(copy), str(sweep))
-    assert printed and first.stdout.startswith(printed), "all but the line about the page of features"
+    assert printed and first.stdout.startswith(printed), "all but the line about features.html"
     assert {path.name for path in copy.glob("results.*")} == {
         f"results.{ending}" for ending in ("png", "pdf", "csv", "md")
     }
@@ -130,7 +130,7 @@ def test_results_of_a_sweep_folder(demo, tmp_path):
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """A demo whose overrides leave one kind of run, with two seeds."""
+    """A demo whose overrides make all runs equal, with two seeds."""
     folder = tmp_path_factory.mktemp("merged")
     overrides = ["sae_type=batchtopk", "top_k=4", "l1_coeff=0", *TINY, f"output_dir={folder / 'runs'}"]
     done = run("main.py", "demo", *overrides, "--seeds", "1", "2", home=folder / "home")
@@ -140,12 +140,12 @@ def merged(tmp_path_factory):
 
 
 def test_equal_runs_are_merged_and_seeds_are_not(merged):
-    """Runs that overrides make equal are trained once, which the log says; each seed is a run of its own."""
+    """Runs that overrides make equal are trained once, which is printed; each seed is a separate run."""
     done, sweep = merged
     configs = [json.loads((folder / "config.json").read_text()) for folder in run_folders(sweep)]
     assert sorted(config["seed"] for config in configs) == [1, 2]
     assert all((folder / "result.json").is_file() for folder in run_folders(sweep))
-    assert re.search(r"\b32 runs are 2\b.*merged", done.stderr)
+    assert re.search(r"Merged .* 32 runs become 2$", done.stderr, re.MULTILINE)
     overrides = {"sae_type": "batchtopk", "top_k": 4, "dict_size": 64, "num_tokens": 6000, "eval_tokens": 512}
     for config in configs:
         assert {key: config[key] for key in overrides} == overrides
@@ -160,19 +160,19 @@ def test_seeds_are_averaged(merged):
     assert nmse[0] != nmse[1]
 
 
-def test_without_login_it_is_said_once(merged):
-    """Without a Weights & Biases account training goes on, and says so once for all runs."""
+def test_missing_login_is_reported_once(merged):
+    """Without a Weights & Biases account, training continues and prints one line for all runs."""
     done, sweep = merged
     assert done.stderr.count("Not logged in to Weights & Biases") == 1
     assert not list(sweep.glob("*/wandb"))
 
 
-# Without training: this process runs main.py's own __main__ block, which saves the import of torch
+# Without training: the __main__ block of main.py runs in this process, which saves the import of torch
 
 
 @pytest.fixture
 def main_here(monkeypatch, capfd, tmp_path):
-    """Run `python main.py ARGS` in this process; exit code, stdout and stderr. Any other exception fails the test."""
+    """Run `python main.py ARGS` in this process: exit code, stdout and stderr. Other exceptions fail the test."""
     import datasets
     import huggingface_hub
 
@@ -199,7 +199,7 @@ def main_here(monkeypatch, capfd, tmp_path):
 
 
 def test_list_prints_the_runs(main_here, tmp_path):
-    """--list prints one unique name a line and does nothing else: 15 runs for the paper, which is the default."""
+    """--list prints one unique name per line and does nothing else; the default is paper, with 15 runs."""
     names = {}
     for sweep, count in [("paper", PAPER_RUNS), ("demo", DEMO_RUNS)]:
         code, out, err = main_here(sweep, "--list", f"output_dir={tmp_path / 'runs'}")
@@ -226,8 +226,8 @@ def test_the_papers_sweep(monkeypatch):
     assert {cfg["sweep"] for cfg in main.sweep_configs("paper", {})} == {"paper"}
 
 
-def test_overrides_hold_for_every_run(main_here):
-    """An override changes every name, an override with the default's value none; the order does not matter."""
+def test_overrides_apply_to_every_run(main_here):
+    """An override changes every name, unless its value is the default; the order does not matter."""
     plain = main_here("demo", "--list")[1].splitlines()
     assert main_here("demo", "--list", "lr=0.003")[1].splitlines() == plain
     changed = main_here("demo", "lr=1e-3", "n_batches_to_dead=7", "--list")[1].splitlines()
@@ -235,7 +235,7 @@ def test_overrides_hold_for_every_run(main_here):
     assert main_here("demo", "--list", "n_batches_to_dead=7", "lr=.001")[1].splitlines() == changed
     _, out, err = main_here("demo", "--list", "sae_type=topk", "--seeds", "1", "2", "3")
     assert len(out.splitlines()) == len(set(out.splitlines())) < 48
-    assert "merged" in err
+    assert "Merged" in err
 
 
 def test_arguments_in_any_order(main_here):
@@ -251,7 +251,7 @@ def test_arguments_in_any_order(main_here):
 
 
 def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
-    """Where the file at dataset_path is not what finished runs were trained on, a line says so; they are left alone."""
+    """If the file at dataset_path has changed since finished runs, a line warns about it; the runs are unchanged."""
     import main
 
     data, runs = tmp_path / "text.jsonl", tmp_path / "runs"
@@ -267,7 +267,7 @@ def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
     main.warn_of_changed_data(cfgs)
     data.rename(tmp_path / "elsewhere.jsonl")
     main.warn_of_changed_data(cfgs)
-    assert capfd.readouterr().err == "", "another time is not other data, and no data neither"
+    assert capfd.readouterr().err == "", "another mtime is not a change, nor is missing data"
     data.write_bytes((tmp_path / "elsewhere.jsonl").read_bytes().replace(b"module_7 ", b"modula_7 "))
     code, _, err = main_here("demo", *overrides)
     (line,) = [line for line in err.splitlines() if "changed" in line]
@@ -275,8 +275,8 @@ def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
     assert snapshot(sweep) == before
 
 
-def test_sweeps_with_overrides_have_folders_of_their_own():
-    """The folder changes with overrides that change results, not with those that say how runs are recorded."""
+def test_sweeps_with_overrides_have_separate_folders():
+    """The folder changes with overrides that affect results, not with those that affect the recording of runs."""
     import main
 
     def folder(**overrides):
@@ -297,7 +297,7 @@ BAD_CONFIG = {
     "a boolean for a number": (["demo", "lr=True"], "lr = True.*float"),
     "a number for a boolean": (["demo", "input_unit_norm=1"], "input_unit_norm = 1 .*bool"),
     "none for a number": (["demo", "top_k=none"], "top_k = None"),
-    "a literal that is none": (["demo", "lr={[]:1}"], r"lr = .*\{\[\]:1\}"),
+    "not a literal": (["demo", "lr={[]:1}"], r"lr = .*\{\[\]:1\}"),
     "a negative rate": (["demo", "lr=-1"], "lr = -1.0.*above 0"),
     "top_k above dict_size": (["demo", "top_k=9000"], "top_k = 9000.*dict_size = (512|256)"),
     "unknown dtype": (["demo", "dtype=float16"], "dtype = 'float16'.*float32"),
@@ -320,7 +320,7 @@ BAD_STREAM = {
     "no model directory": (["model_name={tmp}/nothing"], "nothing'.*no such folder"),
     "model without weights": (["model_name={tmp}/no_weights"], "no_weights'.*no weights"),
     "model without tokenizer": (["model_name={tmp}/no_tokenizer"], "no_tokenizer'.*no tokenizer"),
-    "broken weights": (["model_name={tmp}/broken_weights"], "broken_weights' cannot be loaded"),
+    "corrupt weights": (["model_name={tmp}/broken_weights"], "broken_weights' cannot be loaded"),
     "no data file": (["dataset_path={tmp}/none.jsonl"], "none.jsonl'.*no such file"),
     "no known column": (["dataset_path={tmp}/columns.jsonl"], "columns.jsonl'.*tokens, input_ids, text.*body"),
     "empty data": (["dataset_path={tmp}/empty.jsonl"], "empty.jsonl' is empty"),
@@ -348,10 +348,10 @@ def bad_files(tmp_path) -> Path:
 
 
 def the_error(code: int, err: str) -> str:
-    """The one line on stderr that is not the plan of a sweep, nor the bar that a slow machine shows."""
+    """The one line on stderr beside the plan of a sweep and progress bars."""
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
-    told = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |It takes about |\d+ runs are \d+ |counting tokens: |$"
-    lines = [line for line in lines if not re.match(told, line)]
+    plan = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |Estimated time: |Merged equal runs: |counting tokens: |$"
+    lines = [line for line in lines if not re.match(plan, line)]
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     return lines[0]
@@ -359,7 +359,7 @@ def the_error(code: int, err: str) -> str:
 
 @pytest.mark.parametrize("case", BAD_CONFIG)
 def test_bad_overrides(main_here, tmp_path, case):
-    """A bad command line is one line on stderr that names key and value, exit code 2, and nothing on the disk."""
+    """A bad command line gives one line on stderr with key and value, exit code 2, and no files."""
     args, pattern = BAD_CONFIG[case]
     code, out, err = main_here(args[0], f"output_dir={tmp_path / 'runs'}", *args[1:])
     assert re.search(pattern, the_error(code, err)) and out == ""
@@ -369,7 +369,7 @@ def test_bad_overrides(main_here, tmp_path, case):
 
 @pytest.mark.parametrize("case", BAD_STREAM)
 def test_bad_model_or_data(main_here, bad_files, case):
-    """A bad model or dataset is found out before any training: one line, exit code 2, no run folder."""
+    """A bad model or dataset is detected before training: one line, exit code 2, no run folder."""
     args, pattern = BAD_STREAM[case]
     args = [arg.replace("{tmp}", str(bad_files)) for arg in args]
     before = snapshot(bad_files.parent)
@@ -379,7 +379,7 @@ def test_bad_model_or_data(main_here, bad_files, case):
 
 
 def test_bad_input_as_a_user_sees_it(bad_files):
-    """The same in processes of their own: nothing but the plan and one line, on stderr, and exit code 2."""
+    """The same in separate processes: only the plan and one line on stderr, and exit code 2."""
     cases = [
         ("demo", *BAD_CONFIG["unknown sae_type"][0][1:]),
         ("demo", *TINY, *BAD_STREAM["wrong act_size"][0]),
@@ -397,22 +397,22 @@ def test_bad_input_as_a_user_sees_it(bad_files):
         lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: l1_coeff is 0")]
         assert re.search(pattern, the_error(process.returncode, "\n".join(lines)))
         assert "Traceback" not in process.stderr and process.stdout == ""
-    assert process.stderr.count("warning: l1_coeff is 0") >= 1, "a warning is a line too, not a stack"
+    assert process.stderr.count("warning: l1_coeff is 0") >= 1, "a warning is one line, without a stack trace"
     assert not (bad_files / "runs").exists()
 
 
 def test_without_a_network_it_points_to_the_demo(tmp_path):
-    """`python main.py` without a network ends in a line or two that name the way out; nothing is left behind."""
+    """`python main.py` without a network ends with one or two lines that suggest alternatives; no files are left."""
     done = run("main.py", f"output_dir={tmp_path / 'runs'}", home=tmp_path / "home")
     assert done.returncode == 2
     assert 1 <= len(done.stderr.splitlines()) <= 2
-    for way_out in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):
-        assert way_out in done.stderr
+    for text in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):
+        assert text in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_a_network_the_data_is_told_too(main_here, tmp_path):
-    """A local model with a hub dataset and no network: one line that names the dataset and the way out."""
+def test_without_a_network_the_dataset_is_named(main_here, tmp_path):
+    """A local model with a hub dataset and no network: one line with the dataset and alternatives."""
     code, out, err = main_here("demo", *TINY, "dataset_path=Skylion007/openwebtext", f"output_dir={tmp_path / 'runs'}")
     error = the_error(code, err)
     assert "Skylion007/openwebtext" in error and "dataset_path" in error and "main.py demo" in error
@@ -420,7 +420,7 @@ def test_without_a_network_the_data_is_told_too(main_here, tmp_path):
 
 
 def test_a_machine_that_is_too_small(main_here, tmp_path):
-    """A sweep far beyond the machine is refused by an estimate that is printed before anything starts."""
+    """A sweep far beyond the machine is refused, with an estimate, before anything starts."""
     code, out, err = main_here("demo", "num_tokens=1e15", f"output_dir={tmp_path / 'runs'}")
     error = the_error(code, err)
     assert "too small" in error and "days" in error and "main.py demo" in error

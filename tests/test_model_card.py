@@ -1,6 +1,6 @@
-"""A model card has the SAE's own numbers and code that works; --upload, and only that, puts an export on the hub.
+"""A model card has the numbers of its SAE and code that works. Only --upload uploads an export to the hub.
 
-The hub is one on this machine (hub_server.py); the client is the real huggingface_hub.
+The hub is a local server (hub_server.py); the client is the real huggingface_hub.
 """
 
 import json
@@ -31,7 +31,7 @@ TOKEN = "hf_of_this_test"
 
 
 def make_sae(sae_type: str, **changes):
-    """Nothing in it is what it began as, so that a card that loads something else is found out."""
+    """No parameter has its initial value, so that a test fails if a card's code loads something else."""
     cfg = get_default_cfg() | {"act_size": 16, "dict_size": 64, "top_k": 4, "l1_coeff": 0.01, "device": "cpu"}
     sae = SAE_CLASSES[sae_type](post_init_cfg(cfg | {"sae_type": sae_type} | changes)).eval()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def make_run(folder: Path, sae, metrics: dict | None = None) -> Path:
 
 
 def some_metrics(shift: float = 0) -> dict:
-    metrics = {key: shift + i / 7 for i, key in enumerate(model_card.METRICS)}
+    metrics = {key: shift + i / 7 for i, key in enumerate(model_card.METRIC_DEFINITIONS)}
     return metrics | {f"{key}_se": value / 100 for key, value in metrics.items()}
 
 
@@ -78,7 +78,7 @@ def rows(card: str) -> dict:
 
 @pytest.mark.parametrize("to", [*FOREIGN, "safetensors"])
 def test_metadata(tmp_path, to):
-    """huggingface_hub reads it: names of the hub are given as such, the license is left open."""
+    """huggingface_hub reads the metadata: names are hub names, the license is left open."""
     export_sae(
         make_sae("topk", input_unit_norm=False),
         to,
@@ -89,10 +89,10 @@ def test_metadata(tmp_path, to):
     assert card.data.library_name == (to if to in ("saelens", "dictionary_learning") else "batchtopk")
     assert (card.data.base_model, card.data.datasets) == ("gpt2", ["Skylion007/openwebtext"])
     assert {"sparse-autoencoder", "topk"} <= set(card.data.tags) and card.data.license is None
-    assert "# TopK SAE of 64 features, blocks.8.hook_resid_pre of gpt2-small" in card.text
+    assert "# TopK SAE with 64 features, blocks.8.hook_resid_pre of gpt2-small" in card.text
 
 
-def test_local_names_are_no_hub_names(tmp_path, monkeypatch):
+def test_local_paths_are_not_in_the_metadata(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some" / "lm").mkdir(parents=True)
     for name, dataset in [("some/lm", "some/text.jsonl"), (str(tmp_path / "lm"), str(tmp_path / "text"))]:
@@ -103,14 +103,14 @@ def test_local_names_are_no_hub_names(tmp_path, monkeypatch):
         assert data.base_model is None and data.datasets is None
 
 
-def test_its_own_numbers(tmp_path):
-    """Those of result.json; of evaluation.json, once that is there; for the published scripts the batch top-k."""
+def test_metrics(tmp_path):
+    """They are from evaluation.json, else from result.json; for the published scripts with the top k of the batch."""
     sae, metrics = make_sae("batchtopk"), some_metrics()
     batch = {re.sub("(_se)?$", r"_batch\1", key, count=1): value + 0.5 for key, value in metrics.items()}
     run = make_run(tmp_path / "run", sae, metrics | batch | {"tokens": 1_234_944, "steps": 3, "seconds": 4.5})
     card = model_card.model_card(sae, "saelens", run)
     assert "trained on 1,234,944 tokens of `Skylion007/openwebtext`" in card and "first 65,536 tokens" in card
-    for key in model_card.METRICS:
+    for key in model_card.METRIC_DEFINITIONS:
         assert rows(card)[key] == f"{metrics[key]:.4f} ± {metrics[f'{key}_se']:.4f}"
     assert "f = z where z > 0.54321, else 0" in card and "4·B largest" in card
     published = model_card.model_card(sae, "published", run)
@@ -122,19 +122,19 @@ def test_its_own_numbers(tmp_path):
     assert rows(card)["fvu"] == f"{newer['fvu']:.4f} ± {newer['fvu_se']:.4f}"
     assert "first 2,560 tokens" in card and "trained on 1,234,944" in card
     (run / "result.json").write_text("{")
-    with pytest.raises(InputError, match="result.json is damaged"):
+    with pytest.raises(InputError, match="result.json is corrupt"):
         main([str(run), "--to", "saelens", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_metrics_are_those_that_evaluation_gives():
-    """No metric on the card has another name than in a result."""
+def test_metrics_have_the_names_of_evaluation():
+    """Every metric on the card is defined in evaluation.py."""
     text = evaluation.__doc__
-    assert all(re.search(rf"\b{key}\b", text) for key in model_card.METRICS)
+    assert all(re.search(rf"\b{key}\b", text) for key in model_card.METRIC_DEFINITIONS)
 
 
 def test_config(tmp_path):
-    """What changes the result is there; what says nothing of this SAE type is not, nor folders of this machine."""
+    """The card has the keys that affect the result; keys unused by the SAE type and local folders are left out."""
     sae = make_sae("jumprelu", bandwidth=0.25, lr=0.125, output_dir="/home/me/runs", activation_cache="/home/me/cache")
     run = make_run(tmp_path / "run", sae, {"tokens": 9})
     for to in ("saelens", "published", "safetensors"):
@@ -146,8 +146,8 @@ def test_config(tmp_path):
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "x` | [click](http://evil) | `", "a\u202eb", "<!-- "])
-def test_names_are_no_markup(tmp_path, hostile):
-    """What a foreign config has for names is shown as text: the card is as it would be, but for the odd characters."""
+def test_names_are_not_rendered_as_markup(tmp_path, hostile):
+    """Names in an untrusted config change nothing but their own text: markup in them is replaced."""
     names = [f"lm {hostile}", f"text {hostile}", f"blocks.8.{hostile}"]
     harmless = ["".join(c if c.isprintable() and c not in "<>`|[]" else "\ufffd" for c in name) for name in names]
     cards = []
@@ -158,20 +158,20 @@ def test_names_are_no_markup(tmp_path, hostile):
     assert cards[0] == cards[1] and all(name in cards[0] for name in harmless)
 
 
-def test_what_is_not_known_is_said(tmp_path):
-    """An SAE that was trained elsewhere gets no claims from the defaults of the config."""
+def test_unknown_training_is_not_made_up(tmp_path):
+    """The card of an SAE trained elsewhere does not present default config values as its own."""
     export_sae(make_sae("topk"), "published", tmp_path / "theirs")
     main([str(tmp_path / "theirs"), "--from", "published", "--out", str(tmp_path / "run")])
     main([str(tmp_path / "run"), "--to", "saelens", "--out", str(tmp_path / "out")])
     card = card_of(tmp_path / "out")
-    assert "It has not been evaluated: there are no numbers." in card and "is not recorded here" in card
+    assert "No metrics are recorded." in card and "training is not recorded" in card
     assert "openwebtext" not in card and "lr" not in rows(card) and rows(card)["dict_size"] == "64"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("sae_type", TYPES)
 def test_loading_code_of_our_own_format(tmp_path, monkeypatch, sae_type, dtype):
-    """It runs as it stands, in the folder, and computes what the SAE computes."""
+    """It runs unchanged in the folder and computes the same as the SAE."""
     sae = make_sae(sae_type, dtype=dtype)
     export_sae(sae, "safetensors", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
@@ -183,7 +183,7 @@ def test_loading_code_of_our_own_format(tmp_path, monkeypatch, sae_type, dtype):
 
 @pytest.mark.parametrize("sae_type", TYPES)
 def test_loading_code_for_the_published_scripts(tmp_path, monkeypatch, sae_type):
-    """Their sae.py has a class for each type that is made of the config, with a torch dtype in it, and called."""
+    """Their sae.py has a class per SAE type, which takes the config with a torch dtype."""
     sae = make_sae(sae_type)
 
     class Theirs(torch.nn.Module):
@@ -212,7 +212,7 @@ def test_loading_code_for_the_published_scripts(tmp_path, monkeypatch, sae_type)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that somebody is logged in to."""
+    """A hub on which a user is logged in."""
     with UploadHub(tmp_path / "hub", TOKEN, "me") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
@@ -224,7 +224,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
-    """In a process of its own: the client reads its environment when it is imported."""
+    """Run in a separate process, because the client reads its environment at import."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, *map(str, arguments)]
@@ -232,12 +232,12 @@ def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_export_upload_and_load_from_the_hub(tmp_path, hub):
-    """As a user does it, and then as a reader of the card does."""
+    """A user uploads an export, and the code on the card downloads and loads it."""
     sae = make_sae("batchtopk")
     run, out = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9}), tmp_path / "out"
     done = run_as_user(hub, tmp_path, "export.py", run, "--to", "safetensors", "--out", out, "--upload", "me/an-sae")
     assert done.returncode == 0, done.stderr
-    assert f"{hub.url}/me/an-sae has {out}; it is private" in done.stdout
+    assert f"Uploaded {out} to {hub.url}/me/an-sae, which is private" in done.stdout
     assert hub.commits == [{"README.md": "regular", "cfg.json": "regular", "sae_weights.safetensors": "lfs"}]
     for path in out.iterdir():
         assert (hub.folder / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
@@ -248,18 +248,18 @@ def test_export_upload_and_load_from_the_hub(tmp_path, hub):
 
 
 def test_upload_of_an_edited_card_to_a_public_repository(tmp_path, hub, capsys):
-    """A repository that is there stays public, and that is told."""
+    """An existing public repository stays public, which is printed."""
     export_sae(make_sae("topk"), "saelens", tmp_path / "out")
     hub.visibility["me/seen"] = "public"
     card = tmp_path / "out" / "README.md"
-    card.write_text(card_of(tmp_path / "out").replace("# license: yours to choose", "license: mit #"), encoding="utf-8")
+    card.write_text(card_of(tmp_path / "out").replace("# license: choose", "license: mit #"), encoding="utf-8")
     main([str(tmp_path / "out"), "--upload", "me/seen"])
-    assert capsys.readouterr().out.endswith("it is public\n") and hub.visibility["me/seen"] == "public"
+    assert capsys.readouterr().out.endswith("which is public\n") and hub.visibility["me/seen"] == "public"
     data = huggingface_hub.ModelCard.load(hub.folder / "me" / "seen" / "README.md").data
     assert data.license == "mit" and data.library_name == "saelens"
 
 
-def test_nothing_is_sent_without_the_flag(tmp_path, hub):
+def test_nothing_is_sent_without_upload(tmp_path, hub):
     for to in (*FOREIGN, "safetensors"):
         export_sae(make_sae("topk", input_unit_norm=False), to, tmp_path / to)
     main([str(make_run(tmp_path / "run", make_sae("topk"))), "--to", "saelens", "--out", str(tmp_path / "out")])
@@ -280,7 +280,7 @@ def test_refusals_before_anything_is_written(tmp_path, hub, monkeypatch):
 
 
 def test_refusals_of_the_hub(tmp_path, hub, monkeypatch):
-    """One line each: a token that is not valid, a foreign namespace, a bad card, no hub, no export; then it works."""
+    """One line each for an invalid token, another user's namespace, a bad card, no hub, no export; then it works."""
     out, card = tmp_path / "out", tmp_path / "out" / "README.md"
     export_sae(make_sae("topk"), "safetensors", out)
 
@@ -289,7 +289,7 @@ def test_refusals_of_the_hub(tmp_path, hub, monkeypatch):
             upload(folder, repo)
         assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
-    refused("may not write there", repo="you/an-sae")
+    refused("no permission", repo="you/an-sae")
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_old")
         refused("not valid; log in again")
@@ -301,8 +301,8 @@ def test_refusals_of_the_hub(tmp_path, hub, monkeypatch):
     written = card_of(out)
     card.write_text(written.replace("# license:", "license: nonsense #"), encoding="utf-8")
     refused('Invalid metadata.*"license" must be one of')
-    refused("no export", folder=make_run(tmp_path / "run", make_sae("topk")))
-    refused("no export", folder=tmp_path / "nothing")
+    refused("not an export", folder=make_run(tmp_path / "run", make_sae("topk")))
+    refused("not an export", folder=tmp_path / "nothing")
     assert not hub.commits
     card.write_text(written, encoding="utf-8")
     assert "private" in upload(out, "me/an-sae") and len(hub.commits) == 1

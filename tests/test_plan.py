@@ -1,4 +1,4 @@
-"""What is told before training holds: memory, how it is split, time; and telling it changes nothing."""
+"""Estimates of memory and time hold, groups that exceed the memory are split, and estimating changes nothing."""
 
 import re
 import subprocess
@@ -33,8 +33,8 @@ print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("largest", ["weights", "activations"])
-def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F811
-    """A process that trains needs at its peak no more than was told, and not less than half."""
+def test_memory_estimate(make_cfg, largest):  # noqa: F811
+    """The peak memory of a training process is at most the estimate, and at least half of it."""
     sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
     few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
     cfgs = [make_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
@@ -42,13 +42,13 @@ def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F
         [sys.executable, "-c", PEAK.format(repo=str(REPO), cfgs=cfgs)], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
-    told, taken = map(int, done.stdout.split())
-    assert 0.5 * told < taken < told
+    estimate, peak = map(int, done.stdout.split())
+    assert 0.5 * estimate < peak < estimate
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_memory_of_a_container_is_what_is_left_of_its_limit(tmp_path, version):
-    """Of the limits of the groups that the process is in, and of those above them; "max" is none."""
+def test_memory_left_in_a_container(tmp_path, version):
+    """The limits of the process's groups and of their parents count; "max" is no limit."""
     names = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
     line = ["9:cpu:/other\n4:memory,hugetlb:/job/step\n0::/", "0::/job/step"][version - 1]
     root, unlimited = tmp_path / ["memory", ""][version - 1], [str(2**63 - 4096), "max"][version - 1]
@@ -58,8 +58,8 @@ def test_the_memory_of_a_container_is_what_is_left_of_its_limit(tmp_path, versio
             (root / folder / name).write_text(f"{value}\n")
         (root / folder / "memory.stat").write_text("anon 3300\nfile 700\ntotal_cache 700\n")
     (tmp_path / "groups").write_text(line + "\n")
-    assert min(plan.left_in_cgroups(tmp_path / "groups", tmp_path)) == 5000 - 4000 + 700
-    assert plan.left_in_cgroups(tmp_path / "nothing", tmp_path) == [float("inf")]
+    assert min(plan.memory_left_in_cgroups(tmp_path / "groups", tmp_path)) == 5000 - 4000 + 700
+    assert plan.memory_left_in_cgroups(tmp_path / "nothing", tmp_path) == [float("inf")]
 
 
 @pytest.fixture
@@ -67,29 +67,29 @@ def cfgs(make_cfg):  # noqa: F811
     return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
 
 
-def test_what_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
-    """Every SAE is in one group, none needs more than there is, and the sizes are told; what fits is left alone."""
-    present = plan.memory_needed([cfgs[1], cfgs[0]], model)
-    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
+    """Every SAE is in one group, every group fits, and the sizes are printed; a group that fits is not split."""
+    available = plan.memory_needed([cfgs[1], cfgs[0]], model)
+    monkeypatch.setattr(plan, "free_memory", lambda device: available)
     parts = plan.plan_group(cfgs, model, 0, force=False)
     assert sorted(cfg["name"] for part in parts for cfg in part) == sorted(cfg["name"] for cfg in cfgs)
-    assert all(plan.memory_needed(part, model) <= present for part in parts) and len(parts) < len(cfgs)
-    assert f"{' + '.join(str(len(part)) for part in parts)} SAEs are trained one group after" in capsys.readouterr().err
+    assert all(plan.memory_needed(part, model) <= available for part in parts) and len(parts) < len(cfgs)
+    assert f"training {' + '.join(str(len(part)) for part in parts)} SAEs in separate groups" in capsys.readouterr().err
     assert plan.plan_group(cfgs[:2], model, 0, force=False) == [cfgs[:2]]
-    assert plan.plan_group(cfgs, model, 0, force=True) == parts, "--force is no reason to run out of memory"
+    assert plan.plan_group(cfgs, model, 0, force=True) == parts, "--force splits too"
 
 
-def test_what_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
-    """One line with the SAE's name, what it needs and what there is."""
-    present = plan.memory_needed([cfgs[1]], model) - 1
-    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
+    """One line with the SAE's name, the memory that it needs and the free memory."""
+    available = plan.memory_needed([cfgs[1]], model) - 1
+    monkeypatch.setattr(plan, "free_memory", lambda device: available)
     with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d\d GiB.*0\.\d\d GiB are free"):
         plan.plan_group(cfgs, model, 0, force=False)
     assert plan.plan_group(cfgs[1:2], model, 0, force=True) == [cfgs[1:2]]
 
 
-def test_the_plan_counts_with_the_contexts_that_the_model_can_take(make_cfg, model, monkeypatch):  # noqa: F811
-    """main.py plans with the seq_len that is trained on, not with the one that was asked for."""
+def test_the_plan_uses_the_context_length_of_the_model(make_cfg, model, monkeypatch):  # noqa: F811
+    """main.py plans with the seq_len used in training, not with the requested one."""
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     planned = []
     monkeypatch.setattr(main, "plan_group", lambda group, *_: planned.append(group) or [])
@@ -98,12 +98,12 @@ def test_the_plan_counts_with_the_contexts_that_the_model_can_take(make_cfg, mod
     assert plan.memory_needed([cut], model) == plan.memory_needed([right], model) and cut["name"] != right["name"]
 
 
-def test_split_or_not_the_bits_are_the_same(make_cfg, model, monkeypatch, capsys):  # noqa: F811
-    """main.py trains the parts one after the other, and each SAE comes to what it is in one group."""
+def test_splitting_a_group_does_not_change_its_saes(make_cfg, model, monkeypatch, capsys):  # noqa: F811
+    """main.py trains the parts one after the other, and each SAE is bit-identical to that from one group."""
     cfgs = [make_cfg("parts", **changes) for changes in SAES[:4]]
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
-    present = plan.memory_needed(cfgs[:3], model)
-    monkeypatch.setattr(plan, "free_memory", lambda device: present)
+    available = plan.memory_needed(cfgs[:3], model)
+    monkeypatch.setattr(plan, "free_memory", lambda device: available)
     main.train(cfgs, False, False)
     assert "4 SAEs in 2 groups" in capsys.readouterr().err
     whole, _ = train(model, [make_cfg("whole", **changes) for changes in SAES[:4]])
@@ -111,38 +111,38 @@ def test_split_or_not_the_bits_are_the_same(make_cfg, model, monkeypatch, capsys
         assert same_bits(sae, load_sae(run_folder(cfg)))
 
 
-def test_time_is_told_and_nothing_is_changed_by_it(make_cfg, model, capsys):  # noqa: F811
-    """Steps that are left, seconds of one, and the same batches and random numbers afterwards."""
+def test_time_estimate_changes_nothing(make_cfg, model, capsys):  # noqa: F811
+    """It prints the remaining steps and the seconds of one; batches and random numbers are the same afterwards."""
     cfgs = [make_cfg(**changes) for changes in SAES]
     torch.manual_seed(5)
-    (store, asked) = (ActivationsStore(model, cfgs[0]) for _ in range(2))
-    for s in (store, asked):
+    (store, estimated) = (ActivationsStore(model, cfgs[0]) for _ in range(2))
+    for s in (store, estimated):
         s.next_batch()
-    before, random = asked.state_dict(), torch.get_rng_state()
-    plan.tell_time(cfgs, asked, steps_done=4, force=False)
-    assert re.search(r"It takes about \d+ seconds .* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
-    assert asked.state_dict() == before and torch.equal(torch.get_rng_state(), random)
+    before, random = estimated.state_dict(), torch.get_rng_state()
+    plan.estimate_time(cfgs, estimated, steps_done=4, force=False)
+    assert re.search(r"Estimated time: \d+ seconds .* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
+    assert estimated.state_dict() == before and torch.equal(torch.get_rng_state(), random)
     for _ in range(8):
-        assert torch.equal(store.next_batch(), asked.next_batch())
+        assert torch.equal(store.next_batch(), estimated.next_batch())
 
 
-def test_what_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: F811
-    """By the arithmetic alone before anything is read, and by the steps that were measured."""
+def test_a_sweep_that_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: F811
+    """By the cost of the matrix products, before any data is read, and by the measured steps."""
     cfgs = [make_cfg(**changes) for changes in SAES]
-    monkeypatch.setattr(plan, "LONGEST_DAYS", 1e-9)
+    monkeypatch.setattr(plan, "MAX_DAYS", 1e-9)
     store = ActivationsStore(model, cfgs[0])
     for refuses in (
         lambda force: plan.plan_group(cfgs, model, 0, force),
-        lambda force: plan.tell_time(cfgs, store, 0, force),
+        lambda force: plan.estimate_time(cfgs, store, 0, force),
     ):
         with pytest.raises(InputError, match=r"it would take .* days.*--force"):
             refuses(False)
         refuses(True)
-    monkeypatch.setattr(plan, "LONGEST_DAYS", 1.0)
+    monkeypatch.setattr(plan, "MAX_DAYS", 1.0)
     refuses(False)
 
 
-def test_nan_in_the_measured_steps_is_left_to_training(make_cfg, model):  # noqa: F811
-    """A step that fails is no reason to fail where only time is told: training says which SAE, and why."""
+def test_nan_in_the_measured_steps_is_ignored(make_cfg, model):  # noqa: F811
+    """Training reports it, with the name of the SAE."""
     cfg = make_cfg(sae_type="topk", top_k=4)
-    assert plan.times_of(cfg, torch.full((64, 128), torch.nan)) == (0, 0)
+    assert plan.step_times(cfg, torch.full((64, 128), torch.nan)) == (0, 0)

@@ -1,4 +1,4 @@
-"""results.py: tables and figures of records written by hand, and of what Weights & Biases has of the same runs."""
+"""results.py: tables and figures of records written by hand, and of the same runs in Weights & Biases."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
 
 
 def run(*args: str, home: Path, **env: str) -> subprocess.CompletedProcess:
-    """`python results.py ARGS` with no account; `home` stands for the user's folder and is where it runs."""
+    """`python results.py ARGS` without an account, in `home`, which is also the user's home folder."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     clean |= {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "NETRC": str(home / "netrc"), "no_proxy": "127.0.0.1"}
     home.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def run(*args: str, home: Path, **env: str) -> subprocess.CompletedProcess:
 
 
 def write_run(sweep: Path, result: dict | None, history: list[dict] = (), histograms: dict | None = None, **config):
-    """A run's record by hand; unfinished without a result."""
+    """Write a run's record; without a result it is unfinished."""
     config = {"sae_type": "batchtopk", "dict_size": 512, "top_k": 16, "l1_coeff": 0.0, "seed": 1, "lr": 1e-3} | config
     name = "_".join(f"{value}" for value in config.values())
     (sweep / name).mkdir(parents=True)
@@ -52,7 +52,7 @@ def write_run(sweep: Path, result: dict | None, history: list[dict] = (), histog
 
 
 def losses(rng, num: int) -> list[dict]:
-    """Lines of num steps; another line in between has metrics of an evaluation, and no loss."""
+    """Lines of `num` steps, and one line with metrics of an evaluation and no loss."""
     lines = [
         {"step": 2 * i, "tokens": 1000 * i, "loss": rng.uniform(), "num_dead_features": int(rng.integers(99))}
         for i in range(1, num + 1)
@@ -62,7 +62,7 @@ def losses(rng, num: int) -> list[dict]:
 
 @pytest.fixture
 def by_hand(tmp_path):
-    """Two types at three k and three sizes, three seeds each, a JumpReLU of one seed, and two unfinished runs."""
+    """Two SAE types with three k and three sizes, three seeds each; a JumpReLU with one seed; two unfinished runs."""
     rng, sweep, written = np.random.default_rng(0), tmp_path / "sweep", {}
     points = [(sae_type, 512, k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
     points += [(sae_type, size, 16) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
@@ -106,7 +106,7 @@ def point_of(row) -> tuple:
 
 
 def test_mean_and_standard_error_over_seeds(by_hand):
-    """Each metric's mean and standard error over the seeds of a configuration, against plain numpy."""
+    """Mean and standard error of each metric over the seeds of a configuration equal those from numpy."""
     sweep, written, unfinished = by_hand
     table = results.run_table(results.local_runs(sweep))
     assert sorted(table["name"][table["state"] != "finished"]) == sorted(unfinished)
@@ -120,7 +120,7 @@ def test_mean_and_standard_error_over_seeds(by_hand):
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsys):
-    """Another learning rate is another point, and the reader is told that the runs are not alike."""
+    """Another learning rate makes another point, and a note says that the runs differ."""
     for lr in (1e-3, 2e-3):
         for seed in (1, 2):
             write_run(tmp_path / "sweep", dict.fromkeys(METRICS, lr), lr=lr, seed=seed)
@@ -129,8 +129,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsy
     assert re.search(r"differ in lr\b", capsys.readouterr().out)
 
 
-def test_values_that_are_no_single_one(tmp_path, capsys):
-    """A list of token ids parts points as any value does; what the model made of a config does not part seeds."""
+def test_list_values_and_recorded_keys(tmp_path, capsys):
+    """Different lists of token ids make different points; different RECORDED keys do not."""
     for exclude_tokens in (None, [0], [0, 5]):
         for seed in (1, 2):
             more = {"asked": {"seq_len": 1000}, "has_bos": False} if seed == 1 else {}
@@ -141,7 +141,7 @@ def test_values_that_are_no_single_one(tmp_path, capsys):
 
 
 def test_a_config_counts_once(tmp_path, capsys):
-    """A copy of a run's record is not another seed: it is left out by name."""
+    """A copy of a run's record is not another seed: it is skipped, with its name."""
     for device in ("cpu", "cuda"):
         write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5), seed=1, device_name=device, lr=1e-3)
     for path in (tmp_path / "sweep").glob("*/config.json"):
@@ -150,11 +150,11 @@ def test_a_config_counts_once(tmp_path, capsys):
         path.write_text(json.dumps(config))
     results.draw_results(tmp_path / "sweep")
     out = capsys.readouterr().out
-    assert re.search(r"Left out, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
+    assert re.search(r"Skipped, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
 
 
 def test_figure_shows_the_numbers(by_hand):
-    """NMSE and CE degradation, above against dictionary size at fixed k, below against L0 at fixed dictionary size."""
+    """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
     sweep, written, _ = by_hand
     figure = results.paper_figure(finished_points(sweep))
     labels = {label: sae_type for sae_type, (label, *_) in results.STYLES.items()}
@@ -176,7 +176,7 @@ def test_figure_shows_the_numbers(by_hand):
 
 
 def test_pareto_front():
-    """The points of a front are those that no other point matches or beats in both, compared one with another."""
+    """A point is on the front if no other point is at least as good in both, by comparing all pairs."""
     rng = np.random.default_rng(0)
     points = pd.DataFrame(rng.integers(0, 30, size=(40, 2)), columns=["l0", "nmse"]).drop_duplicates().astype(float)
     points = points[points.sum(axis=1) > 25]
@@ -187,7 +187,7 @@ def test_pareto_front():
 
 
 def test_pareto_figure_has_every_configuration(by_hand):
-    """Every point is drawn, whatever its dictionary size, and the line of a type is its front."""
+    """Points of all dictionary sizes are drawn, and the line of a type is its front."""
     sweep, written, _ = by_hand
     points = finished_points(sweep)
     figure = results.pareto_figure(points)
@@ -202,7 +202,7 @@ def test_pareto_figure_has_every_configuration(by_hand):
 
 
 def test_curves_of_finished_and_unfinished_runs(by_hand):
-    """A line is the mean over the seeds of a configuration, dead features in per cent; unfinished runs end hollow."""
+    """A line is the mean over the seeds of a configuration, with dead features in %; unfinished runs end hollow."""
     sweep, written, _ = by_hand
     table = results.run_table(results.local_runs(sweep))
     figure = results.curves_figure(table)
@@ -212,7 +212,7 @@ def test_curves_of_finished_and_unfinished_runs(by_hand):
     handle = batchtopk[0].get_legend().get_lines()[index]
     for axis, metric, scale in zip(batchtopk, ("loss", "num_dead_features"), (1, 100 / 512)):
         lines = [[line[metric] for line in r["history"] if "loss" in line][:4] for r in written["batchtopk", 512, 16]]
-        mean, error = mean_and_error(lines)  # where all three seeds are, and without the unfinished fourth
+        mean, error = mean_and_error(lines)  # at steps of all three seeds, without the unfinished run
         same = [line for line in axis.lines if np.array_equal(line.get_color(), handle.get_color())]
         (drawn,) = [line for line in same if line.get_marker() != "o"]
         np.testing.assert_allclose(drawn.get_xdata(), [0.001, 0.002, 0.003, 0.004])
@@ -231,7 +231,7 @@ def test_curves_of_finished_and_unfinished_runs(by_hand):
 
 
 def test_histograms_are_of_all_tokens_and_features(by_hand):
-    """Per cent of the tokens by L0 and of all features by density, mean over seeds of unequal length; TopK at k."""
+    """% of tokens by L0 and % of features by density, as means over seeds of different lengths; TopK at k."""
     sweep, written, _ = by_hand
     figure = results.histograms_figure(finished_points(sweep))
     left, right = figure.axes
@@ -253,7 +253,7 @@ def test_histograms_are_of_all_tokens_and_features(by_hand):
 
 
 def test_figures_are_readable_in_a_paper(by_hand):
-    """At most 6.8 inches wide, no letter below 7 points, and types told apart without colour."""
+    """At most 6.8 inches wide, fonts of at least 7 points, and types distinguishable without colour."""
     sweep, _, _ = by_hand
     points, table = finished_points(sweep), results.run_table(results.local_runs(sweep))
     draw = [results.paper_figure, results.pareto_figure, results.histograms_figure]
@@ -270,7 +270,7 @@ def test_figures_are_readable_in_a_paper(by_hand):
 
 
 def all_died(dict_size: int) -> tuple[dict, dict]:
-    """Result and histograms as evaluation.py writes them of an SAE without an active feature."""
+    """Result and histograms of an SAE without active features, as evaluation.py writes them."""
     result = dict.fromkeys(METRICS, 0.9) | {"l0": 0.0, "dead_fraction": 1.0}
     return result, {"l0": [2048], "log10_density": [0] * 4, "log10_density_edges": EDGES, "never_active": dict_size}
 
@@ -278,11 +278,11 @@ def all_died(dict_size: int) -> tuple[dict, dict]:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("sae_type, l0", [("batchtopk", 0.0), ("topk", 0.0), ("jumprelu", 0.0), ("topk", 0.002)])
 def test_a_run_whose_features_all_died(by_hand, sae_type, l0, monkeypatch, capsys):
-    """The others' figures are drawn as without it; it is marked in the table, named, and hollow in the figures."""
+    """It does not change how others are drawn; it is marked in the table, named, and hollow in the figures."""
     monkeypatch.setitem(plt.rcParams, "savefig.dpi", 30)
     sweep, written, _ = by_hand
     result, histograms = all_died(512)
-    if l0:  # or nearly all
+    if l0:  # almost all died
         result |= {"l0": l0, "dead_fraction": 0.99}
         histograms |= {"l0": [2044, 4], "log10_density": [1, 0, 0, 0], "never_active": 511}
     changes = dict(sae_type=sae_type, top_k=64, l1_coeff=9.0)
@@ -317,7 +317,7 @@ def test_a_run_whose_features_all_died(by_hand, sae_type, l0, monkeypatch, capsy
 @pytest.mark.parametrize("sae_type", ["batchtopk", "topk", "jumprelu", "vanilla"])
 @pytest.mark.parametrize("alive", [0, 1])
 def test_figures_of_one_type(tmp_path, sae_type, alive):
-    """All features of its only runs died, or of one of its two seeds: no warning of matplotlib's."""
+    """All features died in all runs, or in one of two seeds: matplotlib does not warn."""
     rng, counts = np.random.default_rng(0), [0] * 20 + [9]
     for seed in range(2):
         result, histograms = all_died(512)
@@ -333,8 +333,8 @@ def test_figures_of_one_type(tmp_path, sae_type, alive):
     assert "†" in results.markdown_table(points)
 
 
-def test_unfinished_runs_are_named_and_left_out(by_hand, tmp_path):
-    """`python results.py FOLDER` names the unfinished runs and how far they came; the CSV has finished ones."""
+def test_unfinished_runs_are_named_and_skipped(by_hand, tmp_path):
+    """`python results.py FOLDER` names unfinished runs and their tokens; the CSV has finished runs only."""
     sweep, written, unfinished = by_hand
     with open(sweep / unfinished[0] / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tok')  # killed while it wrote
@@ -357,7 +357,7 @@ def test_unfinished_runs_are_named_and_left_out(by_hand, tmp_path):
 
 
 def test_which_folder(tmp_path, monkeypatch):
-    """A sweep is found by its folder, by its name in runs/, and as the newest in a folder; nothing else is taken."""
+    """A sweep is found by its folder, by its name in runs/, and as the newest in a folder of sweeps."""
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -367,15 +367,15 @@ def test_which_folder(tmp_path, monkeypatch):
             os.utime(path, (1000 + i, 1000 + i))
     (home / "older" / "lm").mkdir(parents=True)
     (home / "older" / "lm" / "config.json").write_text("{}")  # a folder of the same name with a language model
-    for asked, found in [("older", "older"), ("runs/older", "older"), ("runs", "newer")]:
-        assert results.sweep_folder(Path(asked)) == Path("runs", found)
+    for path, found in [("older", "older"), ("runs/older", "older"), ("runs", "newer")]:
+        assert results.sweep_folder(Path(path)) == Path("runs", found)
 
 
 @pytest.mark.parametrize(
     "config", ['{"trainer": {}, "batchtopk_config": {"sae_type": "topk"}}', '["sae_type"]', "// no JSON"]
 )
 def test_other_folders_beside_runs(tmp_path, config):
-    """An export that lies among the runs is none of them."""
+    """An export in a sweep's folder is not a run."""
     name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 2))
     (tmp_path / "sweep" / "export").mkdir()
     (tmp_path / "sweep" / "export" / "config.json").write_text(config)
@@ -383,7 +383,7 @@ def test_other_folders_beside_runs(tmp_path, config):
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
-    """No records, no folder, a broken record, no login, a wrong project name: one line that names it, exit code 2.
+    """No records, no folder, a corrupt record, no login, a wrong project name: one line, exit code 2.
 
     Called as functions, they raise InputError and leave the process running.
     """
@@ -391,8 +391,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
     for folder, said in [
-        ("empty", f"{tmp_path / 'empty'} holds no run records"),
-        ("missing", f"{tmp_path / 'missing'} holds no run records"),
+        ("empty", f"{tmp_path / 'empty'} has no run records"),
+        ("missing", f"{tmp_path / 'missing'} has no run records"),
         ("broken", f"{name}/metrics.jsonl is not JSON"),
     ]:
         with pytest.raises(InputError, match=f"^.*{re.escape(said)}.*$"):
@@ -410,8 +410,16 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "missing").exists() and not list(tmp_path.glob("*/results*"))
 
 
+def test_closed_pipe_ends_the_command_quietly(by_hand):
+    """`python results.py SWEEP | head -1` prints no traceback and exits with 128 + SIGPIPE."""
+    sweep, _, _ = by_hand
+    command = f"'{sys.executable}' results.py '{sweep}' | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_nothing_finished_yet(tmp_path):
-    """A sweep of which nothing is finished has curves and says so; there is no table."""
+    """Without finished runs there are curves and a note, but no table."""
     name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 3))
     done = run(tmp_path / "sweep", home=tmp_path / "home")
     assert done.returncode == 0, done.stderr
@@ -430,7 +438,7 @@ def test_needs_no_torch():
 
 @pytest.fixture(scope="module")
 def mirrored(tmp_path_factory):
-    """A sweep's local records as logs.py writes them, and a W&B server with what its offline runs recorded."""
+    """A sweep's local records as logs.py writes them, and a W&B server with the content of its offline runs."""
     folder, rng = tmp_path_factory.mktemp("mirrored"), np.random.default_rng(0)
     cfgs = [dict(sae_type="topk", seed=1), dict(sae_type="topk", seed=2), dict(sae_type="vanilla", l1_coeff=0.5)]
     for changes in [*cfgs, dict(sae_type="batchtopk")]:
@@ -441,7 +449,7 @@ def mirrored(tmp_path_factory):
         for line in losses(rng, 4 if changes["sae_type"] != "batchtopk" else 3):
             log.log(line["step"], line["tokens"], {k: v for k, v in line.items() if k not in ("step", "tokens")})
         if changes["sae_type"] == "batchtopk":
-            log.wandb_run.finish(exit_code=0)  # cut short, which W&B calls finished
+            log.wandb_run.finish(exit_code=0)  # interrupted, but finished for W&B
             continue
         result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS)))) | {"tokens": 4000, "steps": 4, "seconds": 1.5}
         counts = {"l0": rng.integers(1, 9, size=20).tolist(), "log10_density": [1, 2, 3, 4], "never_active": 54}
@@ -449,7 +457,7 @@ def mirrored(tmp_path_factory):
     runs = [offline_run(path) for path in folder.glob("runs/*/*/wandb/offline-run-*/*.wandb")]
     assert len(runs) == 4, "one W&B run per SAE"
     other = runs[0] | {"id": "other", "group": "other", "created": "2020-01-01T00:00:00Z"}
-    # Runs of other programs, newer than all of these, also in the group: the published scripts have no sweep.
+    # Newer runs of other programs, some in the same group. The published scripts have no sweep.
     published = {key: value for key, value in runs[0]["config"].items() if key not in ("sweep", "num_epochs")}
     bare = {"created": "2100-01-01T00:00:00Z", "group": None, "state": "crashed", "summary": {}, "history": []}
     others = [bare | {"config": published, "summary": runs[0]["summary"], "history": runs[0]["history"]}]
@@ -466,7 +474,7 @@ def from_server(server, *args: str, home: Path) -> subprocess.CompletedProcess:
 
 
 def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path):
-    """`results.py --wandb`, through wandb.Api, writes what the local records give: table, numbers and every pixel."""
+    """`results.py --wandb` writes the same table, numbers and pixels as local records."""
     local, server = mirrored
     assert run(local, home=tmp_path).returncode == 0
     done = from_server(server, "mine", "--wandb", "me/project", home=tmp_path)
@@ -484,7 +492,7 @@ def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path
 
 
 def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
-    """Without a name the newest run's sweep is taken; no such project or sweep is one line."""
+    """Without a name the newest run's sweep is used; a missing project or sweep gives one line."""
     _, server = mirrored
     done = from_server(server, "--wandb", "me/project", home=tmp_path)
     assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout, done.stderr
@@ -498,8 +506,8 @@ def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_wandb_with_runs_cut_short_or_of_others_only(mirrored, tmp_path):
-    """A run of a sweep that crashed before it logged is among the unfinished; no run of a sweep at all is one line."""
+def test_wandb_with_crashed_or_only_foreign_runs(mirrored, tmp_path):
+    """A run that crashed before logging is unfinished; a project without runs of a sweep gives one line."""
     _, server = mirrored
     run = next(run for run in server.runs.values() if run["config"].get("sweep") == "mine")
     crashed = run | {"id": "crashed", "name": "crashed", "summary": {}, "history": [], "state": "crashed"}
@@ -510,6 +518,6 @@ def test_wandb_with_runs_cut_short_or_of_others_only(mirrored, tmp_path):
         other_server.close()
         assert "Traceback" not in done.stderr and done.returncode == (0 if crashed in runs else 2)
         if crashed in runs:
-            assert "Not finished, so only among the curves: crashed (crashed, 0 of" in done.stdout
+            assert "Not finished, so only in the curves: crashed (crashed, 0 of" in done.stdout
         else:
-            assert done.stderr.splitlines()[-1].endswith("holds no runs of a sweep")
+            assert done.stderr.splitlines()[-1].endswith("has no runs of a sweep")

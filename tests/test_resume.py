@@ -386,7 +386,7 @@ def test_runs_added_later_form_a_group_of_their_own(model, make_cfg, monkeypatch
     groups = []
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     monkeypatch.setattr(main, "plan_group", lambda group, *_: [group])
-    monkeypatch.setattr(main, "tell_time", lambda *_: None)
+    monkeypatch.setattr(main, "estimate_time", lambda *_: None)
     monkeypatch.setattr(main, "train_sae_group", lambda s, store, m, group, anyway: groups.append(group))
     main.train([cfgs[3], *cfgs[:2]], False, False)
     assert [[cfg["name"] for cfg in group] for group in groups] == [
@@ -408,14 +408,14 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     content = record.read_bytes()
     record.unlink()
     with pytest.raises(
-        InputError, match="does not fit the checkpoint after step 5: its last sound line before is of step 0, not 1"
+        InputError, match="does not match the checkpoint after step 5: its last valid line before is of step 0, not 1"
     ):
         train(model, [cfg])
     record.write_bytes(content)
     os.rename(groups_folder(cfg), run_folder(cfg).parent.parent / "moved")
     for place in ("sae", "sae.old"):  # the second: where a kill came between save_sae's renames
         (run_folder(cfg) / place).mkdir()
-        with pytest.raises(InputError, match="no checkpoint to go on from"):
+        with pytest.raises(InputError, match="no checkpoint to resume from"):
             train(model, [cfg])
         (run_folder(cfg) / place).rmdir()
     assert record.read_bytes() == content
@@ -567,10 +567,10 @@ def test_a_run_on_another_card_is_another_run(monkeypatch):
     """The card, its capability, CUDA's version and TF32 are part of what a checkpoint was made with."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    made_with = logs.card("cuda:0")
+    made_with = logs.gpu("cuda:0")
     name = "card cuda:0 (compute capability 9.0)"
     assert made_with == {"card": name, "cuda": torch.version.cuda, "model_in_tf32": True}
-    assert logs.card("cpu") == {}
-    before, now = (made | {"versions": {}} for made in (made_with, logs.card("cuda:1")))
+    assert logs.gpu("cpu") == {}
+    before, now = (made | {"versions": {}} for made in (made_with, logs.gpu("cuda:1")))
     with pytest.raises(InputError, match="card was card cuda:0 .* and is card cuda:1"):
         checkpoint.check_provenance(before, now, Path("step_1"), resume_anyway=False)

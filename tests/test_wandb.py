@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors the local record, through its own client: offline, and to a server on this machine."""
+"""Weights & Biases mirrors the local record, with the real client: offline, and to a local server."""
 
 import json
 import signal
@@ -19,9 +19,9 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, run_folder
 from logs import RunLog, is_finished
 
-ONE_SAE = ("sae_type=topk", "top_k=8", "l1_coeff=0", "wandb_mode=online")  # under these the demo's runs are one
+ONE_SAE = ("sae_type=topk", "top_k=8", "l1_coeff=0", "wandb_mode=online")  # makes all runs of the demo equal
 
-# Offline, and not at all
+# Offline and disabled
 
 
 def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa: F811
@@ -43,7 +43,7 @@ def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa:
         assert same_bits(load_sae(plain), load_sae(mirrored))
 
 
-def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):  # noqa: F811
+def test_wandb_mode_in_the_config_takes_precedence(make_cfg, monkeypatch):  # noqa: F811
     """wandb_mode of the config overrides WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     log = RunLog(make_cfg(wandb_mode="disabled"), {})
@@ -52,8 +52,8 @@ def test_wandb_mode_in_the_config_comes_first(make_cfg, monkeypatch):  # noqa: F
     log.close()
 
 
-def test_wandb_offline_makes_one_run_of_a_run_that_went_on(model, make_cfg, monkeypatch):  # noqa: F811
-    """The newest offline folder has every step once, under the id of the first; what was cut off is set aside."""
+def test_wandb_offline_makes_one_run_of_a_resumed_run(model, make_cfg, monkeypatch):  # noqa: F811
+    """The newest offline folder has every step once, with the id of the first; the first is renamed."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     cfg = make_cfg(**SAES[1], **OFTEN)
     with pytest.raises(training.Stopped):
@@ -70,7 +70,7 @@ def test_wandb_offline_makes_one_run_of_a_run_that_went_on(model, make_cfg, monk
 
 
 def test_wandb_that_fails_midway_changes_nothing(model, make_cfg, monkeypatch, capsys):  # noqa: F811
-    """A line says so; weights and local record are those of a run without it."""
+    """One line reports it; weights and local record are those of a run without W&B."""
     cfg = make_cfg("off", **SAES[1])
     plain = train(model, [cfg])[0][0]
     failing = make_cfg("failing", **SAES[1])
@@ -104,11 +104,11 @@ def credentials(server: WandbServer) -> dict:
 
 @pytest.fixture
 def online(server, monkeypatch):
-    """This process is one of somebody who is logged in at the server, with little patience for it."""
+    """This process is logged in to the server, with short timeouts."""
     for key, value in (credentials(server) | {"WANDB_HTTP_TIMEOUT": "2"}).items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setattr(logs, "WANDB_PATIENCE", 2)
+    monkeypatch.setattr(logs, "WANDB_TIMEOUT", 2)
     logs.is_online.cache_clear()
     yield server
     wandb.teardown()
@@ -116,7 +116,7 @@ def online(server, monkeypatch):
 
 
 def start(server: WandbServer, args: list[str]) -> subprocess.Popen:
-    """`python main.py demo` by somebody who is logged in at the server."""
+    """`python main.py demo` of a user who is logged in to the server."""
     env = environment() | credentials(server)
     del env["WANDB_MODE"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -124,7 +124,7 @@ def start(server: WandbServer, args: list[str]) -> subprocess.Popen:
 
 
 def pause_after(process: subprocess.Popen, output_dir: Path, step: int) -> None:
-    """Stop a process in its tracks, W&B's own aside, once it has logged a step."""
+    """Suspend a process, but not W&B's own, once it has logged a step."""
     while process.poll() is None and not any(
         b'"step": %d,' % step in path.read_bytes() for path in output_dir.glob("*/*/metrics.jsonl")
     ):
@@ -138,9 +138,9 @@ def local_record(output_dir: Path) -> tuple[list[dict], dict]:
     return lines_of(folder), json.loads((folder / "result.json").read_text())
 
 
-def test_an_online_run_goes_on_under_its_id(tmp_path, server):
-    """Killed when W&B has more steps than the checkpoint knows of: the same command goes on with that run, which in the
-    end has every step once, as the local record has it, its result, and is finished."""
+def test_an_online_run_is_resumed_by_its_id(tmp_path, server):
+    """Killed when W&B has more steps than the checkpoint: the same command resumes that run, which ends finished, with
+    every step once, as in the local record, and the result."""
     args = command(tmp_path, *ONE_SAE, "wandb_project=project", "log_freq=1", "checkpoint_freq=10")
     process = start(server, args)
     pause_after(process, tmp_path, 14)
@@ -163,8 +163,8 @@ def test_an_online_run_goes_on_under_its_id(tmp_path, server):
     assert json.loads(next(tmp_path.glob("*/*/config.json")).read_text())["_provenance"]["wandb_id"] == run["id"]
 
 
-def test_a_server_that_goes_away(model, make_cfg, online, capsys):  # noqa: F811
-    """Training ends well all the same, with the weights and the record of a run without W&B, and a line says so."""
+def test_a_server_that_fails_during_training(model, make_cfg, online, capsys):  # noqa: F811
+    """Training completes with the weights and record of a run without W&B, and one line reports it."""
     changes = dict(**SAES[1], **OFTEN)
     plain, _ = train(model, [make_cfg("plain", wandb_mode="disabled", **changes)])
 
@@ -184,10 +184,10 @@ def test_a_server_that_goes_away(model, make_cfg, online, capsys):  # noqa: F811
 
 
 def test_no_server(model, make_cfg, online, monkeypatch, capsys):  # noqa: F811
-    """It is asked for once, not for each of the runs of a sweep, and training goes on without it."""
+    """The login is tried once, not for each run of a sweep, and training continues without it."""
     online.close()
-    login, asked = wandb.login, []
-    monkeypatch.setattr(wandb, "login", lambda **how: asked.append(how) or login(**how))
+    login, calls = wandb.login, []
+    monkeypatch.setattr(wandb, "login", lambda **how: calls.append(how) or login(**how))
     train(model, cfgs := [make_cfg(**changes) for changes in SAES[:3]])
-    assert len(asked) == 1 and all(map(is_finished, cfgs))
+    assert len(calls) == 1 and all(map(is_finished, cfgs))
     assert capsys.readouterr().err.count("Weights & Biases cannot be reached") == 1

@@ -1,4 +1,4 @@
-"""A Weights & Biases server on this machine, as far as wandb.Api asks it for runs, and wandb.init for room for one.
+"""A local Weights & Biases server: the parts that wandb.Api needs to read runs, and wandb.init to create them.
 
 Its runs are those that offline runs recorded (`wandb sync` would send these files' records to the real server; here
 they are put together as it does: summary and config by key, history rows as logged) and those that online runs sent.
@@ -33,7 +33,7 @@ def records(path: Path) -> Iterator:
 
 
 def offline_run(path: Path) -> dict:
-    """An offline run as the server would know it after `wandb sync`."""
+    """An offline run as on the server after `wandb sync`."""
     run = {"config": {}, "summary": {}, "history": [], "state": "crashed"}
 
     def put(all_keys: dict, items) -> None:
@@ -62,8 +62,7 @@ def offline_run(path: Path) -> dict:
 
 
 class WandbServer:
-    """Answers the queries of wandb.Api about the runs at `url`, and takes those of wandb.init; `queries` are those it
-    was sent."""
+    """Serves the queries of wandb.Api and wandb.init at `url`. `queries` records them."""
 
     def __init__(self, runs: list[dict], entity: str, project: str):
         self.runs, self.path, self.queries = {run["id"]: run for run in runs}, (entity, project), []
@@ -132,7 +131,7 @@ class WandbServer:
         return {"id": "1", "name": project, "entity": {"id": "1", "name": entity}}
 
     def upsert(self, name: str, config: str = "{}", groupName: str = "", displayName: str = "", **_) -> dict:
-        """A run is made, goes on, or gets what it is sent of its config."""
+        """Create or resume a run, or update its config."""
         inserted = name not in self.runs
         run = self.runs.setdefault(name, {
             "id": name, "name": displayName, "group": groupName, "created": "2026-01-01T00:00:00Z", "config": {},
@@ -151,7 +150,7 @@ class WandbServer:
         return self.node(run, full=True) | counts | {"historyTail": last, "eventsTail": "[]", "tags": []}
 
     def receive(self, name: str, sent: dict) -> None:
-        """Rows of the history from `offset` on, a summary, the end of a run."""
+        """Store rows of the history from `offset` on, a summary, or the end of a run."""
         run, files = self.runs[name], sent.get("files") or {}
         if rows := files.get("wandb-history.jsonl"):
             assert rows["offset"] <= len(run["history"]), "rows are missing"
@@ -162,7 +161,7 @@ class WandbServer:
             run["state"] = "failed" if sent["exitcode"] else "finished"
 
     def page(self, order: str, perPage: int, filters: str = "{}", cursor: str | None = None, **_) -> dict:
-        """A page of the runs of a group, in the order of their creation."""
+        """A page of the runs of a group, in order of creation."""
         group = json.loads(filters).get("group")
         runs = [run for run in self.runs.values() if group in (None, run["group"])]
         runs.sort(key=lambda run: run["created"], reverse=order == "-created_at")
@@ -172,7 +171,7 @@ class WandbServer:
         return {"runCount": len(runs), "runs": {"edges": edges, "pageInfo": {"hasNextPage": more, "endCursor": None}}}
 
     def node(self, run: dict, full: bool = False) -> dict:
-        """A run in the server's form: JSON in JSON, config values in a dict each; lists of runs are without them."""
+        """A run as the server sends it: nested JSON, each config value in a dict; lists of runs omit these."""
         node = {
             "id": run["id"], "name": run["id"], "displayName": run["name"], "group": run["group"], "projectId": "1",
             "state": run["state"], "createdAt": run["created"], "user": {"name": "me", "username": "me"},
