@@ -93,7 +93,7 @@ def test_demo_command_then_examples(clone):
         commands.append([word.replace("DIR", f"out-{form}").replace("NAME", f"from-{form}") for word in words])
     commands.append(["evaluation.py", str(trained), "--eval-tokens", "0"])
     done, codes, printed = run_all(commands, clone)
-    # The example's SAE has input_unit_norm, which dictionary_learning's format cannot express: nothing to import either.
+    # dictionary_learning's format has no input_unit_norm, which the example's SAE has: nothing to import either.
     assert codes == [2 if "dictionary_learning" in words or words[-1] == "0" else 0 for words in commands], done.stderr
     assert sum(words[0] == "export.py" for words in commands) == 7
     assert {"evaluation.py", "features.py", "results.py"} <= {words[0] for words in commands}
