@@ -1,17 +1,25 @@
-"""The README's commands and example run as a user runs them, and its table of keys is config.py's."""
+"""The commands and examples of README.md and docs/ run as a user runs them, their tables of keys are config.py's, and
+their links lead somewhere.
+"""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from config import KEYS, get_default_cfg
 
 REPO = Path(__file__).parent.parent
-README = (REPO / "README.md").read_text(encoding="utf-8")
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
+TEXT = {page.relative_to(REPO).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+README, CONFIG = TEXT["README.md"], TEXT["docs/config.md"]
+COMMANDS = re.findall(r"^python (\w+\.py[^#\n]*)", "\n".join(TEXT.values()), re.MULTILINE)
+ALL_EXAMPLES = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +35,41 @@ def run(arguments, folder, **options):
     return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, **options)
 
 
-def test_demo_command_then_example(clone):
-    """The main command, cut short, trains and draws; the README's Python example then runs on what it left."""
+ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, runpy, sys
+codes, printed = [], []
+for sys.argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            codes.append(0)
+        except SystemExit as error:
+            codes.append(error.code or 0)
+    printed.append(output.getvalue())
+print(json.dumps([codes, printed]))
+"""
+
+
+def run_all(commands: list[list[str]], folder):
+    """Run scripts in one process, which saves the imports: the process, and the exit codes and what each printed."""
+    done = run(["-c", ONE_AFTER_THE_OTHER, json.dumps(commands)], folder)
+    assert done.returncode == 0, done.stderr  # an exception ends the process
+    return done, *json.loads(done.stdout)
+
+
+def test_demo_command_then_examples(clone):
+    """The main command, cut short, trains and draws; the Python examples and the other commands then run on what it
+    left.
+    """
     command = re.search(r"python (main\.py demo)$", README, re.MULTILINE).group(1)
     done = run([*command.split(), "num_tokens=20000", "eval_tokens=2048"], clone)
     assert done.returncode == 0, done.stderr
     figure = re.search(r"Figure: (\S+)", done.stdout).group(1)
     assert (clone / figure).stat().st_size > 10_000
 
-    training, inference = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    examples = {name: ALL_EXAMPLES.findall(text) for name, text in TEXT.items() if "```python" in text}
+    assert {name: len(found) for name, found in examples.items()} == {"README.md": 1, "docs/config.md": 1}
+    (inference,), (training,) = examples["README.md"], examples["docs/config.md"]
     done = run(["-c", training.replace("100_000", "20_000")], clone)
     assert done.returncode == 0, done.stderr
     nmse, l0, _ = map(float, done.stdout.split())
@@ -48,27 +82,43 @@ def test_demo_command_then_example(clone):
     done = run(["-c", inference.replace("RUN", trained.name) + checks], clone)
     assert done.returncode == 0, done.stderr
 
-    done = run(["evaluation.py", str(trained)], clone)
-    assert done.returncode == 0 and "kl_divergence" in done.stdout and (trained / "evaluation.json").is_file()
-    done = run(["evaluation.py", str(trained), "--eval-tokens", "0"], clone)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --eval-tokens 0 is not allowed")
-    assert "Traceback" not in done.stderr
+    # Every other command that needs no network, on that run; DIR and NAME stand for new folders.
+    commands, names = [], {"runs/demo/RUN": str(trained), "runs/<sweep>/<run>": str(trained)}
+    names["demo"] = Path(figure).parent.name
+    for command in COMMANDS:
+        words = [names.get(word, word) for word in command.split()]
+        if words[0] == "main.py" or "--upload" in words:
+            continue
+        form = next((word for before, word in zip(words, words[1:]) if before in ("--to", "--from")), "")
+        commands.append([word.replace("DIR", f"out-{form}").replace("NAME", f"from-{form}") for word in words])
+    commands.append(["evaluation.py", str(trained), "--eval-tokens", "0"])
+    done, codes, printed = run_all(commands, clone)
+    # dictionary_learning's format has no input_unit_norm, which the example's SAE has: nothing to import either.
+    assert codes == [2 if "dictionary_learning" in words or words[-1] == "0" else 0 for words in commands], done.stderr
+    assert sum(words[0] == "export.py" for words in commands) == 7
+    assert {"evaluation.py", "features.py", "results.py"} <= {words[0] for words in commands}
+    assert (trained / "evaluation.json").is_file() and (trained / "features.html").is_file()
+    assert all("kl_divergence" in text for words, text in zip(commands[:-1], printed) if words[0] == "evaluation.py")
+    assert done.stderr.splitlines()[-1].startswith("error: --eval-tokens 0 is not allowed")
 
 
-@pytest.mark.parametrize("command", re.findall(r"^python (main\.py[^#\n]*)", README, re.MULTILINE))
-def test_other_commands_are_understood(clone, command):
-    """Every other command line of the README names a sweep and keys that exist."""
-    done = run([*command.split(), "--list"], clone)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 1
+def test_other_commands_are_understood(clone):
+    """Every other command line of main.py names a sweep and keys that exist."""
+    commands = [[*command.split(), "--list"] for command in COMMANDS if command.startswith("main.py")]
+    done, codes, printed = run_all(commands, clone)
+    assert codes == [0] * len(commands), done.stderr
+    assert all(len(text.splitlines()) > 1 for text in printed)
+
+
+def rows_of_keys(text: str) -> dict:
+    """{key: (default, meaning)} of the rows of a table of keys."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    return {key: (default, meaning) for key, default, meaning in rows}
 
 
 def test_table_of_keys_is_complete():
-    """Every config key stands in the README with its default and its meaning in config.py, and no other key does."""
-    section = re.search(r"^## Edit a config$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-    table = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
-    rows = {key: (default, text) for key, default, text in table}
-    keys = get_default_cfg()
+    """docs/config.md lists every key with its default and its doc from config.py, and the README some of these rows."""
+    rows, keys = rows_of_keys(CONFIG), get_default_cfg()
     for key, default in keys.items():
         written, meaning = rows[key]
         assert meaning == KEYS[key].doc
@@ -79,3 +129,46 @@ def test_table_of_keys_is_complete():
         else:
             assert eval(written) == default
     assert set(rows) == set(keys)
+    assert len(rows_of_keys(README)) >= 10 and rows_of_keys(README).items() <= rows.items()
+
+
+def anchors(text: str) -> set:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    headings = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_lead_somewhere(page):
+    """Every relative link names a file of the repository and, after #, one of its headings."""
+    for link in links(TEXT[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = (REPO / page).parent / path if path else REPO / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_readme_is_short_and_leads_to_all_pages():
+    assert len(README.encode()) <= 12_000
+    assert {page for page in TEXT if page != "README.md"} <= {link.partition("#")[0] for link in links(README)}
+
+
+def test_file_map_is_complete():
+    """Every module stands in the file map, in one line, and nothing else does that is not there."""
+    section = README.partition("## File map\n")[2].partition("\n## ")[0]
+    names = re.findall(r"^    (\S+)", section, re.MULTILINE)
+    assert {name for name in names if name.endswith(".py")} == {path.name for path in REPO.glob("*.py")}
+    assert len(names) == len(set(names)) and all((REPO / name).exists() for name in names)
+
+
+def test_first_two_shell_blocks_are_the_demo_and_the_tests():
+    """.ci/run takes them for its two commands."""
+    blocks = re.findall(r"^```sh\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
+    assert [block.partition(" && ")[2] for block in blocks] == ["python main.py demo", "python -m pytest"]
