@@ -187,6 +187,17 @@ def test_group_keys_are_config_keys_that_decide_the_stream():
     assert {key for key in KEYS if not KEYS[key].in_group} == per_sae | records
 
 
+def test_a_cache_of_activations_is_identified_by_all_that_determines_them():
+    """Model, text and how it is cut into forwards; not the shuffle, the SAE, or how much of it is read."""
+    in_no_cache = {  # hook_point and the model's width, which are in it, follow from site, layer and act_size
+        "site", "layer", "act_size", "num_epochs", "num_batches_in_buffer", "shuffle_seed", "eval_skip_positions",
+        "batch_size", "num_tokens", "device", "stream_retries", "activation_cache", "save_errors", "log_freq",
+        "perf_log_freq", "checkpoint_freq", "keep_checkpoints",
+    }  # fmt: skip
+    assert {key for key in KEYS if KEYS[key].in_group and not KEYS[key].in_cache} == in_no_cache
+    assert all(KEYS[key].in_group for key in KEYS if KEYS[key].in_cache)
+
+
 @pytest.mark.parametrize("changes", [{}, OTHER_VALUE, {"num_tokens": 1e9, "lr": 1, "site": "blocks.3.hook_mlp_out"}])
 def test_post_init_is_pure_and_idempotent(changes):
     """post_init_cfg leaves its input alone, and completing twice is completing once."""
