@@ -422,7 +422,7 @@ def test_a_column_of_another_name(tmp_path):
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_tokens_and_text_columns(tmp_path, capsys, saved):
+def test_tokens_and_text_side_by_side(tmp_path, capsys, saved):
     """The tokens are read, which is reported; dataset_column=text reads the text."""
     ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
     if saved:
