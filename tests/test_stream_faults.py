@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -49,17 +50,19 @@ from activation_store import ActivationsStore
 from config import get_default_cfg, post_init_cfg
 from language_model import load_model
 text_stream.LONGEST_PAUSE = 0.1
-cfg = post_init_cfg(get_default_cfg() | json.loads(sys.argv[1]))
-resume_after = json.loads(sys.argv[2])
-model = load_model(cfg)
-store = ActivationsStore(model, cfg)
-print(store.fingerprint())
-for i in range(cfg["num_tokens"] // cfg["batch_size"]):
-    print(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
-    if i in resume_after:
-        state = json.dumps(store.state_dict())
-        store = ActivationsStore(model, cfg)
-        store.load_state_dict(json.loads(state))
+model = None
+for keys, resume_after in json.loads(sys.argv[1]):
+    cfg = post_init_cfg(get_default_cfg() | keys)
+    model = model or load_model(cfg)
+    store = ActivationsStore(model, cfg)
+    hashes = [store.fingerprint()]
+    for i in range(cfg["num_tokens"] // cfg["batch_size"]):
+        hashes.append(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
+        if i in resume_after:
+            state = json.dumps(store.state_dict())
+            store = ActivationsStore(model, cfg)
+            store.load_state_dict(json.loads(state))
+    print(*hashes)
 """
 CONTEXTS = """
 import json, sys
@@ -160,25 +163,6 @@ def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.Co
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-def batches(folder: Path, hub: Hub, dataset: str, resume_after=(), **changes) -> tuple[list[str], str]:
-    """Hashes of the held-out contexts and of all batches that a hub's dataset gives, and the lines on stderr. After
-    some of the batches a new store goes on with the state of the old one."""
-    cfg = make_cfg(model_name="demo/lm", dataset_path=dataset, num_tokens=40_000, batch_size=400, **changes)
-    keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
-    process = run_python(folder, hub, BATCHES, json.dumps(keys), json.dumps(resume_after))
-    assert process.returncode == 0, process.stderr
-    return process.stdout.split(), process.stderr
-
-
-@pytest.fixture(scope="module")
-def sound_batches(tmp_path_factory, repos) -> list[str]:
-    with FaultyHub(repos, lambda path: None) as hub:
-        hashes, told = batches(tmp_path_factory.mktemp("sound"), hub, "someone/parquet")
-    assert len(set(hashes)) == 101 and not OPENED_AGAIN.search(told)
-    assert any(f"{NUM_FILES - 1}.parquet" in request for request in hub.requests), "all files are read"
-    return hashes
-
-
 def random_faults(seed: int, share: float):
     """Two or three of a kind in a row: the hub's client makes a request three times, so some come through to us."""
     rng = random.Random(seed)
@@ -187,16 +171,79 @@ def random_faults(seed: int, share: float):
         yield from [next(kinds)] * rng.randint(2, 3) if rng.random() < share else [None]
 
 
-@pytest.mark.parametrize("kind, seed, resumes", [("parquet", 0, 0), ("jsonl", 1, 1), ("tokens", 2, 3)])
-def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, sound_batches, kind, seed, resumes):
+class ClosedDoor(FaultyHub):
+    """It also hangs up on the first `count` requests about one dataset: what it holds, its revisions and folders."""
+
+    count = 8
+
+    def send(self, request, answer: Answer) -> None:
+        if request.path.startswith("/api/datasets/someone/closed") and self.count > 0:
+            self.count -= 1
+            request.close_connection = True
+        else:
+            super().send(request, answer)
+
+
+READINGS = {  # name of the dataset: what it holds, seed of its faults, how often a new store goes on, config
+    "sound": ("parquet", None, 0, dict(stream_retries=0)),
+    "parquet": ("parquet", 0, 0, dict(stream_retries=20)),
+    "jsonl": ("jsonl", 1, 1, dict(stream_retries=20)),
+    "tokens": ("tokens", 2, 3, dict(stream_retries=20)),
+    "closed": ("parquet", None, 0, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory, repos) -> dict[str, SimpleNamespace]:
+    """Of each dataset that one process reads: hashes of the held-out contexts and of all batches, the lines on stderr,
+    the faults that the hub had, and which files were asked for. After some of the batches a new store goes on with the
+    state of the old one."""
+    faults = {name: random_faults(seed, 0.6) for name, (_, seed, *_) in READINGS.items() if seed is not None}
+    found, asked = {name: SimpleNamespace(faults=[], files=set()) for name in READINGS}, []
+
+    def fault(path: str) -> str | None:
+        name, file = re.search(r"/someone/(\w+)/.*/([^/]+)$", path).groups()
+        found[name].files.add(file)
+        found[name].faults.append(next(faults[name]) if name in faults else None)
+        return found[name].faults[-1]
+
+    for name, (_, seed, resumes, changes) in READINGS.items():
+        cfg = make_cfg(
+            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
+        )
+        keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
+        asked.append((keys, random.Random(seed).sample(range(100), resumes)))
+    datasets = {f"datasets/someone/{name}": repos[f"datasets/someone/{kind}"] for name, (kind, *_) in READINGS.items()}
+    with ClosedDoor(repos | datasets, fault) as hub:
+        process = run_python(tmp_path_factory.mktemp("readings"), hub, BATCHES, json.dumps(asked))
+    assert process.returncode == 0, process.stderr
+    assert hub.count == 0
+    for name, line in zip(READINGS, process.stdout.splitlines(), strict=True):
+        found[name].hashes = line.split()
+        found[name].told = "\n".join(line for line in process.stderr.splitlines() if f"someone/{name} " in line)
+    return found
+
+
+def test_a_sound_hub(readings):
+    """With stream_retries = 0 too all files are read, and nothing is opened again."""
+    sound = readings["sound"]
+    assert len(sound.hashes) == len(set(sound.hashes)) == 101 and not OPENED_AGAIN.search(sound.told)
+    assert sound.files == {f"{i}.parquet" for i in range(NUM_FILES)}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tokens"])
+def test_a_hub_with_faults_gives_the_same_batches(readings, kind):
     """Errors 500, 503 and 520, cut, shortened and missing answers and stalls at random: the stream is opened again
     where it was, lines say so, and every batch is bit-identical to that of a hub without faults. So it is with tokens
     for text, and where new stores go on with the state of old ones, on that hub too."""
-    faults, resume_after = random_faults(seed, 0.6), random.Random(seed).sample(range(100), resumes)
-    with FaultyHub(repos, lambda path: next(faults)) as hub:
-        hashes, told = batches(tmp_path, hub, f"someone/{kind}", resume_after, stream_retries=20)
-    assert len(set(hub.faults)) >= 6 and len(OPENED_AGAIN.findall(told)) >= 3
-    assert hashes == sound_batches
+    assert len(set(readings[kind].faults)) >= 6 and len(OPENED_AGAIN.findall(readings[kind].told)) >= 3
+    assert readings[kind].hashes == readings["sound"].hashes
+
+
+def test_a_hub_that_hangs_up_while_the_dataset_is_opened(readings):
+    """The dataset is opened again, after pauses that are told, and gives the same batches."""
+    assert OPENED_AGAIN.search(readings["closed"].told)
+    assert readings["closed"].hashes == readings["sound"].hashes
 
 
 @pytest.fixture(scope="module")
@@ -230,33 +277,6 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
     assert found == all_tokens(stream(large_file))
     assert len(OPENED_AGAIN.findall(process.stderr)) >= 2 and len(set(hub.faults)) >= 5
     assert len(set(hub.ranges)) >= 4, "the index and three parts"
-
-
-def test_no_retries_is_one_try(tmp_path, repos, sound_batches):
-    """stream_retries = 0 reads a sound hub as any other value does."""
-    with FaultyHub(repos, lambda path: None) as hub:
-        assert batches(tmp_path, hub, "someone/parquet", stream_retries=0)[0] == sound_batches
-
-
-class ClosedDoor(Hub):
-    """A hub that hangs up on the first `count` requests about a dataset: what it holds, its revisions and folders."""
-
-    count = 8
-
-    def send(self, request, answer: Answer) -> None:
-        if request.path.startswith("/api/datasets/") and self.count > 0:
-            self.count -= 1
-            request.close_connection = True
-        else:
-            super().send(request, answer)
-
-
-def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, sound_batches):
-    """The dataset is opened again, after pauses that are told, and gives the same batches."""
-    with ClosedDoor(repos) as hub:
-        hashes, told = batches(tmp_path, hub, "someone/parquet")
-    assert hub.count == 0 and OPENED_AGAIN.search(told)
-    assert hashes == sound_batches
 
 
 @pytest.mark.parametrize("fault", ["504", "gone"])
