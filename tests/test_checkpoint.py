@@ -38,6 +38,7 @@ def test_a_damaged_checkpoint_is_passed_over(model, make_cfg, uninterrupted, cap
         assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
+@pytest.mark.fast
 def test_a_half_written_checkpoint_is_none(model, make_cfg, monkeypatch):  # noqa: F811
     """A save that is cut off at any write leaves the one before it, and its remains go with the next."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
@@ -124,6 +125,7 @@ def saved(make_cfg, tmp_path):  # noqa: F811
     return sae, tmp_path / "sae"
 
 
+@pytest.mark.fast
 def test_a_flipped_byte_in_the_weights_is_found(saved):
     """Wherever it is, loading refuses the file in one line."""
     sae, folder = saved

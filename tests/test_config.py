@@ -10,6 +10,8 @@ import pytest
 import config
 from config import GROUP_KEYS, NONE_ALLOWED, NOT_IN_NAME, InputError, get_default_cfg, post_init_cfg, tell
 
+pytestmark = pytest.mark.fast
+
 # For every key a value that is allowed and is not the default.
 OTHER_VALUE = {
     "model_dtype": "bfloat16",

@@ -121,6 +121,7 @@ def test_logit_effects_are_the_direct_path(group):
         torch.testing.assert_close(got.double(), logits - logits.mean(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.fast
 def test_page_data(group):
     """Tokens, neighbours and logit lists of a page are those of the SAE, the model and the text."""
     model, store, sae = group[0], group[1], group[2]["batchtopk"]
@@ -149,6 +150,7 @@ def test_page_data(group):
             assert shown[position - start] == max(shown) == pytest.approx(statistics["value"][n, i].item(), rel=6e-3)
 
 
+@pytest.mark.fast
 def test_interesting_is_energy_after_rare_and_dense():
     statistics = {
         "active": torch.tensor([500, 50, 9, 50, 0, 60]),
@@ -195,6 +197,7 @@ def test_token_texts_of_a_sentencepiece_tokenizer():
     assert features.token_texts(tokenizer, [0, 1, 2, 3, 4]) == [" the", "\\xe2", "Ġ", " ", "A"]
 
 
+@pytest.mark.fast
 def test_page_holds_hostile_text_as_data(tmp_path):
     """Whatever names and tokens hold, the page has the template's elements and its data reads back unchanged."""
     data = {"vocab": HOSTILE}

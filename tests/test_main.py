@@ -198,6 +198,7 @@ def main_here(monkeypatch, capfd, tmp_path):
     return call
 
 
+@pytest.mark.fast
 def test_list_prints_the_runs(main_here, tmp_path):
     """--list prints one unique name a line and does nothing else: 15 runs for the paper, which is the default."""
     names = {}
@@ -210,6 +211,7 @@ def test_list_prints_the_runs(main_here, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fast
 def test_the_papers_sweep(monkeypatch):
     """The 15 runs of the paper: JumpReLU at three coefficients, TopK and BatchTopK over k and over dictionary sizes."""
     import main
@@ -358,6 +360,7 @@ def the_error(code: int, err: str) -> str:
 
 
 @pytest.mark.parametrize("case", BAD_CONFIG)
+@pytest.mark.fast
 def test_bad_overrides(main_here, tmp_path, case):
     """A bad command line is one line on stderr that names key and value, exit code 2, and nothing on the disk."""
     args, pattern = BAD_CONFIG[case]
@@ -410,6 +413,7 @@ def test_without_a_network_it_points_to_the_demo(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.fast
 def test_without_a_network_the_data_is_told_too(main_here, tmp_path):
     """A local model with a hub dataset and no network: one line that names the dataset and the way out."""
     code, out, err = main_here("demo", *TINY, "dataset_path=Skylion007/openwebtext", f"output_dir={tmp_path / 'runs'}")

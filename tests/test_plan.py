@@ -47,6 +47,7 @@ def test_the_memory_that_is_told_is_what_it_takes(make_cfg, largest):  # noqa: F
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.fast
 def test_the_memory_of_a_container_is_what_is_left_of_its_limit(tmp_path, version):
     """Of the limits of the groups that the process is in, and of those above them; "max" is none."""
     names = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
@@ -67,6 +68,7 @@ def cfgs(make_cfg):  # noqa: F811
     return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
 
 
+@pytest.mark.fast
 def test_what_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
     """Every SAE is in one group, none needs more than there is, and the sizes are told; what fits is left alone."""
     present = plan.memory_needed([cfgs[1], cfgs[0]], model)

@@ -70,6 +70,7 @@ def test_other_commands_are_understood(command, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+@pytest.mark.fast
 def test_table_of_keys_is_complete():
     """Every config key stands in the README with its default and its comment in config.py, and no other key does."""
     source = (REPO / "config.py").read_text(encoding="utf-8")

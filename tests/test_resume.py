@@ -99,6 +99,7 @@ def damaged(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("checkpoint_freq", [1, 3, 1000])
+@pytest.mark.fast
 def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uninterrupted, checkpoint_freq):  # noqa: F811
     """KeyboardInterrupt out of nowhere (no checkpoint is saved then), Stopped, and a network that stays down."""
     rng = random.Random(checkpoint_freq)
@@ -527,6 +528,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, wher
     assert not groups_folder(cfgs[0]).exists()
 
 
+@pytest.mark.fast
 def test_nan_in_the_activations_stops_all_of_them(model, make_cfg):  # noqa: F811
     """No SAE is to blame: they are saved as they were, and not marked as stopped."""
     cfgs = [make_cfg(**changes) for changes in SAES[:2]]

@@ -99,6 +99,7 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
 
 
 @pytest.mark.parametrize("total", [EVAL_CONTEXTS * SEQ_LEN + 25 * SEQ_LEN, EVAL_CONTEXTS * SEQ_LEN + 411])
+@pytest.mark.fast
 def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
     """With tokens that do not repeat: each is trained on once per epoch, the held-out ones never."""
     documents = counted_documents(50, total - 50)
@@ -205,6 +206,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
 
 
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
+@pytest.mark.fast
 def test_a_stream_goes_on_where_its_state_was_taken(sources, name):
     """From a state taken after any number of contexts, at an epoch's edge too, all later contexts are the same."""
     path, changes = sources[name]
@@ -350,6 +352,7 @@ def cached(model, sources, tmp_path):  # noqa: F811
     return cfg, live, make_store
 
 
+@pytest.mark.fast
 def test_cached_batches_are_the_live_ones(cached):
     """The first run writes, the second reads without the language model; both give the uncached batches to the bit."""
     _, live, make_store = cached

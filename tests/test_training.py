@@ -95,6 +95,7 @@ def figures(result: dict) -> dict:
 # Reproducible
 
 
+@pytest.mark.fast
 def test_same_seed_same_bits(model, make_cfg):
     """The same configs give bit-identical weights, buffers and figures, whatever the global random state."""
     runs = []
@@ -203,6 +204,7 @@ def recorded(model, make_cfg):
     return cfgs, saes, train_sae_group(saes, store, model, cfgs), store
 
 
+@pytest.mark.fast
 def test_a_run_is_recorded_completely(model, recorded):
     """config.json, metrics.jsonl, result.json and sae/ hold what the run was, did and came to."""
     cfgs, saes, results, store = recorded

@@ -178,6 +178,7 @@ def test_the_dense_products_are_16_bits_exact():
     assert not ((a.bfloat16().double() @ b.bfloat16().double().T - exact).abs() <= 2.0**-16 * norms).all()
 
 
+@pytest.mark.fast
 def test_ties_go_to_the_first():
     x, W = torch.ones(3, 2, device=DEVICE), feature_major(torch.ones(2, 128)).to(DEVICE)
     rows, cols, _ = places(sparse_ops.select_topk(x, W, 5, per_row=True))
@@ -187,6 +188,7 @@ def test_ties_go_to_the_first():
     assert (rows * 128 + cols).tolist() == list(range(15))
 
 
+@pytest.mark.fast
 def test_finds_a_winner_that_the_screen_underrates():
     """Two features whose screened values err by the whole bound, one up and one down: the true order counts."""
     d, eps = 64, 1e-4
@@ -246,6 +248,7 @@ def trained(kind, triton, monkeypatch, steps=2, **changes):
 @pytest.mark.parametrize(
     "kind, max_grad_norm", [*((kind, 100_000.0) for kind in KINDS), ("batchtopk", 0.05), ("jumprelu", 0.05)]
 )
+@pytest.mark.fast
 def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch):
     """Outputs, weights, counters, thresholds and Adam's state after two steps, aux loss and clipping included."""
     expected, expected_optimizer, expected_outputs = trained(kind, False, monkeypatch, max_grad_norm=max_grad_norm)
