@@ -100,6 +100,7 @@ def counted_documents(num_eval: int, num_train: int) -> list[list[int]]:
 # Text -> tokens
 
 
+@pytest.mark.fast
 def test_contexts_equal_a_plain_reference(model, jsonl, texts, tokens):
     """Documents become BOS + tokens, concatenated and cut into contexts; no token is lost over many refills."""
     heldout, rest = reference_contexts(tokens, SEQ_LEN, 3)
@@ -257,6 +258,7 @@ def stream_of(model, path, **changes) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_batch_size, buffer", [(3, 2), (1, 3), (25, 1), (7, 100), (4, 4)])
+@pytest.mark.fast
 def test_every_training_token_is_handed_out_exactly_once(model, counted, model_batch_size, buffer):
     """Over all batches each activation comes once, whatever the buffer size; none is lost between buffers."""
     batches, in_order = stream_of(model, counted, model_batch_size=model_batch_size, num_batches_in_buffer=buffer)
@@ -274,6 +276,7 @@ def test_batches_are_whole_when_the_buffer_is_smaller_than_a_batch(model, counte
     assert len(np.unique(torch.cat(rows).numpy(), axis=0)) > 390
 
 
+@pytest.mark.fast
 def test_batches_are_shuffled_and_deterministic(model, counted):
     """The same shuffle_seed gives the same batches, another seed others; they are not in text order."""
     first, in_order = stream_of(model, counted, model_batch_size=8)
@@ -299,6 +302,7 @@ def kept_rows(store, excluded: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("changes", [{}, {"bos_per_context": True}, {"model_batch_size": 1, "num_epochs": 2}])
+@pytest.mark.fast
 def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
     """Batches are whole and contain every other token once, in the order of the buffers."""
     excluded = [BOS, 3, 200, 201]

@@ -38,6 +38,7 @@ def test_a_corrupt_checkpoint_is_skipped(model, make_cfg, uninterrupted, capsys,
         assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
+@pytest.mark.fast
 def test_a_partly_written_checkpoint_is_ignored(model, make_cfg, monkeypatch):  # noqa: F811
     """A save that is interrupted at any write leaves the previous checkpoint; the next save removes its files."""
     cfg = make_cfg(**SAES[1], checkpoint_freq=2)
@@ -124,6 +125,7 @@ def saved(make_cfg, tmp_path):  # noqa: F811
     return sae, tmp_path / "sae"
 
 
+@pytest.mark.fast
 def test_a_flipped_bit_in_the_weights_is_found(saved):
     """Wherever it is, loading raises an error of one line."""
     sae, folder = saved

@@ -11,6 +11,8 @@ from config import KEYS, get_default_cfg, keys_table, post_init_cfg
 from console import InputError
 from sae import SAE_CLASSES
 
+pytestmark = pytest.mark.fast
+
 # For every key a value that is allowed and is not the default.
 OTHER_VALUE = {
     "model_dtype": "bfloat16",

@@ -108,6 +108,7 @@ def test_json_and_csv_files(tmp_path, name, folder):
         assert resumed.contexts(17).tolist() == part.tolist()
 
 
+@pytest.mark.fast
 def test_compressed_text_files_are_documents(tmp_path):
     """A .txt.gz file is one document, like a .txt file."""
     for i, text in enumerate(TEXTS):
@@ -215,6 +216,7 @@ def test_csv_rows_longer_than_the_header(tmp_path, capsys, kind, rows):
 
 @pytest.mark.parametrize("split", [None, "train"])
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+@pytest.mark.fast
 def test_a_stored_format_is_ignored(tmp_path, kind, split):
     """A saved dataset gives the same tokens with and without a format, whatever columns the format has."""
     ids = make_tokenizer()(TEXTS, add_special_tokens=False)["input_ids"]
@@ -402,6 +404,7 @@ def test_one_file_and_one_saved_dataset_are_the_split_train(tmp_path):
 # Columns
 
 
+@pytest.mark.fast
 def test_a_column_of_another_name(tmp_path):
     """dataset_column names a column of text or tokens; the error about a missing column lists the existing ones."""
     ids = make_tokenizer()(TEXTS[::-1], add_special_tokens=False)["input_ids"]
@@ -504,6 +507,7 @@ def test_chats_without_a_template(tmp_path):
         ([{"from": "human", "value": "x"}], "has a message without a role in column 'messages'"),
     ],
 )
+@pytest.mark.fast
 def test_bad_chats(tmp_path, chat_tokenizer, capsys, bad, what):
     """A chat that the template rejects, or that is invalid, is named; with bad_documents=skip the others are read."""
     path = write_lines(tmp_path / "a.jsonl", [{"messages": chat} for chat in [*CHATS[:20], bad, *CHATS[20:]]])

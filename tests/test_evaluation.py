@@ -107,6 +107,7 @@ def assert_equal_metrics(measured: dict, reference: dict, suffix: str = "") -> N
 
 
 @pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.fast
 def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
     """Every metric of every SAE type, and the _batch metrics of BatchTopK, follow their definitions."""
     store, saes = with_skip(group[0], skip), group[1]
@@ -178,6 +179,7 @@ def test_histograms_equal_a_plain_reference(model, hf_model, group):
     assert any(result["histograms"]["never_active"] for result in results)
 
 
+@pytest.mark.fast
 def test_histogram_bins_hold_every_density():
     """Features that are always active are in the last bin, those below the lowest edge in the first bin."""
     counted = histograms(token_l0=torch.tensor([2] * 999 + [0]), times_active=torch.tensor([1000, 50, 1e-6, 0, 0]))

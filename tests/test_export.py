@@ -155,6 +155,7 @@ FORWARD = {
 @pytest.mark.parametrize("input_unit_norm", [False, True])
 @pytest.mark.parametrize("sae_type", TYPES)
 @pytest.mark.parametrize("to", FOREIGN)
+@pytest.mark.fast
 def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
     """The other library and the SAE imported again compute what ours does; the config is complete."""
     sae = make_sae(sae_type, input_unit_norm)
@@ -239,6 +240,7 @@ def test_a_failed_write_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeyp
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.fast
 def test_nothing_is_overwritten(make_sae, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".kept").touch()

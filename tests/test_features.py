@@ -122,6 +122,7 @@ def test_logit_effects_are_the_direct_path(group):
         torch.testing.assert_close(got.double(), logits - logits.mean(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.fast
 def test_page_data(group):
     """Tokens, nearest features and logit effects on a page follow from the SAE, the model and the text."""
     model, store, sae = group[0], group[1], group[2]["batchtopk"]
@@ -150,6 +151,7 @@ def test_page_data(group):
             assert shown[position - start] == max(shown) == pytest.approx(statistics["value"][n, i].item(), rel=6e-3)
 
 
+@pytest.mark.fast
 def test_ranking_is_by_energy_with_rare_and_dense_features_last():
     statistics = {
         "active": torch.tensor([500, 50, 9, 50, 0, 60]),
@@ -196,6 +198,7 @@ def test_token_texts_of_a_sentencepiece_tokenizer():
     assert features.token_texts(tokenizer, [0, 1, 2, 3, 4]) == [" the", "\\xe2", "Ġ", " ", "A"]
 
 
+@pytest.mark.fast
 def test_page_holds_hostile_text_as_data(tmp_path):
     """Hostile names and tokens add no elements to the template, and the data is read back unchanged."""
     data = {"vocab": HOSTILE}

@@ -65,6 +65,7 @@ def reference_activations(hf_model, contexts, site: str, layer: int) -> torch.Te
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"])
+@pytest.mark.fast
 def test_sites_have_the_right_activations(model, hf_model, jsonl, texts, site):  # noqa: F811
     """Each site, also by its full hook name, gives the activations of the transformers model there."""
     path = jsonl(texts)
@@ -284,6 +285,7 @@ def test_act_size_and_layer_that_do_not_fit(model, counted):  # noqa: F811
 
 
 @pytest.mark.parametrize("site", ["blocks.1.attn.hook_pattern", "blocks.1.hook_q_input", "blocks.1.attn.hook_result"])
+@pytest.mark.fast
 def test_hook_points_that_give_no_residual_vectors(model, counted, site):  # noqa: F811
     """A hook point that exists but cannot be harvested is an InputError with its name."""
     assert site in store_error(model, dataset_path=counted, site=site)
@@ -322,6 +324,7 @@ def test_bad_model_directory_is_one_clear_line(tmp_path, file, corrupt, pattern)
     assert f"model_name = {str(folder)!r}" in one_line(caught)
 
 
+@pytest.mark.fast
 def test_missing_model_directory(tmp_path):
     """A path that does not exist is an InputError, not a request to the hub."""
     with pytest.raises(InputError, match="no such folder") as caught:
@@ -337,6 +340,7 @@ def test_missing_model_directory(tmp_path):
     [("blocks.2.hook_resid_pre", 2), ("blocks.1.hook_resid_post", 2), ("blocks.3.hook_resid_post", 4)]
     + [("blocks.0.hook_resid_pre", 0), ("blocks.2.hook_mlp_out", 0), ("blocks.1.hook_resid_mid", 0)],
 )
+@pytest.mark.fast
 def test_predictions_equal_those_of_the_whole_model(model, hook_point, below):  # noqa: F811
     """With the model's own and with other activations; the model is unchanged afterwards."""
     ids = torch.randint(model.cfg.d_vocab, (3, 20), generator=torch.Generator().manual_seed(1))

@@ -77,6 +77,7 @@ def rows(card: str) -> dict:
 
 
 @pytest.mark.parametrize("to", [*FOREIGN, "safetensors"])
+@pytest.mark.fast
 def test_metadata(tmp_path, to):
     """huggingface_hub reads the metadata: names are hub names, the license is left open."""
     export_sae(
@@ -247,6 +248,7 @@ def test_export_upload_and_load_from_the_hub(tmp_path, hub):
     assert done.stdout.split() == ["64", "16", str(sae.threshold.item())], done.stderr
 
 
+@pytest.mark.fast
 def test_upload_of_an_edited_card_to_a_public_repository(tmp_path, hub, capsys):
     """An existing public repository stays public, which is printed."""
     export_sae(make_sae("topk"), "saelens", tmp_path / "out")

@@ -47,6 +47,7 @@ def test_memory_estimate(make_cfg, largest):  # noqa: F811
 
 
 @pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.fast
 def test_memory_left_in_a_container(tmp_path, version):
     """The limits of the process's groups and of their parents count; "max" is no limit."""
     names = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
@@ -67,6 +68,7 @@ def cfgs(make_cfg):  # noqa: F811
     return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
 
 
+@pytest.mark.fast
 def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
     """Every SAE is in one group, every group fits, and the sizes are printed; a group that fits is not split."""
     available = plan.memory_needed([cfgs[1], cfgs[0]], model)

@@ -105,6 +105,7 @@ def point_of(row) -> tuple:
     return row["sae_type"], row["dict_size"], row["l1_coeff"] if row["sae_type"] == "jumprelu" else row["top_k"]
 
 
+@pytest.mark.fast
 def test_mean_and_standard_error_over_seeds(by_hand):
     """Mean and standard error of each metric over the seeds of a configuration equal those from numpy."""
     sweep, written, unfinished = by_hand
@@ -153,6 +154,7 @@ def test_a_config_counts_once(tmp_path, capsys):
     assert re.search(r"Skipped, .* same config: \S+cuda$", out, re.MULTILINE) and "±" not in out
 
 
+@pytest.mark.fast
 def test_figure_shows_the_numbers(by_hand):
     """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
     sweep, written, _ = by_hand

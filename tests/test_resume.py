@@ -9,13 +9,27 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from kill_and_resume import REPO, command, digests, environment, kill_and_resume
-from test_training import BATCH, SAES, STEPS, data, figures, lines_of, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
+from test_training import (  # noqa: F401 (fixtures)
+    BATCH,
+    SAES,
+    STEPS,
+    completed_cfg,
+    data,
+    figures,
+    lines_of,
+    make_cfg,
+    model,
+    no_wandb,
+    same_bits,
+    train,
+)
 
 import checkpoint
 import logs
@@ -51,11 +65,14 @@ def runs_here(cfgs):
     return {path.name for path in groups_folder(cfgs[0]).parent.iterdir()}
 
 
-@pytest.fixture
-def uninterrupted(model, make_cfg):  # noqa: F811
-    saes, results = train(model, [make_cfg("whole", **changes, **OFTEN) for changes in SAES])
-    records = [lines_of(run_folder(make_cfg("whole", **changes, **OFTEN))) for changes in SAES]
-    return saes, results, records
+@pytest.fixture(scope="module")
+def uninterrupted(model, data, tmp_path_factory):  # noqa: F811
+    """SAEs, results and records of the group that nothing stopped; for all tests of this file."""
+    cfgs = [completed_cfg(data, tmp_path_factory.mktemp("whole"), **changes, **OFTEN) for changes in SAES]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        saes, results = train(model, cfgs)
+    return saes, results, [lines_of(run_folder(cfg)) for cfg in cfgs]
 
 
 def assert_as_uninterrupted(uninterrupted, cfgs, saes, results):
@@ -82,6 +99,7 @@ def corrupt(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("checkpoint_freq", [1, 3, 1000])
+@pytest.mark.fast
 def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, make_cfg, uninterrupted, checkpoint_freq):  # noqa: F811
     """KeyboardInterrupt out of nowhere (no checkpoint is saved then), Stopped, and a network that stays down."""
     rng = random.Random(checkpoint_freq)
@@ -239,7 +257,7 @@ def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeyp
 def test_real_kills(tmp_path):
     """`python main.py demo` with real signals and a damaged checkpoint: tests/kill_and_resume.py, cut short."""
     kills = [(signal.SIGKILL, "save"), (signal.SIGKILL, "evaluation"), (signal.SIGTERM, "")]
-    hits = kill_and_resume(tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", delay=0.2)
+    hits = kill_and_resume(tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", "l1_coeff=0", delay=0.2)
     assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
 
 
@@ -364,14 +382,25 @@ def test_what_a_run_was_made_with_stays_in_its_record(model, make_cfg, monkeypat
 def test_two_processes_on_one_run(make_cfg):  # noqa: F811
     """The second is refused in a line, and not once the first is dead."""
     cfg = make_cfg(**SAES[1])
-    program = f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom logs import RunLog\nlog = RunLog({cfg!r}, {{}})\n"
-    program += "print('locked', flush=True)\nimport time; time.sleep(99)"
-    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment())
-    assert holder.stdout.readline() == b"locked\n"
-    with pytest.raises(InputError, match="another process"):
-        RunLog(cfg, {})
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    told, tell = os.pipe()
+    holder = os.fork()  # which saves importing everything again
+    if not holder:
+        try:
+            log = RunLog(cfg, {})
+            os.write(tell, b"locked")
+            time.sleep(99)
+            log.close()
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        assert os.read(told, 9) == b"locked"
+        with pytest.raises(InputError, match="another process"):
+            RunLog(cfg, {})
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(told)
     RunLog(cfg, {}).close()
 
 
@@ -499,6 +528,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, wher
     assert not groups_folder(cfgs[0]).exists()
 
 
+@pytest.mark.fast
 def test_nan_in_the_activations_stops_all_of_them(model, make_cfg):  # noqa: F811
     """No SAE is to blame: they are saved as they were, and not marked as stopped."""
     cfgs = [make_cfg(**changes) for changes in SAES[:2]]
@@ -549,7 +579,7 @@ def test_a_full_disk(tmp_path):
     mount = f"mount -t tmpfs -o size=3m none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system allows no mount in a user namespace: a full disk was not tried")
-    args = command(tmp_path, "sae_type=topk", "num_tokens=20_000")
+    args = command(tmp_path, "sae_type=topk", "num_tokens=10_000")
     script = f"""{mount}
         "$@"; echo "code $?"; ls -d {tmp_path}/*/groups/*/step_*
         mount -o remount,size=99m {tmp_path}

@@ -95,6 +95,7 @@ def assert_gradients_match(sae, expected):
 @pytest.mark.parametrize("input_unit_norm", [True, False])
 @pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast
 def test_outputs_and_gradients_equal_the_reference(kind, seed, B, d, F, k, input_unit_norm):
     """In training, everything forward returns and every parameter's gradient are as defined, in float64."""
     sae = make_sae(kind, seed, d=d, F=F, k=k, input_unit_norm=input_unit_norm)
@@ -158,6 +159,7 @@ def test_leading_dimensions_are_those_of_the_flattened_batch(kind, training):
 @pytest.mark.parametrize("top_k_aux", [1, 4, 512])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", TOP_K_KINDS)
+@pytest.mark.fast
 def test_aux_loss_equals_the_reference(kind, seed, top_k_aux):
     """With dead features, the aux loss and its gradients are as published: residual not detached, any top_k_aux."""
     sae = make_sae(kind, seed, d=6, F=40, k=2, top_k_aux=top_k_aux, aux_penalty=3.0)

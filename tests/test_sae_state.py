@@ -21,6 +21,8 @@ from test_sae import (  # noqa: F401 (fixtures)
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
+pytestmark = pytest.mark.fast
+
 # train() and eval()
 
 

@@ -100,6 +100,7 @@ def test_finds_a_winner_that_the_screen_underrates(screen_dtype):
     assert pattern.cols.tolist() == [90]
 
 
+@pytest.mark.fast
 def test_ties_go_to_the_first(screen_dtype):
     x, W = torch.ones(3, 2), feature_major(torch.ones(2, 128))
     pattern = sparse_ops.select_topk(x, W, 5, per_row=True)
@@ -139,6 +140,7 @@ def test_everything_above_a_threshold(screen_dtype, kind, seed):
     assert ((pattern.products - (x.double() @ W.double())[selected]).abs() <= rounding[selected]).all()
 
 
+@pytest.mark.fast
 def test_the_bound_holds(screen_dtype):
     """The error of every screened value, its last rounding included, is within the bound."""
     for kind in ("plain", "heavy tails", "scales", "negative rows"):
@@ -229,6 +231,7 @@ def test_the_form_follows_from_counts():
     assert forms == [False] * 10 + [True] * 6 + [False] * 10 + [True] * 4
 
 
+@pytest.mark.fast
 def test_a_pattern_of_nothing():
     """No entries: products of zeros, and no error."""
     pattern = SparsityPattern(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), (3, 4))

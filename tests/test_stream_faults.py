@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -49,17 +50,19 @@ from activation_store import ActivationsStore
 from config import get_default_cfg, post_init_cfg
 from language_model import load_model
 text_stream.MAX_BACKOFF = 0.1
-cfg = post_init_cfg(get_default_cfg() | json.loads(sys.argv[1]))
-resume_after = json.loads(sys.argv[2])
-model = load_model(cfg)
-store = ActivationsStore(model, cfg)
-print(store.fingerprint())
-for i in range(cfg["num_tokens"] // cfg["batch_size"]):
-    print(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
-    if i in resume_after:
-        state = json.dumps(store.state_dict())
-        store = ActivationsStore(model, cfg)
-        store.load_state_dict(json.loads(state))
+model = None
+for keys, resume_after in json.loads(sys.argv[1]):
+    cfg = post_init_cfg(get_default_cfg() | keys)
+    model = model or load_model(cfg)
+    store = ActivationsStore(model, cfg)
+    hashes = [store.fingerprint()]
+    for i in range(cfg["num_tokens"] // cfg["batch_size"]):
+        hashes.append(hashlib.sha256(store.next_batch().numpy().tobytes()).hexdigest())
+        if i in resume_after:
+            state = json.dumps(store.state_dict())
+            store = ActivationsStore(model, cfg)
+            store.load_state_dict(json.loads(state))
+    print(*hashes)
 """
 CONTEXTS = """
 import json, sys
@@ -160,25 +163,6 @@ def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.Co
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-def batches(folder: Path, hub: Hub, dataset: str, resume_after=(), **changes) -> tuple[list[str], str]:
-    """Hashes of the held-out contexts and all batches of a hub dataset, and stderr. After the batches in `resume_after`
-    a new store resumes from the state of the old one."""
-    cfg = make_cfg(model_name="demo/lm", dataset_path=dataset, num_tokens=40_000, batch_size=400, **changes)
-    keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
-    process = run_python(folder, hub, BATCHES, json.dumps(keys), json.dumps(resume_after))
-    assert process.returncode == 0, process.stderr
-    return process.stdout.split(), process.stderr
-
-
-@pytest.fixture(scope="module")
-def expected_batches(tmp_path_factory, repos) -> list[str]:
-    with FaultyHub(repos, lambda path: None) as hub:
-        hashes, stderr = batches(tmp_path_factory.mktemp("expected"), hub, "someone/parquet")
-    assert len(set(hashes)) == 101 and not RETRY.search(stderr)
-    assert any(f"{NUM_FILES - 1}.parquet" in request for request in hub.requests), "all files are read"
-    return hashes
-
-
 def random_faults(seed: int, share: float):
     """Two or three of the same fault in a row: the hub's client sends a request three times, so some reach us."""
     rng = random.Random(seed)
@@ -187,16 +171,79 @@ def random_faults(seed: int, share: float):
         yield from [next(kinds)] * rng.randint(2, 3) if rng.random() < share else [None]
 
 
-@pytest.mark.parametrize("kind, seed, resumes", [("parquet", 0, 0), ("jsonl", 1, 1), ("tokens", 2, 3)])
-def test_a_hub_with_faults_gives_the_same_batches(tmp_path, repos, expected_batches, kind, seed, resumes):
+class HangingUpHub(FaultyHub):
+    """A hub that also closes the connection on the first `count` requests for the metadata of one dataset."""
+
+    count = 8
+
+    def send(self, request, answer: Answer) -> None:
+        if request.path.startswith("/api/datasets/someone/closed") and self.count > 0:
+            self.count -= 1
+            request.close_connection = True
+        else:
+            super().send(request, answer)
+
+
+READINGS = {  # name of the dataset: what it holds, seed of its faults, how often a new store resumes, config
+    "sound": ("parquet", None, 0, dict(stream_retries=0)),
+    "parquet": ("parquet", 0, 0, dict(stream_retries=20)),
+    "jsonl": ("jsonl", 1, 1, dict(stream_retries=20)),
+    "tokens": ("tokens", 2, 3, dict(stream_retries=20)),
+    "closed": ("parquet", None, 0, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory, repos) -> dict[str, SimpleNamespace]:
+    """For each dataset, all read by one process: hashes of the held-out contexts and of all batches, the lines on
+    stderr, the hub's faults, and the requested files. After some of the batches a new store resumes from the state of
+    the old one."""
+    faults = {name: random_faults(seed, 0.6) for name, (_, seed, *_) in READINGS.items() if seed is not None}
+    found, requested = {name: SimpleNamespace(faults=[], files=set()) for name in READINGS}, []
+
+    def fault(path: str) -> str | None:
+        name, file = re.search(r"/someone/(\w+)/.*/([^/]+)$", path).groups()
+        found[name].files.add(file)
+        found[name].faults.append(next(faults[name]) if name in faults else None)
+        return found[name].faults[-1]
+
+    for name, (_, seed, resumes, changes) in READINGS.items():
+        cfg = make_cfg(
+            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
+        )
+        keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
+        requested.append((keys, random.Random(seed).sample(range(100), resumes)))
+    datasets = {f"datasets/someone/{name}": repos[f"datasets/someone/{kind}"] for name, (kind, *_) in READINGS.items()}
+    with HangingUpHub(repos | datasets, fault) as hub:
+        process = run_python(tmp_path_factory.mktemp("readings"), hub, BATCHES, json.dumps(requested))
+    assert process.returncode == 0, process.stderr
+    assert hub.count == 0
+    for name, line in zip(READINGS, process.stdout.splitlines(), strict=True):
+        found[name].hashes = line.split()
+        found[name].lines = "\n".join(line for line in process.stderr.splitlines() if f"someone/{name} " in line)
+    return found
+
+
+def test_a_sound_hub(readings):
+    """All files are read without a retry, also with stream_retries = 0."""
+    sound = readings["sound"]
+    assert len(sound.hashes) == len(set(sound.hashes)) == 101 and not RETRY.search(sound.lines)
+    assert sound.files == {f"{i}.parquet" for i in range(NUM_FILES)}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "tokens"])
+def test_a_hub_with_faults_gives_the_same_batches(readings, kind):
     """Random errors 500, 503 and 520, truncated and missing responses and stalls: the stream is reopened at the same
     position, retries are reported, and all batches are bit-identical to those of a hub without faults. This also holds
     for token columns and after resuming."""
-    faults, resume_after = random_faults(seed, 0.6), random.Random(seed).sample(range(100), resumes)
-    with FaultyHub(repos, lambda path: next(faults)) as hub:
-        hashes, stderr = batches(tmp_path, hub, f"someone/{kind}", resume_after, stream_retries=20)
-    assert len(set(hub.faults)) >= 6 and len(RETRY.findall(stderr)) >= 3
-    assert hashes == expected_batches
+    assert len(set(readings[kind].faults)) >= 6 and len(RETRY.findall(readings[kind].lines)) >= 3
+    assert readings[kind].hashes == readings["sound"].hashes
+
+
+def test_a_hub_that_hangs_up_while_the_dataset_is_opened(readings):
+    """Opening is retried, the retries are reported, and the batches are the same."""
+    assert RETRY.search(readings["closed"].lines)
+    assert readings["closed"].hashes == readings["sound"].hashes
 
 
 @pytest.fixture(scope="module")
@@ -230,33 +277,6 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
     assert found == all_tokens(stream(large_file))
     assert len(RETRY.findall(process.stderr)) >= 2 and len(set(hub.faults)) >= 5
     assert len(set(hub.ranges)) >= 4, "the index and three parts"
-
-
-def test_no_retries_is_one_try(tmp_path, repos, expected_batches):
-    """With stream_retries = 0, a hub without faults gives the same batches."""
-    with FaultyHub(repos, lambda path: None) as hub:
-        assert batches(tmp_path, hub, "someone/parquet", stream_retries=0)[0] == expected_batches
-
-
-class HangingUpHub(Hub):
-    """A hub that closes the connection on the first `count` requests for a dataset's metadata."""
-
-    count = 8
-
-    def send(self, request, answer: Answer) -> None:
-        if request.path.startswith("/api/datasets/") and self.count > 0:
-            self.count -= 1
-            request.close_connection = True
-        else:
-            super().send(request, answer)
-
-
-def test_a_hub_that_hangs_up_while_the_dataset_is_opened(tmp_path, repos, expected_batches):
-    """Opening is retried, the retries are reported, and the batches are the same."""
-    with HangingUpHub(repos) as hub:
-        hashes, stderr = batches(tmp_path, hub, "someone/parquet")
-    assert hub.count == 0 and RETRY.search(stderr)
-    assert hashes == expected_batches
 
 
 @pytest.mark.parametrize("fault", ["504", "gone"])

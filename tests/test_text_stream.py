@@ -98,6 +98,7 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
 
 
 @pytest.mark.parametrize("total", [EVAL_CONTEXTS * SEQ_LEN + 25 * SEQ_LEN, EVAL_CONTEXTS * SEQ_LEN + 411])
+@pytest.mark.fast
 def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
     """With unique tokens: each is trained on once per epoch, the held-out ones never."""
     documents = counted_documents(50, total - 50)
@@ -204,6 +205,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
 
 
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
+@pytest.mark.fast
 def test_a_stream_resumes_from_its_state(sources, name):
     """After loading any state, also one at the boundary of an epoch, all later contexts are the same."""
     path, changes = sources[name]
@@ -350,6 +352,7 @@ def cached(model, sources, tmp_path):  # noqa: F811
     return cfg, live, make_store
 
 
+@pytest.mark.fast
 def test_cached_batches_are_the_live_ones(cached):
     """The first run writes the cache, the second reads it without the language model; all batches are bit-identical."""
     _, live, make_store = cached

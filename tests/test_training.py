@@ -58,17 +58,18 @@ def data(tmp_path_factory) -> str:
     return str(path)
 
 
+def completed_cfg(data: str, output_dir: Path, **changes) -> dict:
+    cfg = get_default_cfg() | dict(
+        model_name=str(DEMO_LM), dataset_path=data, layer=1, act_size=128, dict_size=64, top_k_aux=8, lr=3e-3,
+        device="cpu", seq_len=16, batch_size=BATCH, num_tokens=STEPS * BATCH, model_batch_size=4,
+        num_batches_in_buffer=3, eval_tokens=96, n_batches_to_dead=4, output_dir=str(output_dir),
+    )  # fmt: skip
+    return post_init_cfg(cfg | changes)
+
+
 @pytest.fixture
 def make_cfg(data, tmp_path):
-    def make(output_dir: str = "runs", **changes) -> dict:
-        cfg = get_default_cfg() | dict(
-            model_name=str(DEMO_LM), dataset_path=data, layer=1, act_size=128, dict_size=64, top_k_aux=8, lr=3e-3,
-            device="cpu", seq_len=16, batch_size=BATCH, num_tokens=STEPS * BATCH, model_batch_size=4,
-            num_batches_in_buffer=3, eval_tokens=96, n_batches_to_dead=4, output_dir=str(tmp_path / output_dir),
-        )  # fmt: skip
-        return post_init_cfg(cfg | changes)
-
-    return make
+    return lambda output_dir="runs", **changes: completed_cfg(data, tmp_path / output_dir, **changes)
 
 
 def train(model, cfgs: list[dict], store_class=ActivationsStore) -> tuple[list, list[dict]]:
@@ -95,6 +96,7 @@ def figures(result: dict) -> dict:
 # Reproducible
 
 
+@pytest.mark.fast
 def test_same_seed_same_bits(model, make_cfg):
     """The same configs give bit-identical weights, buffers and figures, whatever the global random state."""
     runs = []
@@ -203,6 +205,7 @@ def recorded(model, make_cfg):
     return cfgs, saes, train_sae_group(saes, store, model, cfgs), store
 
 
+@pytest.mark.fast
 def test_a_run_is_recorded_completely(model, recorded):
     """config.json, metrics.jsonl, result.json and sae/ hold what the run was, did and came to."""
     cfgs, saes, results, store = recorded

@@ -37,6 +37,7 @@ def gradients_at_the_optimizer(sae, optimizer, x, cfg):
 
 @pytest.mark.parametrize("lr", [3e-4, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast
 def test_decoder_rows_have_unit_norm_after_every_step(kind, lr):
     """In float32, whenever anyone looks, decoder rows have norm 1 to 1e-6, however large the step."""
     sae = SAE_CLASSES[kind](make_cfg(kind, d=16, F=48, k=4, lr=lr, dtype="float32"))
@@ -64,6 +65,7 @@ def test_no_gradient_along_the_decoder_rows(kind):
 
 @pytest.mark.parametrize("max_grad_norm", [100_000.0, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast
 def test_training_steps_equal_the_reference(kind, max_grad_norm):
     """Forward, backward, clip, projection, Adam, renormalisation, counters: in float64, step after step."""
     sae = make_sae(kind, lr=0.02, beta1=0.8, beta2=0.95, max_grad_norm=max_grad_norm)
@@ -145,6 +147,7 @@ def trained(kind, seed=0, steps=3, **changes):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fast
 def test_saved_and_loaded_is_the_same(kind, dtype, tmp_path):
     """A loaded SAE has the saved one's type, config, parameters and buffers bit for bit, in eval mode."""
     sae = trained(kind, dtype=dtype)

@@ -20,11 +20,30 @@ from sae import SAE_CLASSES, Counts
 from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
+import triton  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
 import triton_ops  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HARD = ["plain", "heavy tails", "scales", "zero rows", "negative rows", "ties", "packed"]
 BY_ROW = pytest.mark.parametrize("per_row", [True, False], ids=["topk", "batchtopk"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched_once():
+    """Triton's interpreter patches its language again at every call of a function: more than a third of its time."""
+    patch, Scope = (getattr(interpreter, name, None) for name in ("_patch_lang", "_LangPatchScope"))
+    if DEVICE == "cuda" or not patch or not Scope:
+        yield
+        return
+    functions = [vars(module) for module in (triton_ops, triton.language.standard)]
+    scopes = [patch(SimpleNamespace(__globals__=names)) for names in functions]
+    interpreter._patch_lang = lambda fn: Scope()
+    yield
+    interpreter._patch_lang = patch
+    for scope in reversed(scopes):
+        scope.restore()
 
 
 def use_triton(monkeypatch, use=True):
@@ -43,7 +62,7 @@ def sparse_whatever_it_costs(monkeypatch):
 def small(kind, seed):
     """hard_input with few rows and columns: each costs the interpreter a while."""
     x, W = hard_input(kind, seed)
-    return x[:6].to(DEVICE), W[:, :130].T.contiguous().T.to(DEVICE)
+    return x[:5].to(DEVICE), W[:, :70].T.contiguous().T.to(DEVICE)
 
 
 def places(pattern):
@@ -159,6 +178,7 @@ def test_the_dense_products_are_16_bits_exact():
     assert not ((a.bfloat16().double() @ b.bfloat16().double().T - exact).abs() <= 2.0**-16 * norms).all()
 
 
+@pytest.mark.fast
 def test_ties_go_to_the_first():
     x, W = torch.ones(3, 2, device=DEVICE), feature_major(torch.ones(2, 128)).to(DEVICE)
     rows, cols, _ = places(sparse_ops.select_topk(x, W, 5, per_row=True))
@@ -168,6 +188,7 @@ def test_ties_go_to_the_first():
     assert (rows * 128 + cols).tolist() == list(range(15))
 
 
+@pytest.mark.fast
 def test_finds_a_winner_that_the_screen_underrates():
     """Two features whose screened values err by the whole bound, one up and one down: the true order counts."""
     d, eps = 64, 1e-4
@@ -213,7 +234,7 @@ def test_products_over_a_pattern(d):
 def trained(kind, triton, monkeypatch, steps=2, **changes):
     """An SAE after a few steps, half of its features dead at first; and the steps' outputs."""
     use_triton(monkeypatch, triton)
-    sae = make_sae(kind, d=12, F=48, k=3, dtype="float32", top_k_aux=5, lr=0.01, **changes).to(DEVICE)
+    sae = make_sae(kind, d=12, F=24, k=3, dtype="float32", top_k_aux=5, lr=0.01, **changes).to(DEVICE)
     sae.num_batches_not_active[::2] = 10
     if hasattr(sae, "batches_until_sparse"):
         sae.batches_until_sparse.fill_(0)
@@ -227,6 +248,7 @@ def trained(kind, triton, monkeypatch, steps=2, **changes):
 @pytest.mark.parametrize(
     "kind, max_grad_norm", [*((kind, 100_000.0) for kind in KINDS), ("batchtopk", 0.05), ("jumprelu", 0.05)]
 )
+@pytest.mark.fast
 def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch):
     """Outputs, weights, counters, thresholds and Adam's state after two steps, aux loss and clipping included."""
     expected, expected_optimizer, expected_outputs = trained(kind, False, monkeypatch, max_grad_norm=max_grad_norm)
@@ -295,7 +317,7 @@ def test_memory_that_runs_out_in_a_repeated_step(monkeypatch, tmp_path):
     """A run whose step must be repeated has not taken it: what is saved when memory runs out must not say so."""
     runs = [Run(sae.cfg | {"name": name}, sae, optimizer, None) for name in "ab"
             for sae, optimizer, _ in [trained("topk", True, monkeypatch, steps=0)]]  # fmt: skip
-    for key in list(sparse_ops._capacity) or [(6, 48, 3)]:
+    for key in list(sparse_ops._capacity) or [(6, 24, 3)]:
         sparse_ops._capacity[key] = 3
     real, saved = sparse_ops.within_capacity, {}
 
@@ -336,11 +358,18 @@ def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
 
 
-def test_the_kernels_test_themselves():
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """The self-test has as many rows as a chunk has entries, and a few more: fewer for the interpreter."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_ops, "CHUNK", 16)
+
+
+def test_the_kernels_test_themselves(short_chunks):
     triton_ops.self_test(torch.device(DEVICE))
 
 
-def test_the_self_test_notices_wrong_kernels(monkeypatch):
+def test_the_self_test_notices_wrong_kernels(monkeypatch, short_chunks):
     monkeypatch.setattr(triton_ops.PaddedPattern, "spmm", lambda self, values, table: table[: self.shape[0]])
     with pytest.raises(RuntimeError, match="wrong"):
         triton_ops.self_test(torch.device(DEVICE))

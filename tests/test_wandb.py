@@ -43,6 +43,7 @@ def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa:
         assert same_bits(load_sae(plain), load_sae(mirrored))
 
 
+@pytest.mark.fast
 def test_wandb_mode_in_the_config_takes_precedence(make_cfg, monkeypatch):  # noqa: F811
     """wandb_mode of the config overrides WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
