@@ -16,7 +16,7 @@ from console import InputError, gib, tell
 from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
-from training import make_optimizer, training_step
+from training import Run, group_step, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer on this machine is not started
 
@@ -161,15 +161,14 @@ def estimate_time(group: list[dict], store, steps_done: int, force: bool) -> Non
 
 def step_times(cfg: dict, x: torch.Tensor) -> tuple[float, float]:
     """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE."""
-    sae = SAE_CLASSES[cfg["sae_type"]](cfg)
-    optimizer = make_optimizer(sae, cfg)
-    try:
-        for _ in range(3):  # the first two are a warm-up
-            step = time_call(lambda: training_step(sae, optimizer, x, cfg), cfg["device"])
-    except FloatingPointError:
+    sae, outputs = SAE_CLASSES[cfg["sae_type"]](cfg), []
+    run = Run(cfg, sae, make_optimizer(sae, cfg), log=None)
+    warm_up = 5 if sae.W_enc.is_cuda else 2  # on CUDA the first steps record CUDA graphs
+    seconds = [time_call(lambda: group_step([run], x, outputs, {}), cfg["device"]) for _ in range(warm_up + 2)]
+    if any(isinstance(output, FloatingPointError) for output in outputs):
         return 0.0, 0.0  # training will report it
     with torch.no_grad():
-        return step, time_call(lambda: sae.reconstruct(x), cfg["device"])
+        return min(seconds[warm_up:]), time_call(lambda: sae.reconstruct(x), cfg["device"])
 
 
 def time_call(function, device: str) -> float:

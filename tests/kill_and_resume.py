@@ -1,12 +1,12 @@
-"""Kill `python main.py demo` again and again, and compare what it comes to with a run that nobody killed.
+"""Kill and resume `python main.py demo` many times, and compare its results with those of an uninterrupted run.
 
     python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE] [KEY=VALUE ...]
 
-Every process is started with the same command and gets SIGKILL (a few others SIGTERM or SIGINT) at a random instant
-after its training has begun, or at the first instant from there on in which it is saving or evaluating. What it was at
-is read off its stack, which it dumps on SIGUSR1 a moment before it dies. After some of the kills (--cut, the share) the
-newest checkpoint is damaged, too. The last process is let finish. Then weights, metrics and results have to be the same
-to the bit. Exit code 1 if they are not.
+Every process is started with the same command and gets SIGKILL (a few others SIGTERM or SIGINT) at a random time after
+its training has begun, or at the first time from there on at which it saves or evaluates. What it was doing is read
+from its stack, which it dumps on SIGUSR1 just before it dies. After some of the kills (--cut, the share) the newest
+checkpoint is corrupted. The last process finishes. Then weights, metrics and results must be bit-identical. Exit code 1
+if they are not.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 OVERRIDES = ["num_tokens=40_000", "batch_size=512", "eval_tokens=1024", "dict_size=64", "top_k_aux=16"]
-# The functions that a process may be found in, and what a kill has hit then.
+# What a kill interrupts, by the function that the process is in.
 PHASES = dict(save_checkpoint="a save", save_sae="a save", finish="a save", evaluate="an evaluation")
 PHASES |= dict(heldout_baseline="the baseline", start_step="a step", next_batch="a harvest")
 OVERRIDES += ["n_batches_to_dead=3", "num_batches_in_buffer=2", "checkpoint_freq=3", "log_freq=2", "perf_log_freq=5"]
@@ -54,12 +54,12 @@ def digests(output_dir: Path) -> dict:
 
 
 def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted: str = "") -> str:
-    """Start, wait until training is under way, wait `delay` seconds, and until it is at what is wanted; kill. Says what
-    the kill hit.
+    """Start, wait until training has begun, `delay` seconds more, and until the process does what is wanted; kill.
+    Returns what the kill interrupted.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump, output = Path(folder) / "stack", Path(folder) / "output"
-        # Python runs a sitecustomize.py before all else. The dump is made in C, at once, and changes nothing.
+        # Python runs sitecustomize.py first. faulthandler dumps in C, immediately, without side effects.
         (Path(folder) / "sitecustomize.py").write_text(
             f"import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1, open({str(dump)!r}, 'a'), False)\n"
         )
@@ -78,7 +78,7 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
         process.send_signal(how)
         code = process.wait(timeout=120)
         expected = -signal.SIGKILL if how == signal.SIGKILL else 4
-        if code in (0, -signal.SIGUSR1):  # Python takes its handlers down as it ends
+        if code in (0, -signal.SIGUSR1):  # Python removes its handlers at exit
             return "nothing: it had finished"
         if code != expected:
             raise SystemExit(f"exit code {code} instead of {expected}:\n{output.read_text()}")
@@ -86,12 +86,12 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
 
 
 def what_it_is_at(process, dump: Path) -> str:
-    """The innermost of the functions that matter on the stack of the process's main thread."""
+    """What the process is doing, from the innermost function of PHASES on its main thread's stack."""
     with open(dump) as file:
         file.seek(0, os.SEEK_END)
         stack, asked = "", 0.0
-        while process.poll() is None and not stack.endswith(("in <module>\n", "  ...\n")):  # of 100 frames no more
-            if time.monotonic() - asked > 0.2:  # again, too: another thread may get it, and says nothing
+        while process.poll() is None and not stack.endswith(("in <module>\n", "  ...\n")):  # at most 100 frames
+            if time.monotonic() - asked > 0.2:  # repeated: another thread may receive it and ignore it
                 process.send_signal(signal.SIGUSR1)
                 asked = time.monotonic()
             time.sleep(0.0002)
@@ -101,12 +101,12 @@ def what_it_is_at(process, dump: Path) -> str:
 
 
 def marks(output_dir: Path) -> tuple:
-    """What changes when training gets on."""
+    """Changes whenever training makes progress."""
     return tuple(sorted((str(p), p.stat().st_size) for p in output_dir.glob("*/*/metrics.jsonl") if p.exists()))
 
 
-def damage_newest(output_dir: Path, rng: random.Random) -> str | None:
-    """Flip a byte, cut off or delete a file of the newest checkpoint, if there is another to fall back on."""
+def corrupt_newest(output_dir: Path, rng: random.Random) -> str | None:
+    """Flip a bit in, truncate or delete a file of the newest checkpoint, if there is another one."""
     paths = sorted(output_dir.glob("*/groups/*/step_*[0-9]"), key=lambda path: path.name)
     if len(paths) < 2:
         return None
@@ -125,8 +125,8 @@ def damage_newest(output_dir: Path, rng: random.Random) -> str | None:
 
 
 def kill_and_resume(folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0) -> Counter:
-    """Kill a process for each (signal, what it shall be at); how often they hit what. Ends the program where the last
-    one, which is let finish, comes to something else than one that nobody killed.
+    """Kill a process for each (signal, what it must be doing), and let the last one finish. Returns how often what was
+    interrupted. Exits if the results differ from those of an uninterrupted run.
     """
     subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
     hits, args = Counter(), command(folder / "killed", *overrides)
@@ -136,15 +136,15 @@ def kill_and_resume(folder: Path, kills: list[tuple], rng: random.Random, cut: f
         if hit.startswith("nothing"):
             break
         hits[hit] += 1
-        if rng.random() < cut and (what := damage_newest(folder / "killed", rng)):
+        if rng.random() < cut and (what := corrupt_newest(folder / "killed", rng)):
             print(f"      and {what}", flush=True)
-            hits["a damaged checkpoint"] += 1
+            hits["a corrupt checkpoint"] += 1
     done = subprocess.run(args, env=environment(), cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     whole, killed = digests(folder / "whole"), digests(folder / "killed")
     if different := [name for name in sorted({*whole, *killed}, key=str) if whole.get(name) != killed.get(name)]:
-        raise SystemExit(f"not the same as without kills: {different}")
+        raise SystemExit(f"different from the uninterrupted run: {different}")
     return hits
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more of the runs' config")
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    # A third each at whatever it is at, in a save, in an evaluation.
+    # A third each: at any time, in a save, in an evaluation.
     kills = [(signal.SIGKILL, ("", "save", "evaluation")[i % 3]) for i in range(args.kills)]
     kills += [(rng.choice((signal.SIGTERM, signal.SIGINT)), "") for _ in range(args.others)]
     rng.shuffle(kills)
@@ -167,9 +167,9 @@ def main() -> None:
         print(f"sweep {sweep}:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}", *args.overrides)
-        del kills[: max(1, sum(hit.values()) - hit["a damaged checkpoint"])]
+        del kills[: max(1, sum(hit.values()) - hit["a corrupt checkpoint"])]
         hits, sweep = hits + hit, sweep + 1
-        print("   the same to the bit as without", flush=True)
+        print("   bit-identical to the uninterrupted run", flush=True)
     if sum(count for hit, count in hits.items() if "SIGKILL" in hit) < args.kills / 2:
         sys.exit("too many processes finished before they could be killed")
     print(f"{sweep} sweeps, hit: {', '.join(f'{what} {count}' for what, count in sorted(hits.items()))}")

@@ -428,7 +428,7 @@ def set_nan(tensors):
 
 
 @pytest.mark.parametrize(
-    "source, sae_type, file, damage, message",
+    "source, sae_type, file, corrupt, message",
     [
         ("published", "topk", "sae.pt", pickled_code, "other than tensors"),
         ("published", "topk", "sae.pt", saved_code, "other than tensors"),
@@ -473,11 +473,11 @@ def set_nan(tensors):
         ("dictionary_learning", "jumprelu", "ae.pt", tensors(set_nan), "NaN"),
     ],
 )
-def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, damage, message):
+def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, corrupt, message):
     """One line names the problem, and no code in the file is executed."""
     monkeypatch.chdir(tmp_path)
     folder = foreign(source, sae_type)
-    damage(folder / file)
+    corrupt(folder / file)
     with pytest.raises(InputError, match=message) as error:
         import_sae(folder, source)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)

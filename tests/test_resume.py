@@ -1,4 +1,4 @@
-"""Checkpoints and exact resume: whatever stops a run, the same call goes on, and comes to the same bits."""
+"""Checkpoints and exact resume: whatever stops a run, the same call resumes it with bit-identical results."""
 
 import itertools
 import json
@@ -95,7 +95,7 @@ def corrupt(path: Path, how: str) -> None:
     file.write_bytes(content)
 
 
-# It goes on to the bit
+# Bit-identical resume
 
 
 @pytest.mark.parametrize("checkpoint_freq", [1, 3, 1000])
@@ -255,7 +255,7 @@ def test_stopped_in_the_final_evaluation(model, make_cfg, uninterrupted, monkeyp
 
 
 def test_real_kills(tmp_path):
-    """`python main.py demo` with real signals and a damaged checkpoint: tests/kill_and_resume.py, cut short."""
+    """`python main.py demo` with real signals and a corrupt checkpoint: a short run of tests/kill_and_resume.py."""
     kills = [(signal.SIGKILL, "save"), (signal.SIGKILL, "evaluation"), (signal.SIGTERM, "")]
     hits = kill_and_resume(tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", "l1_coeff=0", delay=0.2)
     assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
@@ -263,7 +263,7 @@ def test_real_kills(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, make_cfg, uninterrupted, monkeypatch, number):  # noqa: F811
-    """The step is finished and a checkpoint saved; the same again stops in the midst of that. Either way it goes on."""
+    """The step finishes and a checkpoint is saved; a second signal interrupts that. Both can be resumed."""
     cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
     before = signal.getsignal(number)
     step, calls = training.start_step, []
@@ -316,7 +316,7 @@ def test_a_signal_while_activations_are_awaited_stops_at_once(model, make_cfg): 
     ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "dataset_commit", "device"],
 )
 def test_what_changed_since_the_checkpoint_is_refused(model, make_cfg, monkeypatch, capsys, key):  # noqa: F811
-    """One line names what changed, both values and the flag; with it, training goes on."""
+    """One line names what changed, both values and the flag; with the flag, training resumes."""
     cfg = make_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
@@ -408,7 +408,7 @@ def test_two_processes_on_one_run(make_cfg):  # noqa: F811
 
 
 def test_runs_added_later_form_a_group_of_their_own(model, make_cfg, monkeypatch):  # noqa: F811
-    """What was begun goes on together, what is new begins together, and what is left out is kept."""
+    """Started runs resume together, new ones start together, and runs that are left out are kept."""
     cfgs = [make_cfg(**changes) for changes in SAES[:4]]
     with pytest.raises(training.Stopped):
         train(model, cfgs[:3], stopping_store(6, training.Stopped()))
@@ -450,8 +450,8 @@ def test_without_its_record_a_run_does_not_go_on(model, make_cfg):  # noqa: F811
     assert record.read_bytes() == content
 
 
-def test_a_run_that_was_moved_away_begins_anew(model, make_cfg):  # noqa: F811
-    """Its checkpoint may still be there, in that of a group that goes on."""
+def test_a_run_that_was_moved_away_starts_from_scratch(model, make_cfg):  # noqa: F811
+    """Even if its state is still in the checkpoint of a group that resumes."""
     cfgs = [make_cfg(**changes) for changes in SAES[:2]]
     with pytest.raises(training.Stopped):
         train(model, cfgs, stopping_store(6, training.Stopped()))
@@ -464,7 +464,7 @@ def test_a_run_that_was_moved_away_begins_anew(model, make_cfg):  # noqa: F811
 
 
 def test_a_store_that_was_used_begins_at_the_beginning(model, make_cfg):  # noqa: F811
-    """The same call again in a notebook, with the same store: nothing of the stream is passed over."""
+    """The same call again in a notebook, with the same store: nothing of the stream is skipped."""
     cfg = make_cfg(**SAES[1])
     store = ActivationsStore(model, cfg)
     for _ in range(5):
@@ -560,7 +560,7 @@ def file_size_limit():
 
 @pytest.mark.parametrize("save_errors", ["stop", "go_on"])
 def test_a_save_that_fails_leaves_the_one_before(model, make_cfg, uninterrupted, file_size_limit, save_errors, capsys):  # noqa: F811
-    """Training ends, or goes on, as save_errors says; once there is room the same call comes to the same bits."""
+    """Training ends or continues, as save_errors says; once there is space, the same call gives the same bits."""
     cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=3, save_errors=save_errors) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
         train(model, cfgs, stopping_store(5, KeyboardInterrupt()))

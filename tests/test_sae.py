@@ -25,7 +25,7 @@ def form(request, monkeypatch):
 
 
 def make_cfg(kind, d=5, F=24, k=3, **changes):
-    """A completed config of a small SAE on the CPU, in float64 unless told otherwise."""
+    """A completed config of a small SAE on the CPU, in float64 by default."""
     cfg = get_default_cfg() | {
         "sae_type": kind,
         "act_size": d,

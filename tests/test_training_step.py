@@ -168,7 +168,7 @@ def test_saved_and_loaded_is_the_same(kind, dtype, tmp_path):
 
 
 def test_training_goes_on_after_loading(tmp_path):
-    """Counters and threshold go on from what was saved, not from 0."""
+    """Counters and threshold continue from the saved values, not from 0."""
     sae = trained("batchtopk")
     save_sae(sae, tmp_path / "sae")
     loaded = load_sae(tmp_path / "sae").train()
@@ -276,7 +276,7 @@ def change_header(folder, change):
     path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "no folder": lambda folder: shutil.rmtree(folder),
     "no weights": lambda folder: (folder / "sae_weights.safetensors").unlink(),
     "no config": lambda folder: (folder / "cfg.json").unlink(),
@@ -315,17 +315,17 @@ SAID = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_loading_what_is_no_sae_is_a_clear_error(damage, tmp_path):
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_loading_what_is_no_sae_is_a_clear_error(corruption, tmp_path):
     """Missing, truncated or misfitting files raise InputError, in one line, never a half-loaded SAE."""
     folder = tmp_path / "sae"
     save_sae(trained("batchtopk"), folder)
-    DAMAGE[damage](folder)
+    CORRUPTIONS[corruption](folder)
     with pytest.raises(InputError) as error:
         load_sae(folder)
     message = str(error.value)
     assert "\n" not in message
-    assert SAID.get(damage, str(folder)) in message
+    assert SAID.get(corruption, str(folder)) in message
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "jumprelu"])
