@@ -1,5 +1,6 @@
 """A slow reference of the held-out metrics: loops over tokens and contexts, with the GPT-2 of transformers."""
 
+import functools
 import math
 
 import torch
@@ -31,6 +32,12 @@ def forward_by_hand(hf_model, tokens: list[int], replace=None) -> tuple[torch.Te
     return seen[0], [-log_p[t, tokens[t + 1]].item() for t in range(len(tokens) - 1)], log_p
 
 
+@functools.lru_cache(maxsize=256)
+def plain_forward(hf_model, tokens: tuple[int, ...]):
+    """forward_by_hand without replacements, once per context: it is the same for all SAEs."""
+    return forward_by_hand(hf_model, list(tokens))
+
+
 def kept_positions(tokens: list[int], skip: int, excluded: tuple) -> list[int]:
     return [t for t in range(skip, len(tokens)) if tokens[t] not in excluded]
 
@@ -48,8 +55,10 @@ def ce_by_hand(
             hidden[t] = row
         return hidden
 
-    _, losses, log_q = forward_by_hand(hf_model, tokens, replace if rows is not None else None)
-    _, _, log_p = forward_by_hand(hf_model, tokens)
+    _, losses, log_p = plain_forward(hf_model, tuple(tokens))
+    log_q = log_p
+    if rows is not None:
+        _, losses, log_q = forward_by_hand(hf_model, tokens, replace)
     divergences = [(log_p[t].exp() * (log_p[t] - log_q[t])).sum().item() for t in range(len(losses))]
     losses, divergences = ([values[t] for t in kept if t < len(values)] for values in (losses, divergences))
     return sum(losses) / max(1, len(losses)), sum(divergences) / max(1, len(divergences))
@@ -112,7 +121,7 @@ def metrics_by_hand(
 ) -> dict:
     """All metrics as (value, standard error) on the first `measured` contexts; the held-out mean is over all."""
     kept = [kept_positions(tokens, skip, excluded) for tokens in contexts]
-    acts = [[forward_by_hand(hf_model, tokens)[0][t] for t in at] for tokens, at in zip(contexts, kept)]
+    acts = [[plain_forward(hf_model, tuple(tokens))[0][t] for t in at] for tokens, at in zip(contexts, kept)]
     held_out = [x.double() for rows in acts for x in rows]
     x_mean = sum(held_out) / len(held_out)
     sums = {key: [0.0] * measured for key in ("nmse", "error", "variance", "cosine", "l0")}  # of each context
