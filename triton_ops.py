@@ -819,7 +819,7 @@ def mask_kept(values, row_offsets, state, mask, BLOCK: tl.constexpr):
 def self_test(device: torch.device) -> None:
     """Raises RuntimeError unless the kernels agree with dense products on a small problem."""
     generator = torch.Generator().manual_seed(0)
-    B, d, num_features, k = CHUNK + 6, 40, 96, 4
+    B, d, num_features, k = 2 * CHUNK, 40, 96, 4
     x, W, table = (torch.randn(n, d, generator=generator).to(device) for n in (B, num_features, num_features))
     W[7] = 0
     W[3] = x.mean(0) * 100  # active on most tokens: its entries are more than a chunk
