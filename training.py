@@ -112,7 +112,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
         desc=f"training {len(runs)} SAEs",
         smoothing=0.05,
     )
-    with bar, StopSignals() as signals, SaveWithoutMemory(runs, checkpoints, last_step) as memory:
+    with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
             # The step
             position = activation_store.state_dict()
@@ -174,9 +174,10 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     return failed
 
 
-class SaveWithoutMemory:
-    """Saves a checkpoint if memory runs out in a step. Some SAEs may have taken the step and others not, so it is the
-    checkpoint of the step before, with a list of the SAEs that are ahead of it and the numbers of their outputs.
+class SaveOnError:
+    """Saves a checkpoint if memory runs out in a step, or if the progress bar cannot be written because its reader is
+    gone. Some SAEs may have taken the step and others not, so it is the checkpoint of the step before, with a list of
+    the SAEs that are ahead of it and the numbers of their outputs.
     """
 
     def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
@@ -191,7 +192,8 @@ class SaveWithoutMemory:
         return self.outputs
 
     def __exit__(self, kind, error, frames):
-        if error is None or self.position is None or not out_of_memory(error):
+        nobody_reads = isinstance(error, BrokenPipeError)
+        if error is None or self.position is None or not (nobody_reads or out_of_memory(error)):
             return
         traceback.clear_frames(frames)  # they hold the tensors that filled the memory
         if half_updated := [run.cfg["name"] for run in self.runs if getattr(run.optimizer, "is_updating", False)]:
@@ -204,7 +206,8 @@ class SaveWithoutMemory:
             if not again and isinstance(output, dict)
         }
         self.checkpoints.save(self.step - 1, self.position, ahead)
-        tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
+        if not nobody_reads:
+            tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
 
 
 def as_output(numbers: dict) -> dict:

@@ -180,6 +180,34 @@ def test_out_of_memory_in_the_middle_of_an_update(model, make_cfg, uninterrupted
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
+class ClosedPipe:
+    """A stderr whose reader leaves when it has read `text`."""
+
+    def __init__(self, text: str):
+        self.text, self.written = text, ""
+
+    def write(self, text: str) -> int:
+        if self.text in self.written:
+            raise BrokenPipeError
+        self.written += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("text", [" 128/768", "After 256 tokens"])
+def test_nobody_reads_the_progress(model, make_cfg, uninterrupted, monkeypatch, text):  # noqa: F811
+    """`python main.py … 2>&1 | less`, and less is left: training ends with a checkpoint of the last step."""
+    cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", ClosedPipe(text))
+        with pytest.raises(BrokenPipeError):
+            train(model, cfgs)
+    assert newest_checkpoint(cfgs[0])
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
 def test_out_of_memory_again_at_the_same_step(model, make_cfg, uninterrupted, monkeypatch):  # noqa: F811
     """A second time, later in the same step: what is there is kept, and is still resumed from."""
     cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]

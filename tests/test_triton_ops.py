@@ -17,7 +17,7 @@ from test_sparse_ops import feature_major, hard_input
 
 import sparse_ops
 from sae import SAE_CLASSES, Counts
-from training import Run, SaveWithoutMemory, group_step, make_optimizer, start_step, training_step
+from training import Run, SaveOnError, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
 import triton  # noqa: E402
@@ -329,7 +329,7 @@ def test_memory_that_runs_out_in_a_repeated_step(monkeypatch, tmp_path):
     monkeypatch.setattr(sparse_ops, "within_capacity", within_capacity)
     checkpoints = SimpleNamespace(save=lambda step, position, ahead: saved.update(ahead=ahead))
     before = [state(run.sae) for run in runs]
-    with pytest.raises(torch.OutOfMemoryError), SaveWithoutMemory(runs, checkpoints, 9) as memory:
+    with pytest.raises(torch.OutOfMemoryError), SaveOnError(runs, checkpoints, 9) as memory:
         group_step(runs, make_x(6, 12, 0, torch.float32).to(DEVICE), memory.begin(1, {"row": 0}), {})
     assert saved == {"ahead": {}}
     for run, values in zip(runs, before):
