@@ -385,25 +385,28 @@ class JumpReLUSAE(AdaptiveSparseSAE):
     def pre_activation(self, x, pattern=None):
         return sparse_ops.encode(x, None, self.W_enc, pattern) + at_features(self.b_enc, pattern)
 
-    def theta(self, z, pattern):
-        """θ in the shape of z."""
-        return at_features(self.jumprelu.log_threshold.exp(), pattern).expand_as(z)
+    def theta(self, pattern):
+        """θ: [F], or [n] at the pattern."""
+        return at_features(self.jumprelu.log_threshold.exp(), pattern)
 
     def activation(self, z, pattern=None):
-        return JumpReLU.apply(z, self.theta(z, pattern), self.cfg["bandwidth"])
+        return JumpReLU.apply(z, self.theta(pattern), self.cfg["bandwidth"])
 
     def sparsity(self, z, acts, pattern):
         """The number of active features, differentiable in θ alone."""
-        return Step.apply(z, self.theta(z, pattern), self.cfg["bandwidth"]).sum()
+        return NumActive.apply(z, self.theta(pattern), self.cfg["bandwidth"])
 
 
-def rectangle(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """K((z − θ)/ε) with K(u) = 1[|u| < 1/2]."""
-    return ((z - threshold).abs() < bandwidth / 2).to(z.dtype)
+def near(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    """Mask K((z − θ)/ε) with K(u) = 1[|u| < 1/2]."""
+    return (z - threshold).abs_() < bandwidth / 2
 
 
 class JumpReLU(torch.autograd.Function):
-    """z · 1[z > θ];  ∂/∂z = 1[z > θ],  ∂/∂θ := −(θ/ε) K((z − θ)/ε)  (arXiv 2407.14435, eq. 11)."""
+    """z · 1[z > θ];  ∂/∂z = 1[z > θ],  ∂/∂θ := −(θ/ε) K((z − θ)/ε)  (arXiv 2407.14435, eq. 11).
+
+    z [B, F] with θ [F], or both [n].
+    """
 
     @staticmethod
     def forward(ctx, z, threshold, bandwidth):
@@ -414,23 +417,24 @@ class JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        grad_threshold = -(threshold / ctx.bandwidth) * rectangle(z, threshold, ctx.bandwidth) * grad
-        return grad * (z > threshold), grad_threshold, None
+        grad_threshold = (grad * near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
+        return grad * (z > threshold), grad_threshold * (-threshold / ctx.bandwidth), None
 
 
-class Step(torch.autograd.Function):
-    """1[z > θ];  ∂/∂z := 0,  ∂/∂θ := −(1/ε) K((z − θ)/ε)  (arXiv 2407.14435, eq. 12)."""
+class NumActive(torch.autograd.Function):
+    """Σ 1[z > θ];  ∂/∂z := 0,  ∂/∂θ := −(1/ε) Σ K((z − θ)/ε)  (arXiv 2407.14435, eq. 12). Shapes as in JumpReLU."""
 
     @staticmethod
     def forward(ctx, z, threshold, bandwidth):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return (z > threshold).to(z.dtype)
+        return (z > threshold).sum(dtype=z.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        return None, -rectangle(z, threshold, ctx.bandwidth) * grad / ctx.bandwidth, None
+        count = near(z, threshold, ctx.bandwidth).to(z.dtype).sum_to_size(threshold.shape)
+        return None, count * (-grad / ctx.bandwidth), None
 
 
 SAE_CLASSES = {"vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE}

@@ -7,7 +7,36 @@ differences listed in the README. Products and selections are over all of [B, F]
 import torch
 import torch.nn.functional as F
 
-from sae import JumpReLU, Step
+
+def rectangle(z, threshold, bandwidth):
+    return ((z - threshold).abs() < bandwidth / 2).to(z.dtype)
+
+
+class JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * (z > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, threshold = ctx.saved_tensors
+        grad_threshold = -(threshold / ctx.bandwidth) * rectangle(z, threshold, ctx.bandwidth) * grad
+        return grad * (z > threshold), grad_threshold, None
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, threshold, bandwidth):
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, threshold = ctx.saved_tensors
+        return None, -rectangle(z, threshold, ctx.bandwidth) * grad / ctx.bandwidth, None
 
 
 class DenseReference:

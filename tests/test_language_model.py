@@ -217,7 +217,7 @@ def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts,
     assert complete["name"] == cfg["name"] and complete["bos_per_context"] is False
     metadata, card = exports_of(SAE_CLASSES["topk"](complete), tmp_path)
     assert metadata["prepend_bos"] is False and metadata["sequence_separator_token"] is None
-    assert "(documents joined, without BOS, which the model does not have)" in card
+    assert "without BOS, as the model has none" in card
     assert "| `bos_per_context` | `False` |" in card
 
 
@@ -225,7 +225,7 @@ def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):  # noq
     cfg = complete_cfg(make_cfg(sae_type="topk", dataset_path=counted), model)
     assert cfg == make_cfg(sae_type="topk", dataset_path=counted), "nothing to change"
     metadata, card = exports_of(SAE_CLASSES["topk"](cfg), tmp_path)
-    assert metadata["sequence_separator_token"] == "bos" and "(documents joined, BOS before each)" in card
+    assert metadata["sequence_separator_token"] == "bos" and "each preceded by BOS" in card
 
 
 # Names

@@ -310,7 +310,7 @@ SAID = {
     "no folder": "sae", "no weights": "sae_weights.safetensors", "no config": "cfg.json",
     "config of no type": "sae_type", "one tensor less": "b_enc is absent", "no decoder": "W_dec is absent",
     "config of an absurd size": "float64 [1000000000000, 5]", "one tensor more": "W_more is float32 [3]",
-    "another dtype": "b_dec is float16 [5]; by its config it must be float64 [5]",
+    "another dtype": "b_dec is float16 [5]; its config requires float64 [5]",
     "decoder of another dtype": "W_dec is float16", "another shape": "b_dec is float64 [4]",
 }  # fmt: skip
 
