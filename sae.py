@@ -86,8 +86,11 @@ class BaseAutoencoder(nn.Module):
         x = x.to(self.W_enc)
         if not self.cfg["input_unit_norm"]:
             return x, None, None
-        std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-        return (x - mean) / (std + 1e-5), mean, std
+        mean = x.mean(-1, keepdim=True)
+        centred = x - mean
+        # torch.std_mean is several times slower on a CPU.
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5
+        return centred / (std + 1e-5), mean, std
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
         """[B, d] back in the residual stream's units."""
@@ -184,7 +187,7 @@ class BaseAutoencoder(nn.Module):
             not_active = torch.where(sparse_ops.active_features(active, pattern), 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
-                "l0_norm": active.sum(dtype=acts.dtype) / len(tokens),
+                "l0_norm": active.count_nonzero().to(acts.dtype) / len(tokens),
                 "l1_norm": acts.sum() / len(tokens),
                 "num_dead_features": dead.sum(),
                 "num_batches_not_active": not_active,
@@ -350,7 +353,7 @@ class BatchTopKSAE(TopKSAE):
             return keep_top_k(F.relu(z).flatten(), self.cfg["top_k"] * len(z)).view_as(z)
         if self.threshold_num_batches == 0:
             raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
-        return z * (z > self.threshold)
+        return keep_above(z, z, self.threshold)
 
     @torch.no_grad()
     def update_statistics(self, output):
@@ -397,9 +400,15 @@ class JumpReLUSAE(AdaptiveSparseSAE):
         return NumActive.apply(z, self.theta(pattern), self.cfg["bandwidth"])
 
 
+def keep_above(values: torch.Tensor, z: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """values · 1[z > θ]. The mask has the dtype of the values: CPUs are slow at products with a bool mask."""
+    return torch.gt(z, threshold, out=torch.empty_like(values)).mul_(values)
+
+
 def near(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """Mask K((z − θ)/ε) with K(u) = 1[|u| < 1/2]."""
-    return (z - threshold).abs_() < bandwidth / 2
+    """Mask K((z − θ)/ε) with K(u) = 1[|u| < 1/2], in the dtype of z."""
+    distance = (z - threshold).abs_()
+    return torch.lt(distance, bandwidth / 2, out=distance)
 
 
 class JumpReLU(torch.autograd.Function):
@@ -412,13 +421,13 @@ class JumpReLU(torch.autograd.Function):
     def forward(ctx, z, threshold, bandwidth):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return z * (z > threshold)
+        return keep_above(z, z, threshold)
 
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        grad_threshold = (grad * near(z, threshold, ctx.bandwidth)).sum_to_size(threshold.shape)
-        return grad * (z > threshold), grad_threshold * (-threshold / ctx.bandwidth), None
+        grad_threshold = near(z, threshold, ctx.bandwidth).mul_(grad).sum_to_size(threshold.shape)
+        return keep_above(grad, z, threshold), grad_threshold * (-threshold / ctx.bandwidth), None
 
 
 class NumActive(torch.autograd.Function):
@@ -428,12 +437,12 @@ class NumActive(torch.autograd.Function):
     def forward(ctx, z, threshold, bandwidth):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return (z > threshold).sum(dtype=z.dtype)
+        return (z > threshold).count_nonzero().to(z.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         z, threshold = ctx.saved_tensors
-        count = near(z, threshold, ctx.bandwidth).to(z.dtype).sum_to_size(threshold.shape)
+        count = near(z, threshold, ctx.bandwidth).sum_to_size(threshold.shape)
         return None, count * (-grad / ctx.bandwidth), None
 
 
