@@ -341,3 +341,25 @@ def test_memory_that_runs_out_while_probing_is_an_error(monkeypatch):
     sparse_ops.has_sparse_kernels.cache_clear()
     with pytest.raises(torch.OutOfMemoryError):
         sparse_ops.has_sparse_kernels(torch.device("cpu"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["distinct", "ties", "few positive", "zeros"])
+@pytest.mark.parametrize("shape", [(40,), (6, 40)])
+def test_keep_top_k_keeps_k(kind, shape):
+    """The k largest positive values, also with ties at the k-th; their gradient is 1 and that of the others 0."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.rand(shape, generator=g, dtype=torch.float64)
+    if kind == "ties":
+        values = (values * 4).round()
+    elif kind == "few positive":
+        values[..., 3:] = 0
+    elif kind == "zeros":
+        values[:] = 0
+    values.requires_grad_()
+    kept = sparse_ops.keep_top_k(values, 7)
+    expected = values.detach().topk(7, dim=-1).values
+    assert torch.equal(kept.detach().topk(8, dim=-1).values, torch.nn.functional.pad(expected, (0, 1)))
+    assert ((kept == values) | (kept == 0)).all()
+    kept.sum().backward()
+    assert (values.grad[kept > 0] == 1).all() and (values.grad[(kept == 0) & (values > 0)] == 0).all()
