@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from test_training import (  # noqa: F401 (fixtures)
     same_bits,
     train,
 )
+from tqdm import tqdm
 
 import checkpoint
 import logs
@@ -201,6 +203,7 @@ def test_nobody_reads_the_progress(model, make_cfg, uninterrupted, monkeypatch, 
     """`python main.py … 2>&1 | less`, and less is left: training ends with a checkpoint of the last step."""
     cfgs = [make_cfg("cut", **changes, **OFTEN) for changes in SAES]
     with monkeypatch.context() as patch:
+        patch.setattr(tqdm, "_lock", threading.RLock())  # tqdm does not release its lock when writing fails
         patch.setattr(sys, "stderr", ClosedPipe(text))
         with pytest.raises(BrokenPipeError):
             train(model, cfgs)
