@@ -282,7 +282,8 @@ def main() -> None:
         tqdm.write(table(results[-1:]).splitlines()[-1])
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"screen in {screen_dtype(torch.device(args.device))}\n\n{table(results)}")
+    screen = torch.float16 if args.device.startswith("cuda") else screen_dtype(torch.device("cpu"))  # triton_ops.py
+    print(f"screen in {screen}\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.plot:

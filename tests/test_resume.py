@@ -413,25 +413,25 @@ def test_what_a_run_was_made_with_stays_in_its_record(model, make_cfg, monkeypat
 def test_two_processes_on_one_run(make_cfg):  # noqa: F811
     """The second is refused in a line, and not once the first is dead."""
     cfg = make_cfg(**SAES[1])
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     holder = os.fork()  # which saves importing everything again
     if not holder:
         try:
             log = RunLog(cfg, {})
-            os.write(tell, b"locked")
+            os.write(writer, b"locked")
             time.sleep(99)
             log.close()
         finally:
             os._exit(1)
-    os.close(tell)
+    os.close(writer)
     try:
-        assert os.read(told, 9) == b"locked"
+        assert os.read(reader, 9) == b"locked"
         with pytest.raises(InputError, match="another process"):
             RunLog(cfg, {})
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
-        os.close(told)
+        os.close(reader)
     RunLog(cfg, {}).close()
 
 
