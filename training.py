@@ -329,7 +329,9 @@ class StepGraphs:
         sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
         if not sae.W_enc.is_cuda:
             return scalars(start_step(sae, optimizer, x, cfg, wait))
-        stream = self.streams.setdefault(x.device, torch.cuda.Stream(x.device))
+        if x.device not in self.streams:
+            self.streams[x.device] = torch.cuda.Stream(x.device)
+        stream = self.streams[x.device]
         form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
         if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
             stream.wait_stream(torch.cuda.current_stream(x.device))
