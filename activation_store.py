@@ -6,12 +6,16 @@ a resumed run harvests only the buffer that it stopped in.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+import distributed
 from activation_cache import ActivationCache
 from config import num_steps, values_of
 from console import InputError, tell
@@ -47,7 +51,8 @@ class ActivationsStore:
             raise InputError(f"exclude_tokens = {cfg['exclude_tokens']} leaves no held-out token to evaluate on")
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
-        self.check_length()
+        distributed.from_first(self.check_length)
+        self.interruptible = lambda read: read()  # training.train_steps may set it
         self.harvest, self.predict = Harvester(model, cfg["hook_point"]), Predictor(model, cfg["hook_point"])
 
         rows = cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * self.seq_len
@@ -55,7 +60,9 @@ class ActivationsStore:
         self.storage = torch.empty(rows, self.act_size, dtype=getattr(torch, cfg["activation_dtype"]))
         self.storage = self.storage.to(cfg["device"])
         self.num_harvested = 0  # rows, for the error message at the end of the data
-        self.cache = self.open_cache() if cfg["activation_cache"] else None
+        self.cache = None  # only rank 0 has one
+        if cfg["activation_cache"]:
+            distributed.from_first(self.open_cache)
         self.beginning = {"buffer": 0, "rows": 0, "stream": self.stream.state_dict(), "inside": 0, "offset": 0}
         self.load_state_dict(self.beginning)
         self.carry = self.storage[:0]  # the stream is already at its beginning
@@ -99,12 +106,12 @@ class ActivationsStore:
             f"{self.eval_contexts.numel():,} held-out tokens, but num_tokens = {self.cfg['num_tokens']:,}"
         )
 
-    def open_cache(self) -> ActivationCache:
+    def open_cache(self) -> None:
         identity = values_of(self.cfg, "in_cache") | {"hook_point": self.cfg["hook_point"]}
         identity |= {"act_size": self.act_size, "buffer_rows": len(self.storage)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()
-        return ActivationCache(self.cfg["activation_cache"], identity, len(self.storage), self.tokens_needed)
+        self.cache = ActivationCache(self.cfg["activation_cache"], identity, len(self.storage), self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:
         """The next contexts of the stream, [model_batch_size, seq_len]; fewer at its end.
@@ -124,11 +131,37 @@ class ActivationsStore:
         """Which of these tokens are not in exclude_tokens: a bool tensor of the same shape."""
         return ~torch.isin(tokens, self.excluded.to(tokens.device))
 
-    def next_rows(self) -> torch.Tensor:
-        """The activations [n, d] of the next forward pass in text order, without those of exclude_tokens."""
-        tokens = self.get_batch_tokens()
-        rows = self.get_activations(tokens).flatten(0, 1)
-        return rows[self.kept(tokens).flatten().to(rows.device)] if len(self.excluded) else rows
+    def from_text(self, function: Callable):
+        """The result of a function that reads the text, which rank 0 does for all ranks."""
+        return distributed.from_first(lambda: self.interruptible(function))
+
+    def read_batches(self, missing: int) -> list[tuple[dict, torch.Tensor]]:
+        """Positions in the text and contexts of the next forward passes: one per rank, or fewer if they give `missing`
+        rows.
+        """
+        batches = []
+        while missing > 0 and len(batches) < distributed.size():
+            position, tokens = self.stream.state_dict(), self.get_batch_tokens()
+            batches.append((position, tokens))
+            missing -= (rows := int(self.kept(tokens).sum()))
+            self.num_harvested += rows
+        return batches
+
+    def forwards(self, missing: int) -> Iterator[tuple[dict, torch.Tensor]]:
+        """The next forward passes in text order, until they give `missing` rows: position in the text, and activations
+        [n, d] without those of exclude_tokens, in activation_dtype. Each rank runs one of them at a time.
+        """
+        while missing > 0:
+            batches = self.from_text(partial(self.read_batches, missing))
+            if distributed.rank() < len(batches):
+                tokens = batches[distributed.rank()][1]
+                acts = self.get_activations(tokens).to(self.storage.dtype)
+                own = acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
+            for source, (position, tokens) in enumerate(batches):
+                kept = int(self.kept(tokens).sum())
+                rows = own if source == distributed.rank() else self.storage.new_empty(kept, self.act_size)
+                missing -= len(rows)
+                yield position, distributed.broadcast(rows, source)
 
     def next_batch(self) -> torch.Tensor:
         """The next [batch_size, d] shuffled activations, float32, unscaled.
@@ -146,8 +179,11 @@ class ActivationsStore:
         start = self.next_start
         missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
         buffer = self.storage[:missing]
-        next_start = self.cache.read(start["buffer"], buffer) if self.cache else None
+        next_start = None
+        if self.cfg["activation_cache"]:
+            next_start = distributed.from_first(lambda: self.cache.read(start["buffer"], buffer))
         if next_start is not None:
+            distributed.broadcast(buffer, 0)
             self.carry = None
         else:
             next_start = self.harvest_rows(start, buffer)
@@ -161,26 +197,24 @@ class ActivationsStore:
     def harvest_rows(self, start: dict, buffer: torch.Tensor) -> dict:
         """Fill `buffer` with the rows from `start` on; returns the start of the next buffer."""
         if self.carry is None:  # after load_state_dict or a buffer from the cache
-            self.stream.load_state_dict(start["stream"])
+            self.from_text(partial(self.stream.load_state_dict, start["stream"]))
             self.carry = self.storage[:0]
             if start["inside"]:
                 self.num_harvested = start["rows"]
-                self.carry = self.next_rows()[start["inside"] :]
+                ((_, rows),) = self.forwards(1)
+                self.carry = rows[start["inside"] :]
+        self.num_harvested = start["rows"] + len(self.carry)
         # Where the current forward pass begins in the text, and how many of its rows are used.
-        position, used, rows, filled = start["stream"], start["inside"], self.carry, 0
-        while True:
+        begin, used, filled = start["stream"], start["inside"], 0
+        for position, rows in chain([(begin, self.carry)], self.forwards(len(buffer) - len(self.carry))):
+            begin, used = position, used if rows is self.carry else 0
             part = rows[: len(buffer) - filled]
             buffer[filled : filled + len(part)] = part
             filled, used = filled + len(part), used + len(part)
-            if filled == len(buffer):
-                break
-            self.num_harvested = start["rows"] + filled
-            position, used = self.stream.state_dict(), 0
-            rows = self.next_rows()
         self.carry = rows[len(part) :]
         if len(self.carry) == 0:
-            position, used = self.stream.state_dict(), 0
-        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": position, "inside": used}
+            begin, used = self.from_text(self.stream.state_dict), 0
+        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": begin, "inside": used}
 
     def state_dict(self) -> dict:
         """The position in the stream of batches, as a small dict of plain values.

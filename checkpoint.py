@@ -15,12 +15,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
 from safetensors.torch import load_file
 
+import distributed
 from config import post_init_cfg
 from console import InputError, one_line, tell
 from sae import SAE_CLASSES, BaseAutoencoder
@@ -125,28 +127,21 @@ def describe(tensor) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a group of runs (training.Run). Loads the newest one that holds all of them.
+    """The checkpoints of a group of runs, `cfgs`. Loads the newest one that holds all of them into `runs`, those
+    (training.Run) of this rank. The ranks save a checkpoint together.
 
     `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of this checkpoint. `ahead` maps
     the names of runs that have taken one step more to the values in that step's output. Raises InputError if the
     checkpoint's provenance differs from `provenance`, unless resume_anyway, or if there are only corrupt checkpoints.
     """
 
-    def __init__(self, runs: list, provenance: dict, resume_anyway: bool):
-        self.runs, self.provenance, self.cfg = runs, provenance, runs[0].cfg
-        self.folder = group_folder([run.cfg for run in runs])
-        paths = {newest_checkpoint(run.cfg) for run in runs}
-        if len(paths) > 1:
-            found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
-            raise InputError(f"these runs cannot be resumed together: their newest checkpoints are {found}")
-        path = paths.pop()
-        state = {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
-        if path:
-            state = json.loads((path / "state.json").read_text())
+    def __init__(self, cfgs: list[dict], runs: list, provenance: dict, resume_anyway: bool):
+        self.cfg, self.runs, self.provenance = cfgs[0], runs, provenance
+        self.folder = group_folder(cfgs)
+        path, state = distributed.from_first(lambda: find_checkpoint(cfgs, provenance, resume_anyway))
         self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
         self.ahead = state.get("ahead", {})
         if path:
-            check_provenance(state["provenance"], provenance, path, resume_anyway)
             load_checkpoint(path, state, runs)
             tell(f"Resuming after step {self.step} from {path}")
         self.started_at = self.saved_at = time.time()
@@ -162,14 +157,13 @@ class Checkpoints:
 
         Raises SaveError if it cannot be written and save_errors is "stop".
         """
-        if step <= self.step or not self.runs:
+        logged = dict(distributed.gather_lists([(run.cfg["name"], run.log.last_step) for run in self.runs]))
+        if step <= self.step or not logged:
             return
         started_at = time.time()
         state = {"step": step, "seconds": self.elapsed(), "stream": stream, "provenance": self.provenance}
-        state |= {"logged": {run.cfg["name"]: run.log.last_step for run in self.runs}, "ahead": ahead or {}}
-        with handle_save_errors(self.cfg, f"the checkpoint after step {step}"):
-            for run in self.runs:
-                run.log.sync()
+        state |= {"runs": list(logged), "logged": logged, "ahead": ahead or {}}
+        with handle_save_errors(self.cfg["save_errors"], f"the checkpoint after step {step}", any_rank=False):
             save_checkpoint(self.folder, self.runs, state, self.cfg["keep_checkpoints"])
             self.step = step
         self.saved_at, self.save_seconds = time.time(), time.time() - started_at
@@ -179,46 +173,79 @@ class Checkpoints:
         return self.seconds + time.time() - self.started_at
 
 
+def find_checkpoint(cfgs: list[dict], provenance: dict, resume_anyway: bool) -> tuple[Path | None, dict]:
+    """The newest checkpoint of these runs and its state; None and the state of the beginning if there is none."""
+    paths = {newest_checkpoint(cfg) for cfg in cfgs}
+    if len(paths) > 1:
+        found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
+        raise InputError(f"these runs cannot be resumed together: their newest checkpoints are {found}")
+    path = paths.pop()
+    if path is None:
+        return None, {"step": 0, "seconds": 0.0, "stream": None, "logged": {}}
+    state = json.loads((path / "state.json").read_text())
+    check_provenance(state["provenance"], provenance, path, resume_anyway)
+    return path, state
+
+
 @contextmanager
-def handle_save_errors(cfg: dict, what: str):
-    """Handle failed writes as cfg["save_errors"] says: raise SaveError, or report them and continue."""
+def handle_save_errors(save_errors: str, what: str, any_rank: bool = True):
+    """Handle failed writes as the config's save_errors says: raise SaveError, or report them and continue."""
     try:
         yield
     except OSError as error:
         line = f"{what} cannot be written: {error.strerror or error}"
-        if cfg["save_errors"] == "stop":
+        if save_errors == "stop":
             raise SaveError(f"{line}; once this is fixed, the same command resumes from the last checkpoint") from error
-        tell(f"{line}; training continues without it (save_errors)")
+        tell(f"{line}; training continues without it (save_errors)", any_rank)
 
 
 def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
-    """Write a checkpoint of `runs` (each with .sae, .optimizer, .cfg) to `folder`, verify it, and delete all but the
-    newest `keep`. `state` holds "step" and further values that JSON can hold.
+    """Write a checkpoint of the runs named in state["runs"] to `folder`, verify it, and delete all but the newest
+    `keep`. Each rank writes its own `runs` (each with .sae, .optimizer, .cfg, .log). `state` holds "step", "runs" and
+    further values that JSON can hold.
 
-    Raises OSError if it cannot be written; older checkpoints are then kept.
+    Raises OSError on every rank if it cannot be written; older checkpoints are then kept.
     """
     path = folder / f"step_{state['step']:09}"
     temporary = path.with_name(path.name + ".tmp")
-    for unfinished in folder.glob("step_*.tmp"):
-        shutil.rmtree(unfinished)
-    temporary.mkdir(parents=True)
-    if not (folder / "runs.json").exists():  # tells whose checkpoints these are, even if their own files are corrupt
-        write_json(folder / "runs.json", {"runs": [run.cfg["name"] for run in runs]})
+
+    def begin():
+        for unfinished in folder.glob("step_*.tmp"):
+            shutil.rmtree(unfinished)
+        temporary.mkdir(parents=True)
+        if not (
+            folder / "runs.json"
+        ).exists():  # tells whose checkpoints these are, even if their own files are corrupt
+            write_json(folder / "runs.json", {"runs": state["runs"]})
+
+    def write_runs():
+        for run in runs:
+            run.log.sync()
+            file = temporary / file_of(run, state)
+            digests[file.name] = write(file, safetensors.torch.save(tensors_of(run)))
+            if sha256_of(file) != digests[file.name]:
+                raise OSError(f"{file} was written, but its SHA-256 differs")
+
+    def finish():
+        digests["state.json"] = write(temporary / "state.json", json.dumps(state, indent=2).encode())
+        write_json(temporary / "manifest.json", digests)
+        if path.exists():  # corrupt, or the runs would have resumed from it
+            shutil.rmtree(path)
+        temporary.rename(path)
+        sync_folder(folder)
+        older = sorted(old for old in folder.glob("step_*[0-9]") if old.name < path.name)
+        for old in older[: len(older) + 1 - keep] if keep <= len(older) else ():
+            remove(old)
+
     digests = {}
-    for name, run in {f"{i:02}.safetensors": run for i, run in enumerate(runs)}.items():
-        digests[name] = write(temporary / name, safetensors.torch.save(tensors_of(run)))
-    state = state | {"runs": [run.cfg["name"] for run in runs]}
-    digests["state.json"] = write(temporary / "state.json", json.dumps(state, indent=2).encode())
-    write_json(temporary / "manifest.json", digests)
-    if path.exists():  # corrupt, or the runs would have resumed from it
-        shutil.rmtree(path)
-    temporary.rename(path)
-    sync_folder(folder)
-    if problem := find_corruption(path):
-        raise OSError(f"{path} was written, but {problem}")
-    older = sorted(old for old in folder.glob("step_*[0-9]") if old.name < path.name)
-    for old in older[: len(older) + 1 - keep] if keep <= len(older) else ():
-        remove(old)
+    distributed.from_first(begin)
+    distributed.on_all(write_runs)
+    digests = dict(distributed.gather_lists(list(digests.items())))
+    distributed.from_first(finish)
+
+
+def file_of(run, state: dict) -> str:
+    return f"{state['runs'].index(run.cfg['name']):02}.safetensors"
 
 
 def remove(path: Path) -> None:
@@ -241,7 +268,7 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
     """Load each run's SAE and optimizer; `state` is the content of the checkpoint's state.json."""
     for run in runs:
         try:
-            tensors = load_file(path / f"{state['runs'].index(run.cfg['name']):02}.safetensors")
+            tensors = load_file(path / file_of(run, state))
             load_weights(run.sae, with_prefix(tensors, "sae"))
             run.optimizer.load_state_dict({
                 "state": adam_state(tensors, run.optimizer.param_groups[0]["params"]),
@@ -362,17 +389,16 @@ def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -
         tell(f"{path}: {'; '.join(changed)}; resuming anyway")
 
 
-def remove_checkpoints(cfg: dict, is_over) -> None:
-    """Delete the checkpoints of those groups of a sweep in which every run is over: is_over(name)."""
-    folder = groups_folder(cfg)
+def remove_checkpoints(sweep: Path, has_ended: Callable[[Path], bool]) -> None:
+    """Delete the checkpoints of those groups of a sweep in which every run has ended, as has_ended(its folder) says."""
     with suppress(OSError):
-        for group in list(folder.iterdir()):
+        for group in list((sweep / "groups").iterdir()):
             runs = [runs_of(path) for path in group.glob("step_*[0-9]")]
-            if runs and all(names is not None and all(map(is_over, names)) for names in runs):
+            if runs and all(names is not None and all(has_ended(sweep / name) for name in names) for names in runs):
                 for path in group.glob("step_*[0-9]"):
                     remove(path)
                 shutil.rmtree(group)
-        folder.rmdir()  # if it is empty
+        (sweep / "groups").rmdir()  # if it is empty
 
 
 tell_once = functools.cache(tell)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # of this process, under torchrun
+another_rank_prints = RANK > 0  # the error with which all ranks end (distributed.process_group)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # control characters
 
 
@@ -19,9 +21,10 @@ class InputError(ValueError):
     exit_code = 2
 
 
-def tell(line: str) -> None:
-    """A line (or a table) for the user, above any progress bar."""
-    tqdm.write(printable(line), file=sys.stderr)
+def tell(line: str, any_rank: bool = False) -> None:
+    """A line (or a table) for the user, above any progress bar. Under torchrun rank 0 prints it, or every rank."""
+    if RANK == 0 or any_rank:
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -42,21 +45,23 @@ def run_command(main, interrupted: str = "Stopped") -> None:
     Ctrl-C with the line `interrupted` and code 4; memory that runs out with a line and code 3. See
     quiet_on_closed_pipe for a closed pipe.
     """
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n" if RANK == 0 else ""
     try:
         with quiet_on_closed_pipe():
             main(sys.argv[1:])
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        if not another_rank_prints:
+            print(interrupted, file=sys.stderr)
         sys.exit(4)
     except Exception as error:
+        line, code = str(error), getattr(error, "exit_code", None)
         if out_of_memory(error):
-            print(f"error: out of memory: {one_line(error)}", file=sys.stderr)
-            sys.exit(3)
-        if not hasattr(error, "exit_code"):
+            line, code = f"out of memory: {one_line(error)}", 3
+        if code is None:
             raise
-        print(f"error: {printable(str(error))}".replace("\n", "\\n"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        if not another_rank_prints:
+            print(f"error: {printable(line)}".replace("\n", "\\n"), file=sys.stderr)
+        sys.exit(code)
 
 
 def one_line(error: Exception) -> str:

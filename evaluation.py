@@ -89,6 +89,8 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     Peak memory: activations, features and two logits tensors (the model's and one SAE's) of one batch of contexts
     (eval_batches), and MAX_PARTS counts per feature.
     """
+    if not saes:
+        return []
     cfg = activation_store.cfg
     variants = [(i, "", False) for i in range(len(saes))]
     variants += [(i, "_batch", True) for i, sae in enumerate(saes) if sae.cfg["sae_type"] == "batchtopk"]

@@ -49,7 +49,7 @@ class RunLog:
             raise InputError(f"output_dir = {cfg['output_dir']!r} cannot be written to: {error}") from error
         if is_over(cfg):
             self.close()
-            over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(cfg)}"
+            over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(self.folder)}"
             raise InputError(f"{self.folder} is {over}. To train it again, change its config or move the folder")
 
     def start(self, step: int, logged: int) -> None:
@@ -122,7 +122,8 @@ class RunLog:
             if self.wandb_run:
                 function(self.wandb_run)
         except Exception as error:
-            tell(f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)}): no more mirroring of this run")
+            failed = f"{self.cfg['name']}: Weights & Biases failed ({one_line(error)})"
+            tell(f"{failed}: no more mirroring of this run", any_rank=True)
             self.wandb_run = None
 
     def stop(self, step: int, reason: str) -> None:
@@ -183,14 +184,19 @@ def is_finished(cfg: dict) -> bool:
     return (run_folder(cfg) / "result.json").is_file()
 
 
-def why_stopped(cfg: dict) -> str | None:
-    """The step and reason, if the run was stopped for good."""
-    stopped = read_json(run_folder(cfg) / "stopped.json")
+def why_stopped(folder: Path) -> str | None:
+    """The step and reason, if the run in this folder was stopped for good."""
+    stopped = read_json(folder / "stopped.json")
     return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
 
 
 def is_over(cfg: dict) -> bool:
-    return is_finished(cfg) or why_stopped(cfg) is not None
+    return has_ended(run_folder(cfg))
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run in this folder is finished, or was stopped for good."""
+    return (folder / "result.json").is_file() or why_stopped(folder) is not None
 
 
 def start_wandb(cfg: dict, folder: Path, wandb_id: str):

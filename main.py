@@ -13,18 +13,20 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
+import distributed
 import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint, remove_checkpoints
 from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
-from console import InputError, run_command, tell
+from console import RANK, InputError, run_command, tell
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
-from logs import is_finished, is_over, read_json, run_folder, why_stopped
-from plan import duration, estimate_time, plan_group
+from logs import has_ended, is_finished, is_over, read_json, run_folder, why_stopped
+from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES
 from text_stream import DocumentReader
@@ -69,16 +71,29 @@ def main(argv: list[str]) -> None:
         for cfg in cfgs:
             print(cfg["name"])
         return
-    todo = [cfg for cfg in cfgs if not is_over(cfg)]
+    with distributed.process_group(cfgs[0]["device"]):
+        todo = distributed.from_first(lambda: report(cfgs))
+        failed = train(todo, args.force, args.resume_anyway) if todo else []
+    if RANK == 0:
+        finish(sweep, cfgs, failed)
+
+
+def report(cfgs: list[dict]) -> list[dict]:
+    """The runs that are left to train. Prints how many are finished and which were stopped."""
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are skipped")
         warn_of_changed_data(cfgs)
     for cfg in cfgs:
-        if not is_finished(cfg) and (why := why_stopped(cfg)):
+        if not is_finished(cfg) and (why := why_stopped(run_folder(cfg))):
             tell(f"{run_folder(cfg)} was stopped ({why}): to train it again, move the folder")
-    failed = train(todo, args.force, args.resume_anyway) if todo else []
-    remove_checkpoints(cfgs[0], lambda name: is_over(cfgs[0] | {"name": name}))
-    draw_results(run_folder(cfgs[0]).parent)
+    return [cfg for cfg in cfgs if not is_over(cfg)]
+
+
+def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:
+    """Draw the results of a sweep."""
+    folder = run_folder(cfgs[0]).parent
+    remove_checkpoints(folder, has_ended)
+    draw_results(folder)
     if failed:
         raise InputError("; ".join(failed))
     if sweep == "demo":
@@ -175,26 +190,19 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
 
     Returns a line for each group in which NaN or infinity stopped an SAE.
     """
-    groups, failed = {}, []
-    for cfg in cfgs:
-        key = newest_checkpoint(cfg), json.dumps(values_of(cfg, "in_group"))
-        groups.setdefault(key, []).append(cfg)
-    if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
-        try:
-            write_demo_text(Path(DEMO_BASE["dataset_path"]))
-        except OSError as error:  # no source of the standard library, or a read-only folder
-            raise InputError(f"the demo's text cannot be written: {error}") from error
-    models, planned = {}, []
-    for group in groups.values():  # load all models before measuring the free memory
+    groups = distributed.from_first(lambda: group_runs(cfgs))
+    models, planned, failed = {}, [], []
+    for _, group in groups:  # load all models before measuring the free memory
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         if loaded_as(group[0]) not in models:
             models[loaded_as(group[0])] = load_model(group[0])
-    for (checkpoint, _), group in groups.items():  # plan all groups before training the first
+    for steps_done, group in groups:  # plan all groups before training the first
         model = models[loaded_as(group[0])]
         width = check_hook_point(model, group[0])
         group = [complete_cfg(cfg | {"act_size": width}, model) for cfg in group]
-        steps_done = int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
-        planned += [(part, model, steps_done) for part in plan_group(group, model, steps_done, force)]
+        available = free_memory(group[0]["device"])
+        parts = distributed.from_first(partial(plan_group, group, model, steps_done, force, available))
+        planned += [(part, model, steps_done, available) for part in parts]
     if len(planned) > 1:
         tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a separate pass over the text")
     for plan in planned:
@@ -205,15 +213,32 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     return failed
 
 
+def group_runs(cfgs: list[dict]) -> list[tuple[int, list[dict]]]:
+    """Groups of runs that can share a stream, each with the number of steps that its checkpoint has done. Writes the
+    demo's text if it is needed.
+    """
+    groups = {}
+    for cfg in cfgs:
+        key = newest_checkpoint(cfg), json.dumps(values_of(cfg, "in_group"))
+        groups.setdefault(key, []).append(cfg)
+    if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
+        try:
+            write_demo_text(Path(DEMO_BASE["dataset_path"]))
+        except OSError as error:  # no source of the standard library, or a read-only folder
+            raise InputError(f"the demo's text cannot be written: {error}") from error
+    steps_done = [int(path.name.removeprefix("step_")) if path else 0 for path, _ in groups]
+    return list(zip(steps_done, groups.values()))
+
+
 def loaded_as(cfg: dict) -> tuple:
     return cfg["model_name"], cfg["model_dtype"], cfg["device"]
 
 
-def train_planned(group: list[dict], model, steps_done: int, force: bool, resume_anyway: bool) -> None:
+def train_planned(group: list[dict], model, steps_done: int, available: int, force: bool, resume_anyway: bool) -> None:
     """Train one group. A separate function, so that its SAEs and stream are freed before the next group."""
     store = ActivationsStore(model, group[0])
-    estimate_time(group, store, steps_done, force)
-    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in group]
+    owners = plan_time(group, store, steps_done, force, available)
+    saes = [SAE_CLASSES[c["sae_type"]](c) if owner == distributed.rank() else None for c, owner in zip(group, owners)]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)
     tell(f"Trained and evaluated {len(group)} SAEs in {duration(time.time() - started)}")

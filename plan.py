@@ -1,4 +1,5 @@
-"""Estimates of memory and time for a group of SAEs, printed before training; splits groups that exceed the memory.
+"""Estimates of memory and time for a group of SAEs, printed before training; splits groups that exceed the memory, and
+distributes the SAEs of a group over the ranks of torchrun (distributed.py).
 
 Memory is estimated from shapes, time from a few steps whose results are discarded.
 """
@@ -6,11 +7,13 @@ Memory is estimated from shapes, time from a few steps whose results are discard
 import math
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 
+import distributed
 from config import num_steps
 from console import InputError, gib, tell
 from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
@@ -21,35 +24,36 @@ from training import Run, group_step, make_optimizer
 MAX_DAYS = 30  # a group that would take longer on this machine is not started
 
 
-def plan_group(group: list[dict], model, steps_done: int, force: bool) -> list[list[dict]]:
-    """Print the memory estimate of a group of completed configs. Returns the group, or groups that fit into the memory.
+def plan_group(group: list[dict], model, steps_done: int, force: bool, available: int) -> list[list[dict]]:
+    """Print the memory estimate of a group of completed configs. Returns the group, or groups that fit into the memory:
+    `available` bytes for each rank.
 
     Raises InputError, unless `force`, if a single SAE needs more memory than is free, or if the encoder products of the
     steps after `steps_done` alone take more than MAX_DAYS.
     """
-    cfg, features = group[0], sum(cfg["dict_size"] for cfg in group)
-    needed, available = memory_needed(group, model), free_memory(cfg["device"])
+    cfg, features, ranks = group[0], sum(cfg["dict_size"] for cfg in group), distributed.size()
+    needed = memory_needed(group, model)
+    where, free = (f"{ranks} × {cfg['device']}", "for each") if ranks > 1 else (cfg["device"], "free")
     tell(
         f"{len(group)} SAEs on {cfg['model_name']}, {cfg['hook_point']}, {cfg['num_tokens']:,} tokens of "
-        f"{cfg['dataset_path']}\non {cfg['device']}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
-        f"about {gib(needed)} of memory ({gib(available)} are free)"
+        f"{cfg['dataset_path']}\non {where}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
+        f"about {gib(needed)} of memory ({gib(available)} are {free})"
     )
     # Only the encoder products: the rest is sparse.
     flop = (num_steps(cfg) - steps_done) * cfg["batch_size"] * 2 * cfg["act_size"] * features
-    days = flop / matmul_flops(cfg["device"]) / 86400
+    days = flop / ranks / matmul_flops(cfg["device"]) / 86400
     if days > MAX_DAYS and not force:
         raise too_small(f"it would take more than {days:,.0f} days")
-    if needed <= available:
-        return [group]
-    parts = split(group, model, available)
+    parts = [group] if needed <= available else split(group, model, available)
     for part in parts:
         if (needed := memory_needed(part, model)) > available and not force:
             name = part[0]["name"]
             raise too_small(f"{name} alone needs about {gib(needed)} of memory, and {gib(available)} are free")
-    if len(parts) > 1:
-        sizes = " + ".join(str(len(part)) for part in parts)
+    groups = [sum(parts[i : i + ranks], []) for i in range(0, len(parts), ranks)]
+    if len(groups) > 1:
+        sizes = " + ".join(str(len(part)) for part in groups)
         tell(f"The memory is too small for all at once: training {sizes} SAEs in separate groups, on the same tokens")
-    return parts
+    return groups
 
 
 def too_small(reason: str) -> InputError:
@@ -92,10 +96,12 @@ def memory_needed(group: list[dict], model) -> int:
 
 
 def free_memory(device: str) -> int:
+    """Bytes that each rank can use."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        return min(distributed.gather(torch.cuda.mem_get_info(device)[0]))
     cgroups = memory_left_in_cgroups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return min(psutil.virtual_memory().available, *cgroups)
+    free = min(psutil.virtual_memory().available, *cgroups)
+    return min(distributed.gather(free // distributed.local_size()))
 
 
 def memory_left_in_cgroups(groups: Path, root: Path) -> list[float]:
@@ -124,12 +130,13 @@ def matmul_flops(device: str) -> float:
     return 5 * 2 * 2048**3 / time_call(lambda: [a @ a for _ in range(5)], device)
 
 
-def estimate_time(group: list[dict], store, steps_done: int, force: bool) -> None:
+def plan_time(group: list[dict], store, steps_done: int, force: bool, available: int) -> list[int]:
     """Print how long training and evaluation will take, estimated from a few steps of new SAEs on held-out activations.
+    Returns the rank of each SAE.
 
     Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS.
     """
-    cfg, device = group[0], group[0]["device"]
+    cfg, device, ranks = group[0], group[0]["device"], distributed.size()
     tokens = eval_batches(store)[0]
     heldout_activations(store, tokens)  # warm-up
     x = heldout_activations(store, tokens).flatten(0, 1)
@@ -139,36 +146,83 @@ def estimate_time(group: list[dict], store, steps_done: int, force: bool) -> Non
     acts, keep = store.get_activations(tokens), kept(store, tokens)
     predict(store, tokens, acts)
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
-    step = evaluation = 0.0
-    for run_cfg in group:
-        sae_step, reconstruction = step_times(run_cfg, x)
-        step += sae_step
-        evaluation += (forward + reconstruction) * (2 if run_cfg["sae_type"] == "batchtopk" else 1)
+    own = list(range(distributed.rank(), len(group), ranks))
+    times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
+    step, evaluation = zip(*(times[i] for i in range(len(group))))
+    modes = [2 if run_cfg["sae_type"] == "batchtopk" else 1 for run_cfg in group]
+    harvest, forward = distributed.from_first(lambda: (harvest, forward))
+    owners = assign(group, step, store.model, available)
+    per_rank = [sum(seconds for seconds, owner in zip(step, owners) if owner == rank) for rank in range(ranks)]
+    evaluating_rank = [
+        sum((forward + e) * m for e, m, owner in zip(evaluation, modes, owners) if owner == r) for r in range(ranks)
+    ]
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
-    training = steps * (step + harvest)
-    evaluating = (batches + periodic) * (evaluation + harvest + forward) + batches * (3 * forward + 2 * harvest)
+    seconds = max(per_rank) + harvest / ranks
+    training = steps * seconds
+    evaluating = (batches + periodic) * (max(evaluating_rank) + harvest + forward)
+    evaluating += batches * (3 * forward + 2 * harvest)  # heldout_baseline
+    if ranks > 1:
+        received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
+        numbers = [owners.count(rank) for rank in range(ranks)]
+        needed = [
+            memory_needed([c for c, o in zip(group, owners) if o == r], store.model)
+            for r in range(ranks)
+            if r in owners
+        ]
+        tell(
+            f"SAEs per rank: {', '.join(map(str, numbers))} (a rank without an SAE runs the language model for the "
+            f"others); at most {gib(max(needed))} of memory for each; {received / 2**20:.1f} MiB received per rank and "
+            f"step; expected speed-up over one rank {(sum(step) + harvest) / seconds:.1f}"
+        )
     tell(
         f"Estimated time: {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "
-        f"{steps:,} steps of {step + harvest:.2g} s ({harvest:.2g} s of it in the language model), "
+        f"{steps:,} steps of {seconds:.2g} s ({harvest / ranks:.2g} s of it in the language model), "
         f"{duration(evaluating)} for evaluation"
     )
     days = (training + evaluating) / 86400
     if days > MAX_DAYS and not force:
         raise too_small(f"it would take {days:,.0f} days")
+    return owners
 
 
-def step_times(cfg: dict, x: torch.Tensor) -> tuple[float, float]:
-    """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE."""
-    sae, outputs = SAE_CLASSES[cfg["sae_type"]](cfg), []
-    run = Run(cfg, sae, make_optimizer(sae, cfg), log=None)
-    warm_up = 5 if sae.W_enc.is_cuda else 2  # on CUDA the first steps record CUDA graphs
-    seconds = [time_call(lambda: group_step([run], x, outputs, {}), cfg["device"]) for _ in range(warm_up + 2)]
+def assign(group: list[dict], seconds: list[float], model, available: int) -> list[int]:
+    """The rank of each SAE: the slowest first, each to the rank with the least work that has the memory for it. If this
+    leaves one without a rank, SAEs are packed by memory alone.
+    """
+    ranks = distributed.size()
+    parts, work, owners = [[] for _ in range(ranks)], [0.0] * ranks, [0] * len(group)
+    for i in sorted(range(len(group)), key=lambda i: -seconds[i]):
+        fits = [r for r in range(ranks) if ranks == 1 or memory_needed([*parts[r], group[i]], model) <= available]
+        if not fits:
+            parts = split(group, model, available)
+            return [next(r for r, part in enumerate(parts) if cfg in part) % ranks for cfg in group]
+        owners[i] = min(fits, key=lambda r: work[r])
+        parts[owners[i]].append(group[i])
+        work[owners[i]] += seconds[i]
+    return owners
+
+
+def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
+    """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE of each config. As in
+    training, the SAEs take steps in turn, so that none finds its weights in the cache.
+    """
+    runs = []
+    for cfg in cfgs:
+        sae = SAE_CLASSES[cfg["sae_type"]](cfg)
+        runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
+    if not runs:
+        return []
+    outputs, seconds = [], []
+    warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps record CUDA graphs
+    for _ in range(warm_up + 2):
+        seconds.append([time_call(partial(group_step, [run], x, outputs, {}), cfg["device"]) for run in runs])
+    fastest = [min(times) for times in zip(*seconds[warm_up:])]
     if any(isinstance(output, FloatingPointError) for output in outputs):
-        return 0.0, 0.0  # training will report it
+        return [(0.0, 0.0)] * len(runs)  # training will report it
     with torch.no_grad():
-        return min(seconds[warm_up:]), time_call(lambda: sae.reconstruct(x), cfg["device"])
+        return [(best, time_call(partial(run.sae.reconstruct, x), cfg["device"])) for best, run in zip(fastest, runs)]
 
 
 def time_call(function, device: str) -> float:

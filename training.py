@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+import distributed
 import sparse_ops
-from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, save_sae
+from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0, num_steps
 from console import InputError, out_of_memory, tell
 from evaluation import evaluate, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
-from logs import RunLog, is_over, provenance
+from logs import RunLog, has_ended, provenance
 from sae import BaseAutoencoder, Counts
 
 TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
@@ -67,14 +68,16 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         torch.OutOfMemoryError, MemoryError, or torch's RuntimeError: memory ran out
     """
     cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
-    for sae, cfg in zip(saes, cfgs):
-        sae.cfg = cfg
-    cfg = cfgs[0]
     made_with = provenance(model, activation_store)
+    distributed.check_ranks(made_with, run_folder(cfgs[0]).parent)
     with ExitStack() as stack:
-        logs = [stack.enter_context(closing(RunLog(run_cfg, made_with))) for run_cfg in cfgs]
-        runs = [Run(c, sae.train(), make_optimizer(sae, c), log) for c, sae, log in zip(cfgs, saes, logs)]
-        checkpoints = Checkpoints(runs, made_with, resume_anyway)
+        runs = []
+        for sae, cfg in zip(saes, cfgs):
+            if sae is not None:
+                sae.cfg = cfg
+                log = stack.enter_context(closing(RunLog(cfg, made_with)))
+                runs.append(Run(cfg, sae.train(), make_optimizer(sae, cfg), log))
+        checkpoints = Checkpoints(cfgs, runs, made_with, resume_anyway)
         activation_store.load_state_dict(checkpoints.stream or activation_store.beginning)
         for run in runs:
             run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
@@ -84,18 +87,19 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         seconds = checkpoints.elapsed()
 
         num_tokens = activation_store.tokens_needed
-        results = evaluate([run.sae for run in runs], activation_store, baseline) if runs else []
-        with handle_save_errors(cfg | {"save_errors": "stop"}, "the SAEs"):
+        results = evaluate([run.sae for run in runs], activation_store, baseline)
+        with handle_save_errors("stop", "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run.log.folder / "sae")
         for run, result in zip(runs, results):
-            result |= {"tokens": num_tokens, "steps": num_tokens // cfg["batch_size"], "seconds": seconds}
-            with handle_save_errors(cfg | {"save_errors": "stop"}, f"{run.log.folder}"):
+            result |= {"tokens": num_tokens, "steps": num_tokens // run.cfg["batch_size"], "seconds": seconds}
+            with handle_save_errors("stop", f"{run.log.folder}"):
                 run.log.finish(result)
-        remove_checkpoints(cfg, lambda name: is_over(cfg | {"name": name}))
+        finished = dict(distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results)]))
+        distributed.from_first(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
-    return results
+    return [finished[cfg["name"]] for cfg in cfgs]
 
 
 def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: Checkpoints) -> list[str]:
@@ -103,14 +107,15 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
-    failed, warned = [], set()
+    failed, warned, num_saes = [], set(), sum(distributed.gather(len(runs)))
     bar = tqdm(
         total=last_step * cfg["batch_size"],
         initial=checkpoints.step * cfg["batch_size"],
         unit="tok",
         unit_scale=True,
-        desc=f"training {len(runs)} SAEs",
+        desc=f"training {num_saes} SAEs",
         smoothing=0.05,
+        disable=distributed.rank() > 0,
     )
     with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
@@ -120,14 +125,14 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             for run in runs:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
-                x = signals.stop_at_once_in(activation_store.next_batch)
+                x = signals.next_batch(activation_store)
                 group_step(runs, x, outputs, checkpoints.ahead)
                 if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
             except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
-                    with handle_save_errors(cfg, "the SAEs"):
+                    with handle_save_errors(cfg["save_errors"], "the SAEs"):
                         for run in runs:
                             save_sae(run.sae, run.log.folder / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
@@ -137,22 +142,21 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     runs.remove(run)
                     outputs.remove(output)
                     failed.append(f"{run.cfg['name']}: step {step}: {output}")
-                    tell(failed[-1])
-                    with handle_save_errors(cfg, f"{run.log.folder}"):
+                    tell(failed[-1], any_rank=True)
+                    with handle_save_errors(cfg["save_errors"], f"{run.log.folder}"):
                         save_sae(run.sae, run.log.folder / "sae")
                         run.log.stop(step, str(output))
-            if not runs:
-                break
             bar.update(len(x))
 
             # Records. Apart from group_step's failures, numbers are read from the device only here.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
-                bar.set_postfix_str(summary(metrics))
+                bar.set_postfix_str(summary(distributed.gather_lists(metrics)))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
                 evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
-                tell(progress_table(runs, outputs, evaluated, step * cfg["batch_size"]))
+                rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
+                tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
                 for values, more in zip(metrics, evaluated):
                     values |= more
             memory.position = None  # from here on nothing changes an SAE
@@ -160,18 +164,22 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 if values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
-                    tell(f"warning: {where}, so hardly any feature is active: lr or l1_coeff may be too high")
+                    hint = "so hardly any feature is active: lr or l1_coeff may be too high"
+                    tell(f"warning: {where}, {hint}", any_rank=True)
                 if values:
-                    with handle_save_errors(cfg, f"{run.log.folder}/metrics.jsonl"):
+                    with handle_save_errors(cfg["save_errors"], f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
 
             # Checkpoints
-            if signals.asked or step == last_step or checkpoints.due(step):
+            stop, due, running = distributed.any_rank(signals.asked, checkpoints.due(step), bool(runs))
+            if not running:
+                break
+            if stop or due or step == last_step:
                 checkpoints.save(step, activation_store.state_dict())
-            if signals.asked:
+            if stop:
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
-    return failed
+    return distributed.gather_lists(failed)
 
 
 class SaveOnError:
@@ -195,6 +203,8 @@ class SaveOnError:
         nobody_reads = isinstance(error, BrokenPipeError)
         if error is None or self.position is None or not (nobody_reads or out_of_memory(error)):
             return
+        if distributed.size() > 1:
+            return  # the other ranks cannot be asked to save now: the last checkpoint is kept
         traceback.clear_frames(frames)  # they hold the tensors that filled the memory
         if half_updated := [run.cfg["name"] for run in self.runs if getattr(run.optimizer, "is_updating", False)]:
             tell(f"Out of memory while the weights of {half_updated[0]} were updated: the last checkpoint is kept")
@@ -241,6 +251,15 @@ class StopSignals:
         tell("Stopping after saving a checkpoint (a second signal stops at once, without saving)")
         if self.at_once:
             raise Stopped
+
+    def next_batch(self, activation_store) -> torch.Tensor:
+        """The next batch of the store. A signal interrupts it with Stopped; under torchrun, where a rank may not leave
+        the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
+        """
+        if distributed.size() == 1:
+            return self.stop_at_once_in(activation_store.next_batch)
+        activation_store.interruptible = self.stop_at_once_in
+        return activation_store.next_batch()
 
     def stop_at_once_in(self, function):
         """Call function; a signal interrupts it with Stopped."""
@@ -449,16 +468,21 @@ def scalars(output: dict) -> dict:
     return {key: value.detach() for key, value in output.items() if value.ndim == 0}
 
 
-def progress_table(runs: list[Run], outputs: list[dict], evaluated: list[dict], tokens: int) -> str:
-    """A line per SAE: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
-    rows = [("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")]
+def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -> list[tuple]:
+    """Per SAE: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
+    rows = []
     for run, output, values in zip(runs, outputs, evaluated):
         dead = output["num_dead_features"].item() / run.cfg["dict_size"]
         row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
         rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))
+    return rows
+
+
+def progress_table(rows: list[tuple]) -> str:
+    rows = [("SAE", "loss", "NMSE", "L0", "CE degradation", "dead"), *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = (f"{row[0]:{widths[0]}}" + "".join(f"{c:>{w + 2}}" for c, w in zip(row[1:], widths[1:])) for row in rows)
-    return "\n".join((f"After {tokens:,} tokens:", *lines))
+    return "\n".join(lines)
 
 
 def summary(metrics: list[dict]) -> str:

@@ -163,7 +163,7 @@ def test_partly_deleted_checkpoints(model, make_cfg):  # noqa: F811
     assert newest_checkpoint(cfgs[1]) is None
     group = group_folder(cfgs[1:])
     (group / "step_000000001.tmp").mkdir(parents=True)
-    checkpoint.remove_checkpoints(cfgs[0], lambda name: True)
+    checkpoint.remove_checkpoints(groups_folder(cfgs[0]).parent, lambda folder: True)
     assert list(groups_folder(cfgs[0]).iterdir()) == [group], "a checkpoint that is being written is kept"
 
 

@@ -72,22 +72,20 @@ def cfgs(make_cfg):  # noqa: F811
 def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
     """Every SAE is in one group, every group fits, and the sizes are printed; a group that fits is not split."""
     available = plan.memory_needed([cfgs[1], cfgs[0]], model)
-    monkeypatch.setattr(plan, "free_memory", lambda device: available)
-    parts = plan.plan_group(cfgs, model, 0, force=False)
+    parts = plan.plan_group(cfgs, model, 0, False, available)
     assert sorted(cfg["name"] for part in parts for cfg in part) == sorted(cfg["name"] for cfg in cfgs)
     assert all(plan.memory_needed(part, model) <= available for part in parts) and len(parts) < len(cfgs)
     assert f"training {' + '.join(str(len(part)) for part in parts)} SAEs in separate groups" in capsys.readouterr().err
-    assert plan.plan_group(cfgs[:2], model, 0, force=False) == [cfgs[:2]]
-    assert plan.plan_group(cfgs, model, 0, force=True) == parts, "--force splits too"
+    assert plan.plan_group(cfgs[:2], model, 0, False, available) == [cfgs[:2]]
+    assert plan.plan_group(cfgs, model, 0, True, available) == parts, "--force splits too"
 
 
 def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
     """One line with the SAE's name, the memory that it needs and the free memory."""
     available = plan.memory_needed([cfgs[1]], model) - 1
-    monkeypatch.setattr(plan, "free_memory", lambda device: available)
     with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d\d GiB.*0\.\d\d GiB are free"):
-        plan.plan_group(cfgs, model, 0, force=False)
-    assert plan.plan_group(cfgs[1:2], model, 0, force=True) == [cfgs[1:2]]
+        plan.plan_group(cfgs, model, 0, False, available)
+    assert plan.plan_group(cfgs[1:2], model, 0, True, available) == [cfgs[1:2]]
 
 
 def test_the_plan_uses_the_context_length_of_the_model(make_cfg, model, monkeypatch):  # noqa: F811
@@ -105,7 +103,7 @@ def test_splitting_a_group_does_not_change_its_saes(make_cfg, model, monkeypatch
     cfgs = [make_cfg("parts", **changes) for changes in SAES[:4]]
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     available = plan.memory_needed(cfgs[:3], model)
-    monkeypatch.setattr(plan, "free_memory", lambda device: available)
+    monkeypatch.setattr(main, "free_memory", lambda device: available)
     main.train(cfgs, False, False)
     assert "4 SAEs in 2 groups" in capsys.readouterr().err
     whole, _ = train(model, [make_cfg("whole", **changes) for changes in SAES[:4]])
@@ -121,7 +119,7 @@ def test_time_estimate_changes_nothing(make_cfg, model, capsys):  # noqa: F811
     for s in (store, estimated):
         s.next_batch()
     before, random = estimated.state_dict(), torch.get_rng_state()
-    plan.estimate_time(cfgs, estimated, steps_done=4, force=False)
+    plan.plan_time(cfgs, estimated, steps_done=4, force=False, available=2**40)
     assert re.search(r"Estimated time: \d+ seconds .* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
     assert estimated.state_dict() == before and torch.equal(torch.get_rng_state(), random)
     for _ in range(8):
@@ -134,8 +132,8 @@ def test_a_sweep_that_takes_too_long_is_refused(make_cfg, model, monkeypatch):  
     monkeypatch.setattr(plan, "MAX_DAYS", 1e-9)
     store = ActivationsStore(model, cfgs[0])
     for refuses in (
-        lambda force: plan.plan_group(cfgs, model, 0, force),
-        lambda force: plan.estimate_time(cfgs, store, 0, force),
+        lambda force: plan.plan_group(cfgs, model, 0, force, 2**40),
+        lambda force: plan.plan_time(cfgs, store, 0, force, 2**40),
     ):
         with pytest.raises(InputError, match=r"it would take .* days.*--force"):
             refuses(False)
@@ -147,4 +145,4 @@ def test_a_sweep_that_takes_too_long_is_refused(make_cfg, model, monkeypatch):  
 def test_nan_in_the_measured_steps_is_ignored(make_cfg, model):  # noqa: F811
     """Training reports it, with the name of the SAE."""
     cfg = make_cfg(sae_type="topk", top_k=4)
-    assert plan.step_times(cfg, torch.full((64, 128), torch.nan)) == (0, 0)
+    assert plan.step_times([cfg], torch.full((64, 128), torch.nan)) == [(0, 0)]

@@ -548,7 +548,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, make_cfg, monkeypatch, wher
     assert len(seen) == 5
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert [is_finished(cfg) for cfg in cfgs] == [True, False, True]
-    assert re.fullmatch("step 5: NaN or infinity in .*", why_stopped(cfgs[1]))
+    assert re.fullmatch("step 5: NaN or infinity in .*", why_stopped(run_folder(cfgs[1])))
     saved = load_sae(run_folder(cfgs[1])).state_dict()
     assert all(torch.equal(saved[name].nan_to_num(), value.nan_to_num()) for name, value in seen[4].items())
     for i in (0, 2):

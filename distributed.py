@@ -1,0 +1,219 @@
+"""Training a group of SAEs with several processes (ranks): torchrun --nproc-per-node N main.py …
+
+The unit is an SAE. Each SAE lives on one rank, which trains, evaluates and records it. Every rank sees every batch.
+What the ranks exchange, and when:
+
+    tokens        rank 0 reads the text. Per round, it sends every rank the contexts of up to N forward passes.
+    activations   rank i runs the i-th of these forward passes and sends its activations to all others. The forward
+                  passes, and the order of their activations, are those of a single process.
+    flags         after each step: whether to stop, whether to save a checkpoint, whether SAEs are left
+    records       metrics for the progress bar, the table of an evaluation, and results go to rank 0
+    checkpoints   every rank writes its SAEs; rank 0 writes the manifest when all have verified theirs
+
+Nothing else is exchanged: no gradient and no weight. So an SAE's arithmetic does not depend on the number of ranks, and
+its bits are the same for any number. A checkpoint can be resumed with another number.
+
+A rank that fails prints its line and exits. The others then lose their connection to it, and exit without a line
+(RankLost). torchrun ends those that do not. All resume from the last checkpoint. Without torchrun there is one rank,
+and every function here returns at once.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import console
+from console import InputError
+
+TIMEOUT = timedelta(
+    minutes=30
+)  # a rank that is silent for longer is lost; an evaluation or the hub's retries take less
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended or does not respond. The same command resumes from the last checkpoint."""
+
+    exit_code = 3
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun has started. Each CUDA rank uses the GPU of its number on its machine.
+
+    Raises InputError if the device, the number of GPUs or torch's build do not allow it.
+    """
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
+    if not dist.is_gloo_available():
+        raise InputError("torchrun needs a build of torch with gloo")
+    if device.startswith("cuda"):
+        if device != "cuda":
+            raise InputError(
+                f"device = {device!r} is not allowed under torchrun, which gives each rank a GPU: use 'cuda'"
+            )
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} is not allowed: this machine has "
+                f"{torch.cuda.device_count()} GPUs"
+            )
+        if not dist.is_nccl_available():
+            raise InputError("torchrun on GPUs needs a build of torch with NCCL")
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    with connection():
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        yield
+    except BaseException:
+        # Only the first rank that fails prints its line: most others fail because it has.
+        with suppress(RuntimeError):
+            console.another_rank_prints = store.add("failed", 1) > 1
+        raise
+    finally:
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+@contextmanager
+def connection() -> Iterator[None]:
+    """Turns torch's errors in a collective into RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost("another rank has ended or does not respond: this one ends too") from error
+
+
+def size() -> int:
+    """The number of ranks; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if size() > 1 else 0
+
+
+def local_size() -> int:
+    """The number of ranks on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
+def from_first(function: Callable):
+    """The result of function() on rank 0, on every rank. If it raises an error that the program reports in one line,
+    every rank raises it.
+    """
+    if size() == 1:
+        return function()
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function()
+        except (Exception, KeyboardInterrupt) as raised:
+            if not is_expected(raised):
+                raise
+            error = raised
+    with connection():
+        dist.broadcast_object_list(message := [result, error])
+    result, error = message
+    if error is not None:
+        raise error
+    return result
+
+
+def gather(value) -> list:
+    """The value of each rank, on every rank."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    with connection():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_lists(values: list) -> list:
+    """The lists of all ranks, joined."""
+    return list(chain.from_iterable(gather(values)))
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank."""
+    if size() == 1:
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.int32)
+    with connection():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.bool().tolist()
+
+
+def on_all(function: Callable) -> None:
+    """function() on every rank. The first error that is an OSError or ends the program with an exit code is raised on
+    every rank.
+    """
+    error = None
+    try:
+        function()
+    except Exception as raised:
+        if size() == 1 or not is_expected(raised):
+            raise
+        error = raised
+    raise_together(error)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the program reports an error in one line."""
+    return hasattr(error, "exit_code") or isinstance(error, OSError | KeyboardInterrupt)
+
+
+def raise_together(error: BaseException | None) -> None:
+    """Raise the error of the first rank that has one, on every rank. `error` is this rank's, or None."""
+    for raised in gather(error):
+        if raised is not None:
+            raise raised
+
+
+def broadcast(rows: torch.Tensor, source: int) -> torch.Tensor:
+    """The tensor of rank `source`, in the memory of `rows`, which has the same shape on every rank."""
+    if size() > 1:
+        with connection():
+            dist.broadcast(rows.view(torch.uint8), source)
+    return rows
+
+
+def check_ranks(made_with: dict, folder: Path) -> None:
+    """Raises InputError if ranks differ in their code or in what determines results (`made_with`, logs.provenance), or
+    if they do not share the disk that holds `folder`.
+    """
+    if size() == 1:
+        return
+    of_ranks = [values | values["versions"] for values in gather(made_with | {"code": code_fingerprint()})]
+    for i, values in enumerate(of_ranks):
+        differs = [f"{k} is {v!r}, not {of_ranks[0].get(k)!r}" for k, v in values.items() if v != of_ranks[0].get(k)]
+        if differs:
+            raise_together(InputError(f"rank {i} differs from rank 0: {'; '.join(differs)}"))
+    mark = folder / f".ranks-{from_first(lambda: secrets.token_hex(4))}"
+    from_first(lambda: mark.parent.mkdir(parents=True, exist_ok=True) or mark.touch())
+    missing = [i for i, found in enumerate(gather(mark.exists())) if not found]
+    if rank() == 0:
+        mark.unlink()
+    if missing:
+        raise_together(
+            InputError(f"output_dir must be on a disk that all ranks share: rank {missing[0]} has no {folder}")
+        )
+
+
+def code_fingerprint() -> str:
+    """SHA-256 of the program's modules."""
+    digest = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
