@@ -12,13 +12,9 @@ from pathlib import Path
 import hub_server
 import pandas
 import pytest
+from helpers import DEMO_LM, ONE_SMALL_RUN, REPO
 from hub_server import Hub, commit_of
 
-ROOT = Path(__file__).resolve().parent.parent
-LM = ROOT / "demo" / "lm"
-ONE_SMALL_RUN = dict(  # these overrides reduce the demo sweep to one run
-    sae_type="batchtopk", dict_size=256, top_k=8, l1_coeff=0, num_tokens=8192, eval_tokens=1024, device="cpu"
-)  # fmt: skip
 FIRST_WORDS = """
 import json, sys
 from dataset import load_text
@@ -125,9 +121,9 @@ def folder(tmp_path_factory) -> Path:
 def hub(folder):
     repos = {
         "models/gpt2": "models/openai-community/gpt2",  # moved, as on the real hub
-        "models/openai-community/gpt2": {"main": LM},
-        "models/someone/lm": {"main": LM},
-        "models/EleutherAI/pythia-70m": {"main": LM},
+        "models/openai-community/gpt2": {"main": DEMO_LM},
+        "models/someone/lm": {"main": DEMO_LM},
+        "models/EleutherAI/pythia-70m": {"main": DEMO_LM},
         "datasets/someone/text": {"main": folder / "text"},
         "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
         "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
@@ -140,7 +136,7 @@ def hub(folder):
 def local_record(folder, tmp_path_factory) -> dict:
     """The record of a run on local files, to compare with the runs from the hub."""
     output_dir = tmp_path_factory.mktemp("local")
-    process = run_demo(output_dir, None, model_name=LM, dataset_path=folder / "text" / "train.parquet")
+    process = run_demo(output_dir, None, model_name=DEMO_LM, dataset_path=folder / "text" / "train.parquet")
     assert process.returncode == 0, process.stderr
     return record(output_dir)
 
@@ -155,7 +151,7 @@ def hub_environment(folder: Path, hub: Hub | None) -> dict:
 def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
     """Run Python in the repository root, with `hub` as the hub and an empty cache in `folder`."""
     command, env = [sys.executable, *map(str, arguments)], hub_environment(folder, hub)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
 
 
 def run_demo(folder: Path, hub: Hub | None, **overrides) -> subprocess.CompletedProcess:
@@ -225,7 +221,7 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
     with Hub({name: {"main": folder / "text"}}) as hub:
         command, env = [sys.executable, "-u", "-c", RESUME, json.dumps(keys)], hub_environment(tmp_path, hub)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+        process = subprocess.Popen(command, cwd=REPO, env=env, **pipes)
         lines = [process.stdout.readline().strip() for _ in range(4)]
         monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
         process.stdin.write("\n")
@@ -242,7 +238,9 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
 def test_unknown_hub_name(tmp_path, hub, key):
     """A name that is not on the hub ends the program with code 2 and one line with the key and the name."""
-    process = run_demo(tmp_path, hub, **{"model_name": LM, "dataset_path": "someone/text"} | {key: "someone/nothing"})
+    process = run_demo(
+        tmp_path, hub, **{"model_name": DEMO_LM, "dataset_path": "someone/text"} | {key: "someone/nothing"}
+    )
     assert process.returncode == 2, process.stderr
     (line,) = (line for line in process.stderr.splitlines() if line.startswith("error:"))
     assert line == process.stderr.splitlines()[-1] and "Traceback" not in process.stderr

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import DEMO_LM, REPO
 
-REPO = Path(__file__).resolve().parent.parent
-DEMO_LM = REPO / "demo" / "lm"
 # Few tokens, and all runs in one group, so that a sweep takes seconds.
 TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", "top_k_aux=16"]
 DEMO_RUNS, PAPER_RUNS = 16, 15

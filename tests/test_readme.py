@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from helpers import REPO
 
 import main
 from config import KEYS, get_default_cfg
 
-REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
 TEXT = {page.relative_to(REPO).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README, CONFIG = TEXT["README.md"], TEXT["docs/config.md"]

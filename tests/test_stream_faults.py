@@ -18,18 +18,8 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from helpers import BOS, DEMO_LM, ONE_SMALL_RUN, REPO, SEQ_LEN, stream_cfg
 from hub_server import Answer, Hub
-from test_activation_store import (  # noqa: F401 (fixtures)
-    BOS,
-    DEMO_LM,
-    SEQ_LEN,
-    all_contexts,
-    jsonl,
-    make_cfg,
-    model,
-    reference_contexts,
-)
-from test_hub import LM, ONE_SMALL_RUN, ROOT
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -138,7 +128,7 @@ def repos(tmp_path_factory) -> dict:
     takes one request.)
     """
     folder, rng = tmp_path_factory.mktemp("repos"), random.Random(0)
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     kinds = ("parquet", "jsonl", "tokens")
     for kind in kinds:
         (folder / kind).mkdir()
@@ -151,7 +141,7 @@ def repos(tmp_path_factory) -> dict:
         data["noise"] = "x" * 100_000
         data.to_json(folder / "jsonl" / f"{file}.jsonl", orient="records", lines=True)
     repos = {f"datasets/someone/{kind}": {"main": folder / kind} for kind in kinds}
-    return {"models/demo/lm": {"main": LM}} | repos
+    return {"models/demo/lm": {"main": DEMO_LM}} | repos
 
 
 def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.CompletedProcess:
@@ -160,7 +150,7 @@ def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.Co
     env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     command = [sys.executable, "-c", IMPATIENT + script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
 
 
 def random_faults(seed: int, share: float):
@@ -208,7 +198,7 @@ def readings(tmp_path_factory, repos) -> dict[str, SimpleNamespace]:
         return found[name].faults[-1]
 
     for name, (_, seed, resumes, changes) in READINGS.items():
-        cfg = make_cfg(
+        cfg = stream_cfg(
             model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
         )
         keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
@@ -261,7 +251,7 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
     it, in the same stream and in a new one. The tokens equal those of the local file."""
     rng = random.Random(0)
     faults = random_faults(2, 0.4)
-    cfg = make_cfg(dataset_path="someone/large", stream_retries=20)
+    cfg = stream_cfg(dataset_path="someone/large", stream_retries=20)
     resume_after = [rng.randint(1, 300) for _ in range(3)]
 
     def fault(path: str) -> str | None:
@@ -317,7 +307,7 @@ class SilentHub(Hub):
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
 def test_a_hub_that_never_answers(tmp_path, repos, key):
     """The program soon exits with code 3 and a line that names the model or dataset."""
-    overrides = ONE_SMALL_RUN | {"model_name": LM, "output_dir": tmp_path / "runs", "stream_retries": 1}
+    overrides = ONE_SMALL_RUN | {"model_name": DEMO_LM, "output_dir": tmp_path / "runs", "stream_retries": 1}
     overrides |= {key: "someone/lm"}
     with SilentHub(repos) as hub:
         process = run_python(tmp_path, hub, MAIN, "demo", *(f"{name}={value}" for name, value in overrides.items()))
@@ -330,13 +320,13 @@ def test_a_hub_that_never_answers(tmp_path, repos, key):
 
 
 def stream(path: Path, **changes) -> TextStream:
-    cfg = make_cfg(dataset_path=str(path), **changes)
-    return TextStream(cfg, AutoTokenizer.from_pretrained(LM), 4096, SEQ_LEN, 3)
+    cfg = stream_cfg(dataset_path=str(path), **changes)
+    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, 3)
 
 
 def tokens_of(documents: list) -> list[int]:
     """Reference: BOS and tokens of each document that is not empty, concatenated."""
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     texts = [document for document in documents if document]
     return [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]]
 
@@ -401,7 +391,7 @@ def test_a_corrupt_parquet_file(three_files, capsys):
 
 def test_a_document_with_an_unknown_token(tmp_path, capsys):
     """A token outside the vocabulary makes its document invalid: it is named by its number, the others are read."""
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     texts = [f"def f_{i}():\n    return {i}\n" * 3 for i in range(100)]
     tokens = [tokenizer.encode(text).ids for text in texts]
     tokens[70] = [5, 4096, 7]

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_sae import KINDS, make_cfg, make_sae, make_x, state
-from test_sparse_ops import feature_major, hard_input
+from helpers import KINDS, feature_major, hard_input, make_sae, make_x, sae_cfg, state
 
 import sparse_ops
 from sae import SAE_CLASSES, Counts
@@ -428,7 +427,7 @@ def group(kinds, **changes):
     """Runs of SAEs of a size at which a step's intermediate results fill several blocks of memory."""
     runs = []
     for seed, kind in enumerate(kinds):
-        cfg = make_cfg(kind, d=64, F=2048, k=8, dtype="float32", device="cuda", top_k_aux=16, seed=seed, **changes)
+        cfg = sae_cfg(kind, d=64, F=2048, k=8, dtype="float32", device="cuda", top_k_aux=16, seed=seed, **changes)
         sae = SAE_CLASSES[kind](cfg).train()
         if hasattr(sae, "batches_until_sparse"):
             sae.batches_until_sparse.fill_(0)
