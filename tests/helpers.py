@@ -1,6 +1,8 @@
 """What several test files use. Fixtures are in conftest.py."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -334,3 +336,14 @@ def published_forward(folder, x):
 ONE_SMALL_RUN = dict(  # these overrides reduce the demo sweep to one run
     sae_type="batchtopk", dict_size=256, top_k=8, l1_coeff=0, num_tokens=8192, eval_tokens=1024, device="cpu"
 )  # fmt: skip
+
+
+def hub_environment(cache: Path) -> dict:
+    """The environment without a user's settings of the hub's client, which keeps what it loads in `cache`."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    return env | {"HF_HOME": str(cache), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+
+
+def empty_cache(server) -> None:
+    """Remove what the client of a ForkServer has loaded from the hub."""
+    shutil.rmtree(server.env["HF_HOME"], ignore_errors=True)

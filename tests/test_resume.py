@@ -228,7 +228,9 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
 def test_real_kills(tmp_path):
     """`python main.py demo` with real signals and a corrupt checkpoint: a short run of tests/kill_and_resume.py."""
     kills = [(signal.SIGKILL, "save"), (signal.SIGKILL, "evaluation"), (signal.SIGTERM, "")]
-    hits = kill_and_resume(tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", "l1_coeff=0", delay=0.2)
+    hits = kill_and_resume(
+        tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", "l1_coeff=0", "num_tokens=25_000", delay=0.2
+    )
     assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
 
 
@@ -548,11 +550,11 @@ def test_a_save_that_fails_leaves_the_one_before(
 
 
 def test_a_full_disk(tmp_path):
-    """A file system of 3 MB, in a user namespace: exit code 3 and a line; with more room the same command finishes."""
-    mount = f"mount -t tmpfs -o size=3m none {tmp_path}"
+    """A file system of 1.5 MB, mounted in a user namespace: exit code 3 and a line; with more room the run finishes."""
+    mount = f"mount -t tmpfs -o size=1500k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system allows no mount in a user namespace: a full disk was not tried")
-    args = command(tmp_path, "sae_type=topk", "num_tokens=10_000")
+    args = command(tmp_path, "sae_type=topk", "l1_coeff=0", "num_tokens=10_000")
     script = f"""{mount}
         "$@"; echo "code $?"; ls -d {tmp_path}/*/groups/*/step_*
         mount -o remount,size=99m {tmp_path}
@@ -563,7 +565,7 @@ def test_a_full_disk(tmp_path):
     )  # fmt: skip
     assert re.findall(r"code (\d)", done.stdout) == ["3", "0"], done.stdout + done.stderr
     assert "cannot be written: No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert "Trained and evaluated 7 SAEs" in done.stderr and done.stdout.count("result.json") == 7
+    assert "Trained and evaluated 3 SAEs" in done.stderr and done.stdout.count("result.json") == 3
 
 
 def test_a_run_on_another_card_is_another_run(monkeypatch):

@@ -286,7 +286,7 @@ def test_memory_stays_flat_over_many_refills(model, tmp_path):
     data.to_parquet(tmp_path / "data.parquet", batch_size=100)
     cfg = stream_cfg(
         dataset_path=str(tmp_path / "data.parquet"), num_tokens=10**7, num_epochs=200, seq_len=128, batch_size=4096,
-        model_batch_size=32, num_batches_in_buffer=8,
+        model_batch_size=32, num_batches_in_buffer=8, layer=0,
     )  # fmt: skip
     store = ActivationsStore(model, cfg)
     process, sizes = psutil.Process(), []
