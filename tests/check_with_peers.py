@@ -42,7 +42,7 @@ def check(name: str, results: tuple, expected: tuple) -> bool:
 
 def main(venv: Path, work: Path) -> bool:
     """In the project's own environment."""
-    from test_export import ours, real_activations, trained_sae
+    from helpers import ours, real_activations, trained_sae
 
     import export
     from checkpoint import save_sae

@@ -30,8 +30,8 @@ class Hub(ThreadingHTTPServer):
     repos: {"models/NAME" or "datasets/NAME": {revision: folder}, or the new name of a moved repository}.
     """
 
-    def __init__(self, repos: dict[str, dict[str, Path] | str]):
-        super().__init__(("127.0.0.1", 0), Request)
+    def __init__(self, repos: dict[str, dict[str, Path] | str], port: int = 0):
+        super().__init__(("127.0.0.1", port), Request)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.requests = repos, []
 

@@ -1,101 +1,31 @@
 """The stream of activations: each token once, held-out tokens apart, and bad data reported in one line."""
 
-import inspect
 import json
 import random
 import re
 import shutil
-import textwrap
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    BOS,
+    DEMO_LM,
+    SEQ_LEN,
+    all_contexts,
+    counted_batches,
+    counted_documents,
+    reference_contexts,
+    sorted_rows,
+    store_error,
+    stream_cfg,
+)
 from tokenizers import Tokenizer
 
 from activation_store import ActivationsStore
-from config import get_default_cfg, post_init_cfg
 from console import InputError
-from language_model import load_model
-
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
-BOS = 0
-SEQ_LEN = 16
-
-
-def make_cfg(**changes) -> dict:
-    """A small completed config on the demo's language model."""
-    cfg = get_default_cfg() | dict(
-        model_name=str(DEMO_LM), layer=2, act_size=128, dict_size=64, top_k=4, device="cpu", seq_len=SEQ_LEN,
-        batch_size=40, num_tokens=400, model_batch_size=3, num_batches_in_buffer=2, eval_tokens=3 * SEQ_LEN,
-    )  # fmt: skip
-    return post_init_cfg(cfg | changes)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(make_cfg())
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    """Functions from the standard library, an empty document and a non-ASCII one."""
-    functions = [inspect.getsource(value) for _, value in inspect.getmembers(textwrap, inspect.isroutine)]
-    methods = [inspect.getsource(value) for _, value in inspect.getmembers(textwrap.TextWrapper, inspect.isfunction)]
-    return [*functions[:2], "", "naïve café — 東京 🙂\n\n  indented", *functions[2:], "x", *methods]
-
-
-@pytest.fixture(scope="module")
-def tokens(texts) -> list[list[int]]:
-    """Reference: the documents as BOS + tokens, without empty ones."""
-    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
-    return [[BOS] + tokenizer.encode(text, add_special_tokens=False).ids for text in texts if text]
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    """A function that writes a column of documents as JSON lines and returns the path."""
-
-    def write(documents: list, column: str = "text", name: str = "data.jsonl") -> str:
-        path = tmp_path / name
-        path.write_text("".join(json.dumps({"id": i, column: doc}) + "\n" for i, doc in enumerate(documents)))
-        return str(path)
-
-    return write
-
-
-def reference_contexts(tokens: list[list[int]], seq_len: int, num_eval: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Held-out contexts and training contexts, which begin with the token after the last held-out one."""
-    stream = [token for document in tokens for token in document]
-    contexts = torch.tensor(stream[: len(stream) // seq_len * seq_len]).view(-1, seq_len)
-    return contexts[:num_eval], contexts[num_eval:]
-
-
-def all_contexts(store) -> torch.Tensor:
-    """All remaining contexts of the store."""
-    contexts = []
-    while True:
-        try:
-            contexts.append(store.get_batch_tokens())
-        except InputError:
-            return torch.cat(contexts)
-
-
-def sorted_rows(rows: torch.Tensor) -> np.ndarray:
-    """Rows in lexicographic order, to compare them as multisets."""
-    rows = rows.numpy()
-    return rows[np.lexsort(rows.T[::-1])]
-
-
-def counted_documents(num_eval: int, num_train: int) -> list[list[int]]:
-    """A held-out document and training documents of exactly these lengths, with BOS; no other token repeats."""
-    lengths, ids = [num_eval], iter(range(1, 4096))
-    while num_train > 0:
-        lengths.append(min(num_train, 7 + 3 * len(lengths)))
-        num_train -= lengths[-1]
-    return [[BOS] + [next(ids) for _ in range(length - 1)] for length in lengths]
-
 
 # Text -> tokens
 
@@ -104,7 +34,7 @@ def counted_documents(num_eval: int, num_train: int) -> list[list[int]]:
 def test_contexts_equal_a_plain_reference(model, jsonl, texts, tokens):
     """Documents become BOS + tokens, concatenated and cut into contexts; no token is lost over many refills."""
     heldout, rest = reference_contexts(tokens, SEQ_LEN, 3)
-    store = ActivationsStore(model, make_cfg(dataset_path=jsonl(texts)))
+    store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(texts)))
     assert torch.equal(store.eval_contexts, heldout)
     contexts = all_contexts(store)
     assert len(contexts) > 10 * store.cfg["model_batch_size"]
@@ -115,7 +45,7 @@ def test_training_goes_through_the_stream_in_order(model, jsonl, texts, tokens):
     """The batches are harvested from the reference's contexts in order, one buffer after another."""
     _, rest = reference_contexts(tokens, SEQ_LEN, 3)
     num_tokens = rest.numel() // 40 * 40
-    store = ActivationsStore(model, make_cfg(dataset_path=jsonl(texts), num_tokens=num_tokens))
+    store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(texts), num_tokens=num_tokens))
     batches = [store.next_batch() for _ in range(num_tokens // 40)]
     reference = torch.cat([store.get_activations(part) for part in rest.split(3)]).flatten(0, 1)
     # A buffer holds the next rows of the reference: those of two forward passes, in whole batches.
@@ -158,7 +88,7 @@ def formats(tmp_path_factory, texts) -> dict[str, str]:
 def test_every_format_of_local_data_gives_the_same_tokens(model, formats, tokens, name):
     """Files, folders of files and saved datasets give the same contexts; no document is lost to the column check."""
     heldout, rest = reference_contexts(tokens, SEQ_LEN, 3)
-    store = ActivationsStore(model, make_cfg(dataset_path=formats[name]))
+    store = ActivationsStore(model, stream_cfg(dataset_path=formats[name]))
     assert torch.equal(store.eval_contexts, heldout)
     assert torch.equal(all_contexts(store), rest)
 
@@ -169,7 +99,7 @@ def test_a_text_file_is_one_document(model, tmp_path, texts):
     path.write_text("\n\n".join(texts), encoding="utf-8", newline="")
     ids = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json")).encode("\n\n".join(texts), add_special_tokens=False).ids
     stream = torch.tensor([BOS] + ids)
-    store = ActivationsStore(model, make_cfg(dataset_path=str(path)))
+    store = ActivationsStore(model, stream_cfg(dataset_path=str(path)))
     assert torch.equal(store.eval_contexts.flatten(), stream[: 3 * SEQ_LEN])
     trained_on = all_contexts(store).flatten()
     rest = stream[3 * SEQ_LEN :]
@@ -180,7 +110,7 @@ def test_a_text_file_is_one_document(model, tmp_path, texts):
 def test_columns(model, jsonl, texts, tokens, column):
     """text, tokens and input_ids are recognized; token documents that begin with BOS get no second one."""
     documents = texts if column == "text" else tokens
-    store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, column)))
+    store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(documents, column)))
     assert torch.equal(all_contexts(store), reference_contexts(tokens, SEQ_LEN, 3)[1])
 
 
@@ -188,22 +118,24 @@ def test_token_documents_without_bos_get_one(model, jsonl, tokens):
     """BOS is prepended to token documents that lack it; empty ones are skipped."""
     documents = [document[1:] for document in tokens]
     documents.insert(2, [])
-    store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, "tokens")))
+    store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(documents, "tokens")))
     assert torch.equal(all_contexts(store), reference_contexts(tokens, SEQ_LEN, 3)[1])
 
 
 def test_split_of_a_saved_dataset_dict(model, formats):
     """dataset_split selects the split of a saved DatasetDict; the error about a missing split lists the others."""
     with pytest.raises(InputError, match="no split 'validation'.*test, train"):
-        ActivationsStore(model, make_cfg(dataset_path=formats["dataset_dict"], dataset_split="validation"))
+        ActivationsStore(model, stream_cfg(dataset_path=formats["dataset_dict"], dataset_split="validation"))
     with pytest.raises(InputError, match="too short"):  # the split "test" has one document
-        ActivationsStore(model, make_cfg(dataset_path=formats["dataset_dict"], dataset_split="test", num_tokens=10_000))
+        ActivationsStore(
+            model, stream_cfg(dataset_path=formats["dataset_dict"], dataset_split="test", num_tokens=10_000)
+        )
 
 
 def test_seq_len_is_limited_by_the_model(model, jsonl, texts, tokens, capsys):
     """A seq_len beyond the model's context length is reduced to it, which is reported."""
     documents = texts * 8
-    cfg = make_cfg(dataset_path=jsonl(documents), seq_len=1000, eval_tokens=200)
+    cfg = stream_cfg(dataset_path=jsonl(documents), seq_len=1000, eval_tokens=200)
     store = ActivationsStore(model, cfg)
     assert store.seq_len == 128 and store.eval_contexts.shape == (2, 128)
     assert torch.equal(all_contexts(store), reference_contexts(tokens * 8, 128, 2)[1])
@@ -216,7 +148,7 @@ def test_seq_len_is_limited_by_the_model(model, jsonl, texts, tokens, capsys):
 def test_held_out_tokens_are_apart_from_the_training_tokens(model, jsonl):
     """The stream's first eval_tokens are held out and never trained on."""
     documents = counted_documents(50, 10 * 40)  # the first document continues in the first training context
-    store = ActivationsStore(model, make_cfg(dataset_path=jsonl(documents, "tokens")))
+    store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(documents, "tokens")))
     heldout = store.eval_contexts.flatten().tolist()
     assert heldout == documents[0][:48]
     trained_on = all_contexts(store).flatten().tolist()
@@ -227,41 +159,24 @@ def test_held_out_tokens_are_apart_from_the_training_tokens(model, jsonl):
 
 def test_eval_tokens_are_rounded_up_to_whole_contexts(model, jsonl, texts):
     """eval_tokens = 33 of 16-token contexts holds out three contexts."""
-    assert ActivationsStore(model, make_cfg(dataset_path=jsonl(texts), eval_tokens=33)).eval_contexts.shape == (3, 16)
+    assert ActivationsStore(model, stream_cfg(dataset_path=jsonl(texts), eval_tokens=33)).eval_contexts.shape == (3, 16)
 
 
 def test_fingerprint_identifies_the_held_out_tokens(model, jsonl, texts):
     """The fingerprint is the same for the same held-out tokens, and differs for others."""
     path = jsonl(texts)
-    prints = [ActivationsStore(model, make_cfg(dataset_path=path, eval_tokens=n)).fingerprint() for n in (48, 48, 64)]
+    prints = [ActivationsStore(model, stream_cfg(dataset_path=path, eval_tokens=n)).fingerprint() for n in (48, 48, 64)]
     assert prints[0] == prints[1] != prints[2]
 
 
 # Batches
 
 
-@pytest.fixture(scope="module")
-def counted(tmp_path_factory) -> str:
-    """48 tokens to hold out, then 400 to train on: ten batches of 40, twenty-five contexts of 16."""
-    path = tmp_path_factory.mktemp("counted") / "data.jsonl"
-    path.write_text("".join(json.dumps({"tokens": document}) + "\n" for document in counted_documents(48, 400)))
-    return str(path)
-
-
-def stream_of(model, path, **changes) -> tuple[torch.Tensor, torch.Tensor]:
-    """All ten batches [10, 40, d] of the counted data, and its activations in text order [400, d]."""
-    store = ActivationsStore(model, make_cfg(dataset_path=path, **changes))
-    batches = torch.stack([store.next_batch() for _ in range(10)])
-    contexts = torch.tensor([t for document in counted_documents(48, 400)[1:] for t in document]).view(-1, SEQ_LEN)
-    size = store.cfg["model_batch_size"]
-    return batches, torch.cat([store.get_activations(part) for part in contexts.split(size)]).flatten(0, 1)
-
-
 @pytest.mark.parametrize("model_batch_size, buffer", [(3, 2), (1, 3), (25, 1), (7, 100), (4, 4)])
 @pytest.mark.fast
 def test_every_training_token_is_handed_out_exactly_once(model, counted, model_batch_size, buffer):
     """Over all batches each activation comes once, whatever the buffer size; none is lost between buffers."""
-    batches, in_order = stream_of(model, counted, model_batch_size=model_batch_size, num_batches_in_buffer=buffer)
+    batches, in_order = counted_batches(model, counted, model_batch_size=model_batch_size, num_batches_in_buffer=buffer)
     assert batches.shape == (10, 40, 128)
     assert np.array_equal(sorted_rows(batches.flatten(0, 1)), sorted_rows(in_order))
 
@@ -269,7 +184,7 @@ def test_every_training_token_is_handed_out_exactly_once(model, counted, model_b
 def test_batches_are_whole_when_the_buffer_is_smaller_than_a_batch(model, counted):
     """next_batch returns batch_size activations even if num_batches_in_buffer forward passes give fewer."""
     store = ActivationsStore(
-        model, make_cfg(dataset_path=counted, batch_size=100, model_batch_size=1, num_batches_in_buffer=2)
+        model, stream_cfg(dataset_path=counted, batch_size=100, model_batch_size=1, num_batches_in_buffer=2)
     )
     rows = [store.next_batch() for _ in range(4)]
     assert [len(row) for row in rows] == [100] * 4
@@ -279,9 +194,9 @@ def test_batches_are_whole_when_the_buffer_is_smaller_than_a_batch(model, counte
 @pytest.mark.fast
 def test_batches_are_shuffled_and_deterministic(model, counted):
     """The same shuffle_seed gives the same batches, another seed others; they are not in text order."""
-    first, in_order = stream_of(model, counted, model_batch_size=8)
-    again, _ = stream_of(model, counted, model_batch_size=8)
-    other, _ = stream_of(model, counted, model_batch_size=8, shuffle_seed=50)
+    first, in_order = counted_batches(model, counted, model_batch_size=8)
+    again, _ = counted_batches(model, counted, model_batch_size=8)
+    other, _ = counted_batches(model, counted, model_batch_size=8, shuffle_seed=50)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert np.array_equal(sorted_rows(first.flatten(0, 1)), sorted_rows(other.flatten(0, 1)))
@@ -306,7 +221,7 @@ def kept_rows(store, excluded: list[int]) -> torch.Tensor:
 def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
     """Batches are whole and contain every other token once, in the order of the buffers."""
     excluded = [BOS, 3, 200, 201]
-    cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=excluded, **changes)
+    cfg = stream_cfg(dataset_path=jsonl(texts), exclude_tokens=excluded, **changes)
     rows = kept_rows(ActivationsStore(model, cfg), excluded)
     num_tokens = len(rows) // 40 * 40
     store = ActivationsStore(model, cfg | {"num_tokens": num_tokens})
@@ -325,7 +240,7 @@ def test_excluded_tokens_never_reach_a_batch(model, jsonl, texts, changes):
 
 def test_a_stream_with_excluded_tokens_resumes_bit_identically(model, jsonl, texts, tmp_path):
     """From any batch, live and from the cache, which is separate for each exclude_tokens."""
-    cfg = make_cfg(dataset_path=jsonl(texts), exclude_tokens=[BOS, 3], num_batches_in_buffer=3)
+    cfg = stream_cfg(dataset_path=jsonl(texts), exclude_tokens=[BOS, 3], num_batches_in_buffer=3)
     store = ActivationsStore(model, cfg)
     batches, states = [], []
     for _ in range(10):
@@ -346,9 +261,9 @@ def test_a_stream_with_excluded_tokens_resumes_bit_identically(model, jsonl, tex
 def test_values_of_exclude_tokens(model, counted):
     """Ids, "bos" or "special". The store's config has ids; the run's name is that of the original config."""
     for value, ids in (("bos", [BOS]), ("special", [BOS]), ([9, 5, 9], [5, 9]), (5, [5])):
-        cfg = make_cfg(dataset_path=counted, exclude_tokens=value, num_tokens=40)
+        cfg = stream_cfg(dataset_path=counted, exclude_tokens=value, num_tokens=40)
         assert ActivationsStore(model, cfg).cfg["exclude_tokens"] == ids
-        assert ActivationsStore(model, cfg).cfg["name"] == cfg["name"] != make_cfg(dataset_path=counted)["name"]
+        assert ActivationsStore(model, cfg).cfg["name"] == cfg["name"] != stream_cfg(dataset_path=counted)["name"]
     assert "4095" in store_error(model, dataset_path=counted, exclude_tokens=[5, 4096])
     message = store_error(model, dataset_path=counted, exclude_tokens=list(range(4096)))
     assert "leaves no held-out token" in message
@@ -356,7 +271,7 @@ def test_values_of_exclude_tokens(model, counted):
 
 def test_seed_of_the_weights_does_not_touch_the_stream(model, counted):
     """Runs of different seeds see the same batches."""
-    assert torch.equal(stream_of(model, counted, seed=1)[0], stream_of(model, counted, seed=2)[0])
+    assert torch.equal(counted_batches(model, counted, seed=1)[0], counted_batches(model, counted, seed=2)[0])
 
 
 def test_global_rng_is_untouched(model, counted):
@@ -366,33 +281,20 @@ def test_global_rng_is_untouched(model, counted):
         return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
 
     before = states()
-    batches, _ = stream_of(model, counted)
+    batches, _ = counted_batches(model, counted)
     assert states() == before
     torch.manual_seed(123)
     np.random.seed(123)
-    assert torch.equal(stream_of(model, counted)[0], batches)
+    assert torch.equal(counted_batches(model, counted)[0], batches)
 
 
 # Bad input
 
 
-def one_line(caught) -> str:
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
-
-
-def store_error(model, **changes) -> str:
-    with pytest.raises(InputError) as caught:
-        store = ActivationsStore(model, make_cfg(**changes))
-        store.next_batch()
-    return one_line(caught)
-
-
 def test_exactly_enough_data_is_enough(model, jsonl):
     """A dataset with exactly the needed tokens lasts to the last batch; with one context fewer it is an error."""
     path = jsonl(counted_documents(48, 400), "tokens", "enough.jsonl")
-    store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=361))  # rounded up to ten batches
+    store = ActivationsStore(model, stream_cfg(dataset_path=path, num_tokens=361))  # rounded up to ten batches
     assert [len(store.next_batch()) for _ in range(10)] == [40] * 10
     for num_train in (399, 400 - SEQ_LEN):
         path = jsonl(counted_documents(48, num_train), "tokens", f"short{num_train}.jsonl")
@@ -409,7 +311,7 @@ def test_too_short_for_the_held_out_tokens(model, jsonl):
 def test_the_end_of_the_data_is_an_error(model, jsonl):
     """It is never a short batch."""
     path = jsonl(counted_documents(48, 400), "tokens")
-    store = ActivationsStore(model, make_cfg(dataset_path=path))
+    store = ActivationsStore(model, stream_cfg(dataset_path=path))
     for _ in range(10):
         store.next_batch()
     with pytest.raises(InputError, match="too short"):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_resume import OFTEN, assert_as_uninterrupted, corrupt, stopping_store, uninterrupted  # noqa: F401 (fixtures)
-from test_training import SAES, data, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
+from helpers import OFTEN, SAES, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
 
 import checkpoint
 import training
@@ -20,9 +19,9 @@ from sae import SAE_CLASSES
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "manifest", "state"])
-def test_a_corrupt_checkpoint_is_skipped(model, make_cfg, uninterrupted, capsys, how):  # noqa: F811
+def test_a_corrupt_checkpoint_is_skipped(model, training_cfg, uninterrupted, capsys, how):
     """The previous one is used, with a warning. If all are corrupt, training does not start over."""
-    cfgs = [make_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
+    cfgs = [training_cfg("cut", **changes, **OFTEN, checkpoint_freq=2) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
         train(model, cfgs, stopping_store(8, KeyboardInterrupt()))
     paths = sorted(group_folder(cfgs).glob("step_*"))
@@ -39,9 +38,9 @@ def test_a_corrupt_checkpoint_is_skipped(model, make_cfg, uninterrupted, capsys,
 
 
 @pytest.mark.fast
-def test_a_partly_written_checkpoint_is_ignored(model, make_cfg, monkeypatch):  # noqa: F811
+def test_a_partly_written_checkpoint_is_ignored(model, training_cfg, monkeypatch):
     """A save that is interrupted at any write leaves the previous checkpoint; the next save removes its files."""
-    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    cfg = training_cfg(**SAES[1], checkpoint_freq=2)
     write, calls = checkpoint.write, []
     for interrupt_at in range(1, 7):
 
@@ -73,9 +72,9 @@ def replace_file(path: Path, name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("state", ["[]", "7", "{}", '{"step": "x"}', "[" * 9999, "no weights"])
-def test_an_invalid_state_is_corrupt(model, make_cfg, state):  # noqa: F811
+def test_an_invalid_state_is_corrupt(model, training_cfg, state):
     """Files with the right SHA-256 that are not those of a checkpoint."""
-    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    cfg = training_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     path = newest_checkpoint(cfg)
@@ -89,10 +88,10 @@ def test_an_invalid_state_is_corrupt(model, make_cfg, state):  # noqa: F811
         newest_checkpoint(cfg)
 
 
-def test_a_corrupt_newer_checkpoint_does_not_count_as_kept(model, make_cfg):  # noqa: F811
+def test_a_corrupt_newer_checkpoint_does_not_count_as_kept(model, training_cfg):
     """A save deletes only checkpoints that are older than itself."""
-    cfg = make_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
-    two = make_cfg(**SAES[1], checkpoint_freq=2)
+    cfg = training_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
+    two = training_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [two], stopping_store(8, KeyboardInterrupt()))
     older, newer = sorted(group_folder([cfg]).glob("step_*"))
@@ -102,9 +101,9 @@ def test_a_corrupt_newer_checkpoint_does_not_count_as_kept(model, make_cfg):  # 
     assert newest_checkpoint(cfg).name == "step_000000005" and not older.exists()
 
 
-def test_provenance_is_checked_before_anything_is_loaded(model, make_cfg, monkeypatch):  # noqa: F811
+def test_provenance_is_checked_before_anything_is_loaded(model, training_cfg, monkeypatch):
     """A rejected checkpoint leaves the SAE unchanged."""
-    cfg = make_cfg(**SAES[1])
+    cfg = training_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
     made_with = training.provenance
@@ -119,8 +118,8 @@ def test_provenance_is_checked_before_anything_is_loaded(model, make_cfg, monkey
 
 
 @pytest.fixture
-def saved(make_cfg, tmp_path):  # noqa: F811
-    cfg = make_cfg(**SAES[2])
+def saved(training_cfg, tmp_path):
+    cfg = training_cfg(**SAES[2])
     save_sae(sae := SAE_CLASSES[cfg["sae_type"]](cfg), tmp_path / "sae")
     return sae, tmp_path / "sae"
 
@@ -150,11 +149,11 @@ def test_the_checksum_is_not_part_of_the_config(saved):
     assert same_bits(load_sae(folder), sae)
 
 
-def test_partly_deleted_checkpoints(model, make_cfg):  # noqa: F811
+def test_partly_deleted_checkpoints(model, training_cfg):
     """A kill during deletion leaves checkpoints without a state.json. Other runs start nevertheless, and the files are
     deleted once their own runs are over.
     """
-    cfgs = [make_cfg(**changes) for changes in SAES[:2]]
+    cfgs = [training_cfg(**changes) for changes in SAES[:2]]
     with pytest.raises(training.Stopped):
         train(model, cfgs[:1], stopping_store(4, training.Stopped()))
     (newest_checkpoint(cfgs[0]) / "state.json").unlink()
@@ -176,8 +175,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_manifests_are_corrupt(model, make_cfg, kind):  # noqa: F811
-    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+def test_hostile_manifests_are_corrupt(model, training_cfg, kind):
+    cfg = training_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     path = newest_checkpoint(cfg)
@@ -197,9 +196,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_tensors_that_do_not_fit_are_an_error(model, make_cfg, kind):  # noqa: F811
+def test_tensors_that_do_not_fit_are_an_error(model, training_cfg, kind):
     """Even if every SHA-256 is right."""
-    cfg = make_cfg(**SAES[1], checkpoint_freq=2)
+    cfg = training_cfg(**SAES[1], checkpoint_freq=2)
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     path = newest_checkpoint(cfg)
@@ -213,9 +212,9 @@ def test_tensors_that_do_not_fit_are_an_error(model, make_cfg, kind):  # noqa: F
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_older_than_a_buffer(model, make_cfg):  # noqa: F811
+def test_a_checkpoint_older_than_a_buffer(model, training_cfg):
     """It can be resumed: batches_until_sparse is then as in an untrained SAE."""
-    cfg = make_cfg(**SAES[0])
+    cfg = training_cfg(**SAES[0])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
     path = newest_checkpoint(cfg)

@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from test_activation_store import BOS, DEMO_LM, SEQ_LEN, make_cfg
+from helpers import BOS, DEMO_LM, SEQ_LEN, stream_cfg
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -31,7 +31,7 @@ def make_tokenizer():
 
 
 def stream_of(path: Path, tokenizer=None, **changes) -> TextStream:
-    cfg = make_cfg(dataset_path=str(path), **changes)
+    cfg = stream_cfg(dataset_path=str(path), **changes)
     return TextStream(cfg, tokenizer or make_tokenizer(), 4096, SEQ_LEN, 3)
 
 

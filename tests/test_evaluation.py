@@ -9,12 +9,10 @@ import random
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from evaluation_reference import (
     CONTEXTS_PER_BATCH,
     LAYER,
@@ -25,6 +23,7 @@ from evaluation_reference import (
     metrics_by_hand,
     reconstruct_by_hand,
 )
+from helpers import DEMO_LM
 from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
@@ -34,11 +33,9 @@ from config import get_default_cfg, post_init_cfg
 from console import InputError, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
-from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 CONTEXTS = 6
 SAES = {
     "vanilla": dict(sae_type="vanilla", l1_coeff=0.02),
@@ -48,16 +45,6 @@ SAES = {
     "batchtopk, raw inputs": dict(sae_type="batchtopk", top_k=3, dict_size=40, input_unit_norm=False),
     "jumprelu, float64": dict(sae_type="jumprelu", l1_coeff=0.01, bandwidth=0.03, dtype="float64"),
 }
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(make_cfg())
-
-
-@pytest.fixture(scope="module")
-def hf_model():
-    return transformers.GPT2LMHeadModel.from_pretrained(DEMO_LM, attn_implementation="eager").eval()
 
 
 def make_cfg(**changes) -> dict:

@@ -15,41 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import FOREIGN, ours, published_forward, real_activations, trained_sae
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, save_sae
-from config import get_default_cfg, post_init_cfg
+from config import post_init_cfg
 from console import InputError, run_command
 from export import export_sae, import_sae, main
-from language_model import load_model, run_bridge_to_hook
 from sae import SAE_CLASSES
-from training import make_optimizer, training_step
 
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 TYPES = tuple(SAE_CLASSES)
-FOREIGN = ("saelens", "dictionary_learning", "published")
 WEIGHTS = {"saelens": "sae_weights.safetensors", "dictionary_learning": "ae.pt", "published": "sae.pt"}
 CONFIG = {"saelens": "cfg.json", "dictionary_learning": "config.json", "published": "config.json"}
-
-
-def real_activations(texts: list[str]) -> torch.Tensor:
-    """[tokens, 128] of the demo's language model, the attention sink at each text's first position left out."""
-    model = load_model(get_default_cfg() | {"model_name": str(DEMO_LM), "device": "cpu"})
-    ids = [torch.tensor(model.tokenizer(text)["input_ids"][:120]) for text in texts]
-    acts = [run_bridge_to_hook(model, tokens[None], "blocks.2.hook_resid_pre")[0, 1:] for tokens in ids]
-    return torch.cat(acts).detach()
-
-
-def trained_sae(acts: torch.Tensor, **changes):
-    """A small SAE after some training steps, so that no bias or threshold has its initial value."""
-    cfg = get_default_cfg() | {"model_name": "demo/lm", "layer": 2, "act_size": 128, "dict_size": 256, "top_k": 8}
-    cfg |= {"l1_coeff": 0.01, "lr": 3e-3, "device": "cpu", "seq_len": 64, "bandwidth": 0.1, "bos_per_context": True}
-    cfg = post_init_cfg(cfg | changes)
-    sae = SAE_CLASSES[cfg["sae_type"]](cfg)
-    optimizer = make_optimizer(sae, cfg)
-    for _ in range(40):
-        training_step(sae, optimizer, acts, cfg)
-    return sae.eval()
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +55,6 @@ def assert_same(results, expected):
     torch.testing.assert_close(features[~flipped], wanted[~flipped], rtol=1e-4, atol=1e-4 * wanted.max().item())
     rows, scale = ~flipped.any(1), wanted_reconstruction.abs().max().item()
     torch.testing.assert_close(reconstruction[rows], wanted_reconstruction[rows], rtol=1e-4, atol=1e-5 * scale)
-
-
-@torch.no_grad()
-def ours(sae, x):
-    reconstruction, features = sae.reconstruct(x)
-    return features, reconstruction
 
 
 # Forward passes of the other libraries: features [B, F] and reconstructions [B, d]
@@ -122,26 +93,6 @@ def dictionary_learning_forward(folder, x):
     if trainer["dict_class"] == "BatchTopKSAE":
         features = features * (features > w["threshold"])
     return features, torch.nn.functional.linear(features, w["decoder.weight"]) + bias
-
-
-def published_forward(folder, x):
-    cfg, w = json.loads((folder / "config.json").read_text()), torch.load(folder / "sae.pt", weights_only=True)
-    if cfg["input_unit_norm"]:
-        mean = x.mean(-1, keepdim=True)
-        std = (x - mean).std(-1, keepdim=True)
-        x = (x - mean) / (std + 1e-5)
-    if cfg["sae_type"] == "vanilla":
-        features = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
-    elif cfg["sae_type"] == "jumprelu":
-        z = (x @ w["W_enc"] + w["b_enc"]).relu()
-        features = z * (z > w["jumprelu.log_threshold"].exp())
-    else:
-        z = ((x - w["b_dec"]) @ w["W_enc"]).relu()
-        rows = z if cfg["sae_type"] == "topk" else z.flatten()
-        top = rows.topk(cfg["top_k"] * (1 if cfg["sae_type"] == "topk" else len(x)), dim=-1)
-        features = torch.zeros_like(rows).scatter(-1, top.indices, top.values).view_as(z)
-    reconstruction = features @ w["W_dec"] + w["b_dec"]
-    return features, reconstruction * std + mean if cfg["input_unit_norm"] else reconstruction
 
 
 FORWARD = {

@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from helpers import DEMO_LM
 
 import features
 from activation_store import ActivationsStore
@@ -24,7 +25,6 @@ from language_model import load_model
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 HOSTILE = ["</script><script>document.title='taken'</script>", "<img src=x onerror=document.title='taken'>", "a & b"]
 HOSTILE += [
     '"quotes" \' `${1}`',

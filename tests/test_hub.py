@@ -1,10 +1,10 @@
 """The model and the dataset by hub name, with the real libraries, from a local hub (hub_server.py).
 
-The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a separate process.
+The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a separate process, a fork
+of one that has imported them.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +12,10 @@ from pathlib import Path
 import hub_server
 import pandas
 import pytest
+from fork_server import ForkServer
+from helpers import DEMO_LM, ONE_SMALL_RUN, REPO, empty_cache, hub_environment
 from hub_server import Hub, commit_of
 
-ROOT = Path(__file__).resolve().parent.parent
-LM = ROOT / "demo" / "lm"
-ONE_SMALL_RUN = dict(  # these overrides reduce the demo sweep to one run
-    sae_type="batchtopk", dict_size=256, top_k=8, l1_coeff=0, num_tokens=8192, eval_tokens=1024, device="cpu"
-)  # fmt: skip
 FIRST_WORDS = """
 import json, sys
 from dataset import load_text
@@ -125,9 +122,9 @@ def folder(tmp_path_factory) -> Path:
 def hub(folder):
     repos = {
         "models/gpt2": "models/openai-community/gpt2",  # moved, as on the real hub
-        "models/openai-community/gpt2": {"main": LM},
-        "models/someone/lm": {"main": LM},
-        "models/EleutherAI/pythia-70m": {"main": LM},
+        "models/openai-community/gpt2": {"main": DEMO_LM},
+        "models/someone/lm": {"main": DEMO_LM},
+        "models/EleutherAI/pythia-70m": {"main": DEMO_LM},
         "datasets/someone/text": {"main": folder / "text"},
         "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
         "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
@@ -137,30 +134,32 @@ def hub(folder):
 
 
 @pytest.fixture(scope="module")
-def local_record(folder, tmp_path_factory) -> dict:
+def local_record(folder, hub, program, tmp_path_factory) -> dict:
     """The record of a run on local files, to compare with the runs from the hub."""
     output_dir = tmp_path_factory.mktemp("local")
-    process = run_demo(output_dir, None, model_name=LM, dataset_path=folder / "text" / "train.parquet")
+    requests = len(hub.requests)
+    process = run_demo(output_dir, program, model_name=DEMO_LM, dataset_path=folder / "text" / "train.parquet")
     assert process.returncode == 0, process.stderr
+    assert len(hub.requests) == requests, "local files need no hub"
     return record(output_dir)
 
 
-def hub_environment(folder: Path, hub: Hub | None) -> dict:
-    """The environment with `hub` as the hub and an empty cache in `folder`."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    return env | ({"HF_ENDPOINT": hub.url} if hub else {"HF_HUB_OFFLINE": "1"})
+@pytest.fixture(scope="module")
+def program(hub, tmp_path_factory):
+    """The program, with `hub` as the hub."""
+    with ForkServer(hub_environment(tmp_path_factory.mktemp("cache")) | {"HF_ENDPOINT": hub.url}) as server:
+        yield server
 
 
-def run_python(folder: Path, hub: Hub | None, *arguments) -> subprocess.CompletedProcess:
-    """Run Python in the repository root, with `hub` as the hub and an empty cache in `folder`."""
-    command, env = [sys.executable, *map(str, arguments)], hub_environment(folder, hub)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+def run_python(program: ForkServer, *arguments) -> subprocess.CompletedProcess:
+    """Run Python in the repository root, with an empty cache."""
+    empty_cache(program)
+    return program.run(*arguments)
 
 
-def run_demo(folder: Path, hub: Hub | None, **overrides) -> subprocess.CompletedProcess:
+def run_demo(folder: Path, program: ForkServer, **overrides) -> subprocess.CompletedProcess:
     overrides = ONE_SMALL_RUN | {"output_dir": folder / "runs"} | overrides
-    return run_python(folder, hub, "main.py", "demo", *(f"{key}={value}" for key, value in overrides.items()))
+    return run_python(program, "main.py", "demo", *(f"{key}={value}" for key, value in overrides.items()))
 
 
 def record(folder: Path) -> dict:
@@ -173,24 +172,24 @@ def record(folder: Path) -> dict:
     return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
 
 
-def first_words(folder: Path, hub: Hub, *dataset_keys: dict) -> list[str]:
+def first_words(program: ForkServer, *dataset_keys: dict) -> list[str]:
     """The first word of each of these datasets."""
-    process = run_python(folder, hub, "-c", FIRST_WORDS, json.dumps(dataset_keys))
+    process = run_python(program, "-c", FIRST_WORDS, json.dumps(dataset_keys))
     assert process.returncode == 0, process.stderr
     return process.stdout.split()
 
 
-def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, local_record):
+def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, program, local_record):
     """`gpt2-small` is the hub's gpt2, a hub dataset is streamed, and the run equals that on local files bit for bit."""
-    process = run_demo(tmp_path, hub, model_name="gpt2-small", dataset_path="someone/text")
+    process = run_demo(tmp_path, program, model_name="gpt2-small", dataset_path="someone/text")
     assert process.returncode == 0, process.stderr
     assert record(tmp_path) == local_record
     requests = "\n".join(hub.requests)
     assert "/gpt2/resolve/" in requests and "gpt2-small" not in requests
-    assert not list(tmp_path.rglob("*.parquet")), "the dataset was downloaded, not streamed"
+    assert not list(Path(program.env["HF_HOME"]).rglob("*.parquet")), "the dataset was downloaded, not streamed"
 
 
-def test_a_short_name_of_transformer_lens(tmp_path, hub, folder):
+def test_a_short_name_of_transformer_lens(program, folder):
     """Model and tokenizer are loaded from the hub by their name there."""
     code = """
 import sys
@@ -202,13 +201,13 @@ cfg = get_default_cfg() | DEMO_BASE | {"model_name": "pythia-70m", "dataset_path
 cfg = post_init_cfg(cfg | {"num_tokens": 1024, "batch_size": 256, "eval_tokens": 512})
 print(ActivationsStore(load_model(cfg), cfg).next_batch().shape)
 """
-    process = run_python(tmp_path, hub, "-c", code, folder / "text" / "train.parquet")
+    process = run_python(program, "-c", code, folder / "text" / "train.parquet")
     assert process.stdout == "torch.Size([256, 128])\n", process.stderr
 
 
-def test_dataset_that_is_only_a_loading_script(tmp_path, hub, local_record):
+def test_dataset_that_is_only_a_loading_script(tmp_path, program, local_record):
     """For a dataset that is only a script, the hub's conversion to parquet is read, which is reported."""
-    process = run_demo(tmp_path, hub, model_name="someone/lm", dataset_path="someone/script")
+    process = run_demo(tmp_path, program, model_name="someone/lm", dataset_path="someone/script")
     assert process.returncode == 0, process.stderr
     (line,) = (line for line in process.stderr.splitlines() if "refs/convert/parquet" in line)
     assert "someone/script is a loading script" in line
@@ -223,9 +222,10 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
     keys = ONE_SMALL_RUN | {"dataset_path": "someone/text", "output_dir": str(tmp_path / "runs")}
     old, new = commit_of(name, "main"), "5" * 40
     with Hub({name: {"main": folder / "text"}}) as hub:
-        command, env = [sys.executable, "-u", "-c", RESUME, json.dumps(keys)], hub_environment(tmp_path, hub)
+        command, env = [sys.executable, "-u", "-c", RESUME, json.dumps(keys)], hub_environment(tmp_path / "cache")
+        env["HF_ENDPOINT"] = hub.url
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+        process = subprocess.Popen(command, cwd=REPO, env=env, **pipes)
         lines = [process.stdout.readline().strip() for _ in range(4)]
         monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
         process.stdin.write("\n")
@@ -240,21 +240,22 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
-def test_unknown_hub_name(tmp_path, hub, key):
+def test_unknown_hub_name(tmp_path, program, key):
     """A name that is not on the hub ends the program with code 2 and one line with the key and the name."""
-    process = run_demo(tmp_path, hub, **{"model_name": LM, "dataset_path": "someone/text"} | {key: "someone/nothing"})
+    process = run_demo(
+        tmp_path, program, **{"model_name": DEMO_LM, "dataset_path": "someone/text"} | {key: "someone/nothing"}
+    )
     assert process.returncode == 2, process.stderr
     (line,) = (line for line in process.stderr.splitlines() if line.startswith("error:"))
     assert line == process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
     assert f"{key} = 'someone/nothing'" in line and "Without a network" not in line
 
 
-def test_dataset_keys_reach_the_hub(tmp_path, hub):
+def test_dataset_keys_reach_the_hub(program):
     """dataset_config, dataset_split and dataset_revision each select a part of a hub dataset."""
     languages = {"dataset_path": "someone/languages"}
     assert first_words(
-        tmp_path,
-        hub,
+        program,
         languages | {"dataset_config": "en"},
         languages | {"dataset_config": "de"},
         languages | {"dataset_config": "en", "dataset_split": "test"},
@@ -262,9 +263,9 @@ def test_dataset_keys_reach_the_hub(tmp_path, hub):
     ) == ["english_train", "german_train", "english_test", "branch"]
 
 
-def test_other_columns_do_not_matter(tmp_path, hub):
+def test_other_columns_do_not_matter(program):
     """In a hub dataset too only one column is read; the other columns and their types may differ between files."""
     names = [f"others/{kind}" for kind in ("jsonl", "parquet", "jsonl.gz")]
-    process = run_python(tmp_path, hub, "-c", ALL_TEXTS, json.dumps(names))
+    process = run_python(program, "-c", ALL_TEXTS, json.dumps(names))
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["a1 a2 b1 b2"] * 3

@@ -7,21 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_activation_store import (  # noqa: F401 (fixtures)
+from helpers import (
     BOS,
     DEMO_LM,
     SEQ_LEN,
     all_contexts,
-    counted,
-    jsonl,
-    make_cfg,
-    model,
+    counted_batches,
     one_line,
     reference_contexts,
     store_error,
-    stream_of,
-    texts,
-    tokens,
+    stream_cfg,
 )
 from transformer_lens.supported_models import MODEL_ALIASES
 
@@ -44,11 +39,6 @@ from sae import SAE_CLASSES
 # Tokens -> activations
 
 
-@pytest.fixture(scope="module")
-def hf_model():
-    return transformers.GPT2LMHeadModel.from_pretrained(DEMO_LM, attn_implementation="eager").eval()
-
-
 @torch.no_grad()
 def reference_activations(hf_model, contexts, site: str, layer: int) -> torch.Tensor:
     """The activations of the transformers model at the site, without transformer_lens."""
@@ -66,22 +56,22 @@ def reference_activations(hf_model, contexts, site: str, layer: int) -> torch.Te
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"])
 @pytest.mark.fast
-def test_sites_have_the_right_activations(model, hf_model, jsonl, texts, site):  # noqa: F811
+def test_sites_have_the_right_activations(model, hf_model, jsonl, texts, site):
     """Each site, also by its full hook name, gives the activations of the transformers model there."""
     path = jsonl(texts)
-    store = ActivationsStore(model, make_cfg(dataset_path=path, site=site, layer=1))
+    store = ActivationsStore(model, stream_cfg(dataset_path=path, site=site, layer=1))
     contexts = store.get_batch_tokens()
     acts = store.get_activations(contexts)
     assert acts.shape == (3, SEQ_LEN, 128)
     torch.testing.assert_close(acts, reference_activations(hf_model, contexts, site, 1), rtol=1e-4, atol=1e-5)
-    by_name = ActivationsStore(model, make_cfg(dataset_path=path, site=f"blocks.1.hook_{site}", layer=3))
+    by_name = ActivationsStore(model, stream_cfg(dataset_path=path, site=f"blocks.1.hook_{site}", layer=3))
     assert torch.equal(by_name.get_activations(contexts), acts)
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
-def test_activations_equal_run_with_cache(model, counted, site):  # noqa: F811
+def test_activations_equal_run_with_cache(model, counted, site):
     """get_activations equals run_with_cache, for any width and for full hook names."""
-    cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
+    cfg = stream_cfg(dataset_path=counted, site=site, act_size=None)
     store = ActivationsStore(model, cfg)
     contexts = store.eval_contexts
     _, cache = model.run_with_cache(contexts, names_filter=[cfg["hook_point"]], stop_at_layer=cfg["layer"] + 1)
@@ -90,9 +80,9 @@ def test_activations_equal_run_with_cache(model, counted, site):  # noqa: F811
     assert store.act_size == cache[cfg["hook_point"]].shape[-1]
 
 
-def test_layers_above_the_hook_point_are_not_run(model, counted):  # noqa: F811
+def test_layers_above_the_hook_point_are_not_run(model, counted):
     """The forward pass stops at the hook point: neither the rest of its block nor later blocks are called."""
-    store = ActivationsStore(model, make_cfg(dataset_path=counted))  # resid_pre of block 2
+    store = ActivationsStore(model, stream_cfg(dataset_path=counted))  # resid_pre of block 2
     called, blocks = [], model.plain.transformer.h
     handles = [
         part.register_forward_hook(lambda *_, name=name: called.append(name))
@@ -107,7 +97,7 @@ def test_layers_above_the_hook_point_are_not_run(model, counted):  # noqa: F811
     assert called == ["1", "1", "2.attn", "3"], "a full forward pass does call them"
 
 
-def test_the_plain_model_and_the_bridge_share_their_weights(model):  # noqa: F811
+def test_the_plain_model_and_the_bridge_share_their_weights(model):
     """The weights are in memory once."""
     plain = {name: tensor.data_ptr() for name, tensor in model.plain.named_parameters()}
     bridge = {tensor.data_ptr() for tensor in model.original_model.parameters()}
@@ -115,23 +105,23 @@ def test_the_plain_model_and_the_bridge_share_their_weights(model):  # noqa: F81
 
 
 @pytest.mark.parametrize("site", ["blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
-def test_hook_points_that_only_the_bridge_has(model, counted, capsys, site):  # noqa: F811
+def test_hook_points_that_only_the_bridge_has(model, counted, capsys, site):
     """If the plain model has no such module, the bridge is run and this is reported; the results are bit-identical."""
-    cfg = make_cfg(dataset_path=counted, site=site, act_size=None)
+    cfg = stream_cfg(dataset_path=counted, site=site, act_size=None)
     store = ActivationsStore(model, cfg)
     assert "which is slower" in capsys.readouterr().err
     _, cache = model.run_with_cache(store.eval_contexts, names_filter=[site], stop_at_layer=cfg["layer"] + 1)
     assert torch.equal(store.get_activations(store.eval_contexts), cache[site])
 
 
-def test_harvesting_does_not_change_the_model(model, counted):  # noqa: F811
+def test_harvesting_does_not_change_the_model(model, counted):
     """No hook remains, the model stays in eval mode without gradients, and a full forward pass gives the same."""
 
     def hooks_of_plain():
         return [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.plain.modules()]
 
     before, hooks = model(torch.arange(20)[None]), hooks_of_plain()
-    stream_of(model, counted)
+    counted_batches(model, counted)
     assert not any(point.fwd_hooks or point.bwd_hooks for point in model.hook_dict.values())
     assert hooks_of_plain() == hooks
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
@@ -149,7 +139,7 @@ def copy_of_demo_lm(folder: Path, without: tuple = ()) -> Path:
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
-def test_other_architectures(tmp_path, jsonl, texts, tokens, family):  # noqa: F811
+def test_other_architectures(tmp_path, jsonl, texts, tokens, family):
     """A model of another architecture loads from its directory and is harvested at the right layer."""
     folder = copy_of_demo_lm(tmp_path / "lm", without=("model.safetensors",))
     config = getattr(transformers, f"{family}Config")(
@@ -161,7 +151,7 @@ def test_other_architectures(tmp_path, jsonl, texts, tokens, family):  # noqa: F
         hf_model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     hf_model.save_pretrained(folder)
 
-    cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts), layer=1, act_size=32)
+    cfg = stream_cfg(model_name=str(folder), dataset_path=jsonl(texts), layer=1, act_size=32)
     store = ActivationsStore(load_model(cfg), cfg)
     contexts = store.get_batch_tokens()
     assert torch.equal(contexts, reference_contexts(tokens, SEQ_LEN, 3)[1][:3])
@@ -182,13 +172,13 @@ def lm_without_bos(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("other_name", [False, True])
-def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):  # noqa: F811
+def test_a_tokenizer_without_bos(tmp_path, jsonl, texts, tokens, capsys, other_name):
     """Documents are concatenated without BOS, which is reported."""
     folder = lm_without_bos(tmp_path / "lm")
     if other_name:  # without the token that often replaces BOS
         path = folder / "tokenizer.json"
         path.write_text(path.read_text(encoding="utf-8").replace("<|endoftext|>", "<|sep|>"), encoding="utf-8")
-    cfg = make_cfg(model_name=str(folder), dataset_path=jsonl(texts))
+    cfg = stream_cfg(model_name=str(folder), dataset_path=jsonl(texts))
     store = ActivationsStore(load_model(cfg), cfg)
     assert "no BOS" in capsys.readouterr().err
     heldout, rest = reference_contexts([document[1:] for document in tokens], SEQ_LEN, 3)
@@ -209,10 +199,10 @@ def exports_of(sae, tmp_path: Path) -> tuple[dict, str]:
 
 
 @pytest.mark.parametrize("bos_per_context", [False, True])
-def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts, bos_per_context):  # noqa: F811
+def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts, bos_per_context):
     """Config, SAELens export and model card do not claim a BOS; the run's name is unchanged."""
     folder = str(lm_without_bos(tmp_path / "lm"))
-    cfg = make_cfg(sae_type="topk", model_name=folder, dataset_path=jsonl(texts), bos_per_context=bos_per_context)
+    cfg = stream_cfg(sae_type="topk", model_name=folder, dataset_path=jsonl(texts), bos_per_context=bos_per_context)
     complete = complete_cfg(cfg, load_model(cfg))
     assert complete["name"] == cfg["name"] and complete["bos_per_context"] is False
     metadata, card = exports_of(SAE_CLASSES["topk"](complete), tmp_path)
@@ -221,9 +211,9 @@ def test_exports_of_an_sae_on_a_model_without_bos_say_so(tmp_path, jsonl, texts,
     assert "| `bos_per_context` | `False` |" in card
 
 
-def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):  # noqa: F811
-    cfg = complete_cfg(make_cfg(sae_type="topk", dataset_path=counted), model)
-    assert cfg == make_cfg(sae_type="topk", dataset_path=counted), "nothing to change"
+def test_exports_of_an_sae_on_a_model_with_bos(model, tmp_path, counted):
+    cfg = complete_cfg(stream_cfg(sae_type="topk", dataset_path=counted), model)
+    assert cfg == stream_cfg(sae_type="topk", dataset_path=counted), "nothing to change"
     metadata, card = exports_of(SAE_CLASSES["topk"](cfg), tmp_path)
     assert metadata["sequence_separator_token"] == "bos" and "each preceded by BOS" in card
 
@@ -239,16 +229,16 @@ def test_every_name_of_transformer_lens_is_known():
     assert hub_name("someone/lm") == "someone/lm"
 
 
-def test_a_local_folder_is_not_mistaken_for_an_alias(tmp_path, monkeypatch, counted):  # noqa: F811
+def test_a_local_folder_is_not_mistaken_for_an_alias(tmp_path, monkeypatch, counted):
     """A folder with the name of an alias of transformer_lens is loaded like any other folder."""
     copy_of_demo_lm(tmp_path / "pythia-70m")
     monkeypatch.chdir(tmp_path)
-    cfg = make_cfg(model_name="pythia-70m", dataset_path=counted)
+    cfg = stream_cfg(model_name="pythia-70m", dataset_path=counted)
     assert ActivationsStore(load_model(cfg), cfg).next_batch().shape == (40, 128)
 
 
 def test_exports_name_the_model_as_the_hub_does(tmp_path):
-    sae = SAE_CLASSES["topk"](make_cfg(sae_type="topk", model_name="pythia-70m"))
+    sae = SAE_CLASSES["topk"](stream_cfg(sae_type="topk", model_name="pythia-70m"))
     metadata, card = exports_of(sae, tmp_path)
     assert metadata["model_name"] == "EleutherAI/pythia-70m"
     assert "base_model: EleutherAI/pythia-70m\n" in card and "of `EleutherAI/pythia-70m`." in card
@@ -260,7 +250,7 @@ def test_exports_name_the_model_as_the_hub_does(tmp_path):
 @pytest.mark.parametrize("dtype, fast, lines", [("float32", False, 0), ("bfloat16", True, 0), ("bfloat16", False, 1)])
 def test_a_slow_model_dtype_is_reported(monkeypatch, capsys, dtype, fast, lines):
     monkeypatch.setattr(language_model, "screen_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
-    assert load_model(make_cfg(model_dtype=dtype)).cfg.dtype == getattr(torch, dtype)
+    assert load_model(stream_cfg(model_dtype=dtype)).cfg.dtype == getattr(torch, dtype)
     assert capsys.readouterr().err.count("model_dtype = bfloat16 is slow on this CPU") == lines
 
 
@@ -274,19 +264,19 @@ def test_float16_is_slow_on_a_cpu_without_fp16_instructions(monkeypatch, fast):
 # Bad input
 
 
-def test_act_size_and_layer_that_do_not_fit(model, counted):  # noqa: F811
+def test_act_size_and_layer_that_do_not_fit(model, counted):
     """A wrong act_size or layer is an error at once, which names the value and the valid ones."""
     message = store_error(model, dataset_path=counted, act_size=64)
     assert "act_size = 64" in message and "128" in message
     message = store_error(model, dataset_path=counted, layer=4)
     assert "blocks.4.hook_resid_pre" in message and "0 to 3" in message
     assert "blocks.1.hook_nothing" in store_error(model, dataset_path=counted, site="blocks.1.hook_nothing")
-    assert check_hook_point(model, make_cfg(act_size=None)) == 128
+    assert check_hook_point(model, stream_cfg(act_size=None)) == 128
 
 
 @pytest.mark.parametrize("site", ["blocks.1.attn.hook_pattern", "blocks.1.hook_q_input", "blocks.1.attn.hook_result"])
 @pytest.mark.fast
-def test_hook_points_that_give_no_residual_vectors(model, counted, site):  # noqa: F811
+def test_hook_points_that_give_no_residual_vectors(model, counted, site):
     """A hook point that exists but cannot be harvested is an InputError with its name."""
     assert site in store_error(model, dataset_path=counted, site=site)
 
@@ -320,7 +310,7 @@ def test_bad_model_directory_is_one_clear_line(tmp_path, file, corrupt, pattern)
     folder = copy_of_demo_lm(tmp_path / "lm")
     corrupt(folder / file)
     with pytest.raises(InputError, match=pattern) as caught:
-        load_model(make_cfg(model_name=str(folder)))
+        load_model(stream_cfg(model_name=str(folder)))
     assert f"model_name = {str(folder)!r}" in one_line(caught)
 
 
@@ -328,7 +318,7 @@ def test_bad_model_directory_is_one_clear_line(tmp_path, file, corrupt, pattern)
 def test_missing_model_directory(tmp_path):
     """A path that does not exist is an InputError, not a request to the hub."""
     with pytest.raises(InputError, match="no such folder") as caught:
-        load_model(make_cfg(model_name=str(tmp_path / "none")))
+        load_model(stream_cfg(model_name=str(tmp_path / "none")))
     assert str(tmp_path / "none") in one_line(caught)
 
 
@@ -341,7 +331,7 @@ def test_missing_model_directory(tmp_path):
     + [("blocks.0.hook_resid_pre", 0), ("blocks.2.hook_mlp_out", 0), ("blocks.1.hook_resid_mid", 0)],
 )
 @pytest.mark.fast
-def test_predictions_equal_those_of_the_whole_model(model, hook_point, below):  # noqa: F811
+def test_predictions_equal_those_of_the_whole_model(model, hook_point, below):
     """With the model's own and with other activations; the model is unchanged afterwards."""
     ids = torch.randint(model.cfg.d_vocab, (3, 20), generator=torch.Generator().manual_seed(1))
     acts, predictor = run_bridge_to_hook(model, ids, hook_point), Predictor(model, hook_point)
@@ -354,7 +344,7 @@ def test_predictions_equal_those_of_the_whole_model(model, hook_point, below):  
     torch.testing.assert_close(model.plain(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_the_bridge_is_used_if_the_blocks_disagree(model, monkeypatch):  # noqa: F811
+def test_the_bridge_is_used_if_the_blocks_disagree(model, monkeypatch):
     """The result is the same."""
     hook_point = "blocks.2.hook_resid_pre"
     ids = torch.arange(12).view(2, 6)
@@ -391,7 +381,7 @@ def test_a_model_that_needs_its_own_code(with_code):
     auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
     folder = with_code("config.json", model_type="own", auto_map=auto_map)
     with pytest.raises(InputError) as caught:
-        load_model(make_cfg(model_name=str(folder)))
+        load_model(stream_cfg(model_name=str(folder)))
     assert one_line(caught).startswith(f"model_name = {str(folder)!r} needs Python code from its repository")
 
 
@@ -411,5 +401,5 @@ def test_the_tokenizer_never_runs_code(monkeypatch):
         return real(*args, **options)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
-    load_model(make_cfg())
+    load_model(stream_cfg())
     assert trusted and set(trusted) == {False}

@@ -1,6 +1,5 @@
 """main.py as a user runs it: complete sweeps, bad input, tables and figures."""
 
-import concurrent.futures
 import csv
 import json
 import os
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fork_server import ForkServer
+from helpers import DEMO_LM, REPO
 
-REPO = Path(__file__).resolve().parent.parent
-DEMO_LM = REPO / "demo" / "lm"
 # Few tokens, and all runs in one group, so that a sweep takes seconds.
 TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", "top_k_aux=16"]
 DEMO_RUNS, PAPER_RUNS = 16, 15
@@ -31,12 +30,11 @@ def environment(home: Path) -> dict:
     return env | offline | {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
 
 
-def run(script: str, *args: str, home: Path) -> subprocess.CompletedProcess:
-    """`python SCRIPT ARGS` from the root of the repo."""
-    command = [sys.executable, script, *map(str, args)]
-    return subprocess.run(
-        command, cwd=REPO, env=environment(home), capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL
-    )
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The program of a user without account or network."""
+    with ForkServer(environment(tmp_path_factory.mktemp("home"))) as server:
+        yield server
 
 
 def run_folders(sweep: Path) -> list[Path]:
@@ -55,7 +53,8 @@ def demo(tmp_path_factory):
     """`python main.py demo` with fewer tokens: its arguments, what it said, the folder of its runs."""
     folder = tmp_path_factory.mktemp("demo")
     args = ["demo", *TINY[:3], "perf_log_freq=6", f"output_dir={folder / 'runs'}"]
-    first = run("main.py", *args, home=folder / "home")
+    done = dict(capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    first = subprocess.run([sys.executable, "main.py", *args], cwd=REPO, env=environment(folder / "home"), **done)
     assert first.returncode == 0, first.stderr
     (sweep,) = (folder / "runs").iterdir()
     return args, first, sweep
@@ -129,11 +128,11 @@ def test_results_of_a_sweep_folder(demo, tmp_path, main_here):
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory):
+def merged(program, tmp_path_factory):
     """A demo whose overrides make all runs equal, with two seeds."""
     folder = tmp_path_factory.mktemp("merged")
     overrides = ["sae_type=batchtopk", "top_k=4", "l1_coeff=0", *TINY, f"output_dir={folder / 'runs'}"]
-    done = run("main.py", "demo", *overrides, "--seeds", "1", "2", home=folder / "home")
+    done = program.run("main.py", "demo", *overrides, "--seeds", "1", "2")
     assert done.returncode == 0, done.stderr
     (sweep,) = (folder / "runs").iterdir()
     return done, sweep
@@ -381,7 +380,7 @@ def test_bad_model_or_data(main_here, bad_files, case):
     assert snapshot(bad_files.parent) == before and not (bad_files / "runs").exists()
 
 
-def test_bad_input_as_a_user_sees_it(bad_files):
+def test_bad_input_as_a_user_sees_it(program, bad_files):
     """The same in separate processes: only the plan and one line on stderr, and exit code 2."""
     cases = [
         ("demo", *BAD_CONFIG["unknown sae_type"][0][1:]),
@@ -389,13 +388,8 @@ def test_bad_input_as_a_user_sees_it(bad_files):
         ("demo", *TINY, f"dataset_path={bad_files}/short.jsonl", "l1_coeff=0"),
     ]
     patterns = ["sae_type = 'topkk'", "broken.jsonl", "short.jsonl' is too short"]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done = list(
-            pool.map(
-                lambda args: run("main.py", *args, f"output_dir={bad_files / 'runs'}", home=bad_files / "home"), cases
-            )
-        )
-    for process, pattern in zip(done, patterns):
+    for args, pattern in zip(cases, patterns):
+        process = program.run("main.py", *args, f"output_dir={bad_files / 'runs'}")
         lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: l1_coeff is 0")]
         assert re.search(pattern, the_error(process.returncode, "\n".join(lines)))
         assert "Traceback" not in process.stderr and process.stdout == ""
@@ -403,9 +397,9 @@ def test_bad_input_as_a_user_sees_it(bad_files):
     assert not (bad_files / "runs").exists()
 
 
-def test_without_a_network_it_points_to_the_demo(tmp_path):
+def test_without_a_network_it_points_to_the_demo(program, tmp_path):
     """`python main.py` without a network ends with one or two lines that suggest alternatives; no files are left."""
-    done = run("main.py", f"output_dir={tmp_path / 'runs'}", home=tmp_path / "home")
+    done = program.run("main.py", f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 2
     assert 1 <= len(done.stderr.splitlines()) <= 2
     for text in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):

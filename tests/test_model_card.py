@@ -14,8 +14,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from helpers import FOREIGN, REPO, ours, published_forward
 from hub_server import UploadHub
-from test_export import FOREIGN, ours, published_forward
 
 import evaluation
 import model_card
@@ -25,7 +25,6 @@ from console import InputError
 from export import export_sae, main, upload
 from sae import SAE_CLASSES
 
-ROOT = Path(__file__).resolve().parent.parent
 TYPES = tuple(SAE_CLASSES)
 TOKEN = "hf_of_this_test"
 
@@ -229,7 +228,7 @@ def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_export_upload_and_load_from_the_hub(tmp_path, hub):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_training import REPO, SAES, data, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
+from helpers import REPO, SAES, same_bits, train
 
 import main
 import plan
@@ -19,8 +19,10 @@ PEAK = """
 import sys
 import psutil
 sys.path[:0] = [{repo!r}, {repo!r} + "/tests"]
-import plan, training
-from test_training import *
+import plan, torch
+from config import post_init_cfg
+from helpers import train
+from language_model import load_model
 cfgs = [post_init_cfg(cfg) for cfg in {cfgs!r}]
 model = load_model(cfgs[0])
 model(torch.zeros(1, 16, dtype=torch.int64))
@@ -33,11 +35,11 @@ print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("largest", ["weights", "activations"])
-def test_memory_estimate(make_cfg, largest):  # noqa: F811
+def test_memory_estimate(training_cfg, largest):
     """The peak memory of a training process is at most the estimate, and at least half of it."""
     sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
     few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
-    cfgs = [make_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
+    cfgs = [training_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
     done = subprocess.run(
         [sys.executable, "-c", PEAK.format(repo=str(REPO), cfgs=cfgs)], capture_output=True, text=True, timeout=100
     )
@@ -64,12 +66,12 @@ def test_memory_left_in_a_container(tmp_path, version):
 
 
 @pytest.fixture
-def cfgs(make_cfg):  # noqa: F811
-    return [make_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
+def cfgs(training_cfg):
+    return [training_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
 
 
 @pytest.mark.fast
-def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  # noqa: F811
+def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):
     """Every SAE is in one group, every group fits, and the sizes are printed; a group that fits is not split."""
     available = plan.memory_needed([cfgs[1], cfgs[0]], model)
     parts = plan.plan_group(cfgs, model, 0, False, available)
@@ -80,7 +82,7 @@ def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):  
     assert plan.plan_group(cfgs, model, 0, True, available) == parts, "--force splits too"
 
 
-def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  # noqa: F811
+def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):
     """One line with the SAE's name, the memory that it needs and the free memory."""
     available = plan.memory_needed([cfgs[1]], model) - 1
     with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d\d GiB.*0\.\d\d GiB are free"):
@@ -88,32 +90,32 @@ def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):  #
     assert plan.plan_group(cfgs[1:2], model, 0, True, available) == [cfgs[1:2]]
 
 
-def test_the_plan_uses_the_context_length_of_the_model(make_cfg, model, monkeypatch):  # noqa: F811
+def test_the_plan_uses_the_context_length_of_the_model(training_cfg, model, monkeypatch):
     """main.py plans with the seq_len used in training, not with the requested one."""
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     planned = []
     monkeypatch.setattr(main, "plan_group", lambda group, *_: planned.append(group) or [])
-    main.train([make_cfg(sae_type="topk", top_k=2, seq_len=seq_len) for seq_len in (128, 1000)], False, False)
+    main.train([training_cfg(sae_type="topk", top_k=2, seq_len=seq_len) for seq_len in (128, 1000)], False, False)
     (right,), (cut,) = planned
     assert plan.memory_needed([cut], model) == plan.memory_needed([right], model) and cut["name"] != right["name"]
 
 
-def test_splitting_a_group_does_not_change_its_saes(make_cfg, model, monkeypatch, capsys):  # noqa: F811
+def test_splitting_a_group_does_not_change_its_saes(training_cfg, model, monkeypatch, capsys):
     """main.py trains the parts one after the other, and each SAE is bit-identical to that from one group."""
-    cfgs = [make_cfg("parts", **changes) for changes in SAES[:4]]
+    cfgs = [training_cfg("parts", **changes) for changes in SAES[:4]]
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     available = plan.memory_needed(cfgs[:3], model)
     monkeypatch.setattr(main, "free_memory", lambda device: available)
     main.train(cfgs, False, False)
     assert "4 SAEs in 2 groups" in capsys.readouterr().err
-    whole, _ = train(model, [make_cfg("whole", **changes) for changes in SAES[:4]])
+    whole, _ = train(model, [training_cfg("whole", **changes) for changes in SAES[:4]])
     for sae, cfg in zip(whole, cfgs):
         assert same_bits(sae, load_sae(run_folder(cfg)))
 
 
-def test_time_estimate_changes_nothing(make_cfg, model, capsys):  # noqa: F811
+def test_time_estimate_changes_nothing(training_cfg, model, capsys):
     """It prints the remaining steps and the seconds of one; batches and random numbers are the same afterwards."""
-    cfgs = [make_cfg(**changes) for changes in SAES]
+    cfgs = [training_cfg(**changes) for changes in SAES]
     torch.manual_seed(5)
     (store, estimated) = (ActivationsStore(model, cfgs[0]) for _ in range(2))
     for s in (store, estimated):
@@ -126,9 +128,9 @@ def test_time_estimate_changes_nothing(make_cfg, model, capsys):  # noqa: F811
         assert torch.equal(store.next_batch(), estimated.next_batch())
 
 
-def test_a_sweep_that_takes_too_long_is_refused(make_cfg, model, monkeypatch):  # noqa: F811
+def test_a_sweep_that_takes_too_long_is_refused(training_cfg, model, monkeypatch):
     """By the cost of the matrix products, before any data is read, and by the measured steps."""
-    cfgs = [make_cfg(**changes) for changes in SAES]
+    cfgs = [training_cfg(**changes) for changes in SAES]
     monkeypatch.setattr(plan, "MAX_DAYS", 1e-9)
     store = ActivationsStore(model, cfgs[0])
     for refuses in (
@@ -142,7 +144,7 @@ def test_a_sweep_that_takes_too_long_is_refused(make_cfg, model, monkeypatch):  
     refuses(False)
 
 
-def test_nan_in_the_measured_steps_is_ignored(make_cfg, model):  # noqa: F811
+def test_nan_in_the_measured_steps_is_ignored(training_cfg, model):
     """Training reports it, with the name of the SAE."""
-    cfg = make_cfg(sae_type="topk", top_k=4)
+    cfg = training_cfg(sae_type="topk", top_k=4)
     assert plan.step_times([cfg], torch.full((64, 128), torch.nan)) == [(0, 0)]

@@ -2,7 +2,6 @@
 their links lead somewhere.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -11,11 +10,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from fork_server import ForkServer
+from helpers import REPO
 
 import main
 from config import KEYS, get_default_cfg
 
-REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
 TEXT = {page.relative_to(REPO).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 README, CONFIG = TEXT["README.md"], TEXT["docs/config.md"]
@@ -32,38 +32,20 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(arguments, folder, **options):
-    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, **options)
+@pytest.fixture(scope="module")
+def program(clone):
+    """Python in that folder."""
+    with ForkServer(cwd=clone) as server:
+        yield server
 
 
-ONE_AFTER_THE_OTHER = """
-import contextlib, io, json, runpy, sys
-codes, printed = [], []
-for sys.argv in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-            codes.append(0)
-        except SystemExit as error:
-            codes.append(error.code or 0)
-    printed.append(output.getvalue())
-print(json.dumps([codes, printed]))
-"""
-
-
-def run_all(commands: list[list[str]], folder):
-    """Run scripts in one process, which saves the imports: the process, and the exit codes and what each printed."""
-    done = run(["-c", ONE_AFTER_THE_OTHER, json.dumps(commands)], folder)
-    assert done.returncode == 0, done.stderr  # an exception ends the process
-    return done, *json.loads(done.stdout)
-
-
-def test_demo_command_then_examples(clone):
+def test_demo_command_then_examples(clone, program):
     """The main command, cut short, trains and draws; the Python examples and the other commands then run on what it
     left.
     """
     command = re.search(r"python (main\.py demo)$", README, re.MULTILINE).group(1)
-    done = run([*command.split(), "num_tokens=4096", "eval_tokens=1024"], clone)
+    small = ["num_tokens=4096", "eval_tokens=1024", "dict_size=64", "top_k_aux=16", "l1_coeff=0"]
+    done = subprocess.run([sys.executable, *command.split(), *small], cwd=clone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figure = re.search(r"Figure: (\S+)", done.stdout).group(1)
     assert (clone / figure).stat().st_size > 10_000
@@ -71,7 +53,7 @@ def test_demo_command_then_examples(clone):
     examples = {name: ALL_EXAMPLES.findall(text) for name, text in TEXT.items() if "```python" in text}
     assert {name: len(found) for name, found in examples.items()} == {"README.md": 1, "docs/config.md": 1}
     (inference,), (training,) = examples["README.md"], examples["docs/config.md"]
-    done = run(["-c", training.replace("100_000", "20_000")], clone)
+    done = program.run("-c", training.replace("100_000", "10_000"))
     assert done.returncode == 0, done.stderr
     nmse, l0, _ = map(float, done.stdout.split())
     assert 0 < nmse < 1 and 0 < l0 < 512
@@ -80,7 +62,7 @@ def test_demo_command_then_examples(clone):
     checks = "\nassert reconstruction.shape == x.shape and len(features.shape) == 3 and (features >= 0).all()"
     checks += "\nassert ((x - reconstruction).norm(dim=-1) < x.norm(dim=-1))[:, 1:].all()"
     checks += "\nassert torch.equal(spliced_logits[:, 0], logits[:, 0]) and not torch.equal(spliced_logits, logits)"
-    done = run(["-c", inference.replace("RUN", trained.name) + checks], clone)
+    done = program.run("-c", inference.replace("RUN", trained.name) + checks)
     assert done.returncode == 0, done.stderr
 
     # Every other command that needs no network, on that run; DIR and NAME stand for new folders.
@@ -93,14 +75,16 @@ def test_demo_command_then_examples(clone):
         form = next((word for before, word in zip(words, words[1:]) if before in ("--to", "--from")), "")
         commands.append([word.replace("DIR", f"out-{form}").replace("NAME", f"from-{form}") for word in words])
     commands.append(["evaluation.py", str(trained), "--eval-tokens", "0"])
-    done, codes, printed = run_all(commands, clone)
+    done = [program.run(*words) for words in commands]
     # dictionary_learning's format has no input_unit_norm, which the example's SAE has: nothing to import either.
-    assert codes == [2 if "dictionary_learning" in words or words[-1] == "0" else 0 for words in commands], done.stderr
+    for words, command in zip(commands, done):
+        assert command.returncode == (2 if "dictionary_learning" in words or words[-1] == "0" else 0), command.stderr
     assert sum(words[0] == "export.py" for words in commands) == 7
     assert {"evaluation.py", "features.py", "results.py"} <= {words[0] for words in commands}
     assert (trained / "evaluation.json").is_file() and (trained / "features.html").is_file()
-    assert all("kl_divergence" in text for words, text in zip(commands[:-1], printed) if words[0] == "evaluation.py")
-    assert done.stderr.splitlines()[-1].startswith("error: --eval-tokens 0 is not allowed")
+    evaluations = [command for words, command in zip(commands, done) if words[0] == "evaluation.py"]
+    assert all("kl_divergence" in command.stdout for command in evaluations[:-1])
+    assert done[-1].stderr.startswith("error: --eval-tokens 0 is not allowed")
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("main.py")])

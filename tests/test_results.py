@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import REPO
 from wandb_server import WandbServer, offline_run
 
 import results
@@ -19,7 +20,6 @@ from config import get_default_cfg, post_init_cfg
 from console import InputError
 from logs import RunLog
 
-REPO = Path(__file__).resolve().parent.parent
 METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
 EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
 

@@ -5,81 +5,28 @@ import math
 import pytest
 import reference
 import torch
+from helpers import (
+    KINDS,
+    assert_outputs_match,
+    assert_same_state,
+    dense,
+    make_sae,
+    make_x,
+    params,
+    positive_encoder,
+    sae_cfg,
+    set_threshold,
+    state,
+)
 
-import sparse_ops
-from config import get_default_cfg, post_init_cfg
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
-KINDS = ("vanilla", "topk", "batchtopk", "jumprelu")
+pytestmark = pytest.mark.usefixtures("form")
+
 TOP_K_KINDS = ("topk", "batchtopk")
 # seed, B, d, F, k
 SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
-
-
-@pytest.fixture(autouse=True, params=["dense", "sparse"])
-def form(request, monkeypatch):
-    """Every promise is kept by both forms of TopK and BatchTopK, whatever they cost at these sizes."""
-    monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: request.param == "sparse")
-    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
-
-
-def make_cfg(kind, d=5, F=24, k=3, **changes):
-    """A completed config of a small SAE on the CPU, in float64 by default."""
-    cfg = get_default_cfg() | {
-        "sae_type": kind,
-        "act_size": d,
-        "dict_size": F,
-        "top_k": k,
-        "top_k_aux": 3,
-        "aux_penalty": 0.5,
-        "l1_coeff": 0.07,
-        "bandwidth": 0.8,
-        "n_batches_to_dead": 4,
-        "dtype": "float64",
-        "device": "cpu",
-    }
-    return post_init_cfg(cfg | changes)
-
-
-def make_sae(kind, seed=0, **changes):
-    """An SAE with nothing left at its initial value: biases, thresholds, untied decoder, counters."""
-    sae = SAE_CLASSES[kind](make_cfg(kind, **changes))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=g, dtype=torch.float64) * 0.5)
-        sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
-        sae.num_batches_not_active.copy_(torch.randint(0, 8, sae.b_enc.shape, generator=g))
-    return sae
-
-
-def make_x(B, d, seed=0, dtype=torch.float64):
-    """Activations with a mean and a scale of their own."""
-    g = torch.Generator().manual_seed(1000 + seed)
-    return (torch.randn(B, d, generator=g, dtype=torch.float64) * 2 + 0.7).to(dtype)
-
-
-def params(sae, dtype=torch.float64):
-    return {name: parameter.detach().clone().to(dtype) for name, parameter in sae.named_parameters()}
-
-
-def set_threshold(sae, value):
-    """As if training had estimated BatchTopK's inference threshold at `value`."""
-    with torch.no_grad():
-        sae.threshold.fill_(value)
-        sae.threshold_num_batches.fill_(1)
-
-
-def dense(tensor):
-    return tensor.detach().to_dense()
-
-
-def assert_outputs_match(output, expected, **tolerance):
-    for key, value in expected.items():
-        actual = dense(output[key])
-        assert actual.shape == value.shape, key
-        torch.testing.assert_close(actual.double(), value.double(), msg=lambda m, key=key: f"{key}: {m}", **tolerance)
 
 
 def assert_gradients_match(sae, expected):
@@ -226,7 +173,7 @@ OFFSETS = {"upper half": 0.04, "lower half": -0.04, "above": 0.06, "below": -0.0
 def identity_jumprelu(thresholds, **changes):
     """z = x, so that every pre-activation can be set; the decoder is the identity too."""
     n = len(thresholds)
-    sae = SAE_CLASSES["jumprelu"](make_cfg("jumprelu", d=n, F=n, input_unit_norm=False, **changes))
+    sae = SAE_CLASSES["jumprelu"](sae_cfg("jumprelu", d=n, F=n, input_unit_norm=False, **changes))
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(n))
         sae.W_dec.copy_(torch.eye(n))
@@ -327,15 +274,6 @@ def test_batchtopk_spends_its_budget_across_rows():
     assert l0.sum() == 12
 
 
-def positive_encoder(kind, F=24, **changes):
-    """Every pre-activation has the sign of the inputs: b_dec 0, W_enc positive, no normalisation."""
-    sae = SAE_CLASSES[kind](make_cfg(kind, F=F, input_unit_norm=False, **changes))
-    with torch.no_grad():
-        sae.W_enc.abs_().add_(0.01)
-        sae.W_dec.copy_(sae.W_enc.T / sae.W_enc.T.norm(dim=-1, keepdim=True))
-    return sae
-
-
 @pytest.mark.parametrize("kind", TOP_K_KINDS)
 def test_ties_keep_exactly_k(kind):
     """Where all pre-activations are equal, still exactly k per row (topk) or B·k per batch survive."""
@@ -411,16 +349,6 @@ def test_input_unit_norm_makes_features_blind_to_scale_and_offset(kind):
 # No side effects
 
 
-def state(sae):
-    return {name: tensor.clone() for name, tensor in sae.state_dict().items()}
-
-
-def assert_same_state(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_has_no_side_effects(kind, train):
@@ -466,7 +394,7 @@ def test_constructing_leaves_the_global_rng_alone(kind):
     for global_seed in (0, 1):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        weights.append(state(SAE_CLASSES[kind](make_cfg(kind))))
+        weights.append(state(SAE_CLASSES[kind](sae_cfg(kind))))
         assert torch.equal(torch.get_rng_state(), before)
     assert_same_state(*weights)
 
@@ -474,10 +402,10 @@ def test_constructing_leaves_the_global_rng_alone(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_decides_the_weights(kind):
     """Same seed, same weights; another seed, other weights. All four types draw the same W_enc from a seed."""
-    one, same, other = (SAE_CLASSES[kind](make_cfg(kind, seed=seed)) for seed in (7, 7, 8))
+    one, same, other = (SAE_CLASSES[kind](sae_cfg(kind, seed=seed)) for seed in (7, 7, 8))
     assert_same_state(state(one), state(same))
     assert not torch.isclose(one.W_enc, other.W_enc).any()
-    assert torch.equal(one.W_enc, SAE_CLASSES["vanilla"](make_cfg("vanilla", seed=7)).W_enc)
+    assert torch.equal(one.W_enc, SAE_CLASSES["vanilla"](sae_cfg("vanilla", seed=7)).W_enc)
 
 
 # Initialisation
@@ -486,7 +414,7 @@ def test_the_seed_decides_the_weights(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_names_and_shapes(kind):
     """Parameters have their published names and shapes; what a resume needs is in the state dict."""
-    sae = SAE_CLASSES[kind](make_cfg(kind, d=6, F=10))
+    sae = SAE_CLASSES[kind](sae_cfg(kind, d=6, F=10))
     expected = {"W_enc": (6, 10), "W_dec": (10, 6), "b_enc": (10,), "b_dec": (6,)}
     if kind == "jumprelu":
         expected["jumprelu.log_threshold"] = (10,)
@@ -501,7 +429,7 @@ def test_parameter_names_and_shapes(kind):
 def test_initial_values(kind, dtype):
     """W_enc fills U(±√(6/F)), W_dec is its transpose with unit rows, biases, thresholds' logs and counters are 0."""
     d, F = 30, 200
-    sae = SAE_CLASSES[kind](make_cfg(kind, d=d, F=F, dtype=dtype))
+    sae = SAE_CLASSES[kind](sae_cfg(kind, d=d, F=F, dtype=dtype))
     assert all(parameter.dtype == getattr(torch, dtype) for parameter in sae.parameters())
     W_enc, bound = sae.W_enc.detach().double(), math.sqrt(6 / F)
     assert W_enc.abs().max() <= bound
@@ -520,7 +448,7 @@ def test_initial_values(kind, dtype):
 
 def test_encoder_and_decoder_share_no_memory():
     """W_dec starts as W_enc's transpose but is a parameter of its own."""
-    sae = SAE_CLASSES["topk"](make_cfg("topk"))
+    sae = SAE_CLASSES["topk"](sae_cfg("topk"))
     before = sae.W_dec.detach().clone()
     with torch.no_grad():
         sae.W_enc.add_(1)

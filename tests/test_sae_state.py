@@ -3,17 +3,16 @@
 import pytest
 import reference
 import torch
-from test_sae import (  # noqa: F401 (fixtures)
+from helpers import (
     KINDS,
     assert_outputs_match,
     assert_same_state,
     dense,
-    form,
-    make_cfg,
     make_sae,
     make_x,
     params,
     positive_encoder,
+    sae_cfg,
     set_threshold,
     state,
 )
@@ -21,7 +20,7 @@ from test_sae import (  # noqa: F401 (fixtures)
 from sae import SAE_CLASSES
 from training import make_optimizer, training_step
 
-pytestmark = pytest.mark.fast
+pytestmark = [pytest.mark.fast, pytest.mark.usefixtures("form")]
 
 # train() and eval()
 
@@ -135,7 +134,7 @@ def test_batchtopk_threshold_skips_a_batch_of_negatives():
 @pytest.mark.parametrize("kind", KINDS)
 def test_counters_equal_a_plain_loop(kind):
     """num_batches_not_active counts training steps since a feature was active; only training_step moves it."""
-    sae = SAE_CLASSES[kind](make_cfg(kind, F=20, k=2, lr=0.02, n_batches_to_dead=3))
+    sae = SAE_CLASSES[kind](sae_cfg(kind, F=20, k=2, lr=0.02, n_batches_to_dead=3))
     optimizer = make_optimizer(sae, sae.cfg)
     counts = [0] * 20
     revived = died = 0

@@ -3,11 +3,10 @@
 import argparse
 import inspect
 import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
-from test_sae import KINDS, make_sae, make_x
+from helpers import DEMO_LM, KINDS, feature_major, hard_input, make_sae, make_x
 
 import sparse_ops
 from config import get_default_cfg
@@ -16,37 +15,11 @@ from sae import SAE_CLASSES, JumpReLUSAE
 from sparse_ops import SparsityPattern
 from training import make_optimizer, training_step
 
-DEMO_LM = Path(__file__).resolve().parent.parent / "demo" / "lm"
 SCREENS = (torch.bfloat16, torch.float32)
 
 
 def flat(pattern):
     return pattern.rows * pattern.shape[1] + pattern.cols
-
-
-def feature_major(W):
-    return W.T.contiguous().T
-
-
-def hard_input(kind, seed):
-    """x [B, d] and W [d, F] in float32 of a random shape, with the difficulty `kind`."""
-    g = torch.Generator().manual_seed(seed)
-    B, d, F = (int(torch.randint(*span, (), generator=g)) for span in ((1, 40), (2, 90), (40, 400)))
-    F = F // 64 * 64 + 64 if seed % 2 else F
-    x, W = torch.randn(B, d, generator=g), torch.randn(d, F, generator=g) * 0.3
-    if kind == "heavy tails":
-        x = x / torch.rand(B, d, generator=g).clamp(min=1e-3)
-    if kind == "scales":
-        x = x * 10.0 ** torch.randint(-8, 8, (B, 1), generator=g)
-    if kind == "zero rows":
-        x[::2] = 0
-    if kind == "negative rows":
-        x, W = x.abs(), torch.where(torch.rand(F, generator=g) < 0.97, -W.abs(), W)
-    if kind == "ties":
-        x, W = x.sign(), W.sign()
-    if kind == "packed":  # all values within the screen's error of one another
-        W = W[:, :1] + 1e-4 * W
-    return x, feature_major(W)
 
 
 @pytest.fixture(autouse=True)

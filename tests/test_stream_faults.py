@@ -1,15 +1,15 @@
 """Faults in the text stream: a hub that fails, truncates, stalls or goes down, corrupt files, unusual documents.
 
-All tests use the real libraries. The hub's tests run the program in a separate process (see test_hub.py).
+All tests use the real libraries. The hub's tests run the program in separate processes, which take every hub at one
+port for the hub (see test_hub.py).
 """
 
 import itertools
 import json
-import os
 import random
 import re
+import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,18 +18,9 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
+from fork_server import ForkServer
+from helpers import BOS, DEMO_LM, ONE_SMALL_RUN, SEQ_LEN, empty_cache, hub_environment, stream_cfg
 from hub_server import Answer, Hub
-from test_activation_store import (  # noqa: F401 (fixtures)
-    BOS,
-    DEMO_LM,
-    SEQ_LEN,
-    all_contexts,
-    jsonl,
-    make_cfg,
-    model,
-    reference_contexts,
-)
-from test_hub import LM, ONE_SMALL_RUN, ROOT
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -100,8 +91,8 @@ class FaultyHub(Hub):
 
     daemon_threads, block_on_close = True, False  # do not wait for stalled requests
 
-    def __init__(self, repos: dict, fault):
-        super().__init__(repos)
+    def __init__(self, repos: dict, port: int, fault):
+        super().__init__(repos, port)
         self.fault, self.faults, self.ranges, self.lock = fault, [], [], threading.Lock()
 
     def send(self, request, answer: Answer) -> None:
@@ -134,11 +125,11 @@ class FaultyHub(Hub):
 def repos(tmp_path_factory) -> dict:
     """A model, and the same documents as parquet files of several row groups, as JSON lines, and as tokens.
 
-    Another column makes the jsonl files so large that each takes two requests and three parts. (A small parquet file
+    Another column makes two of the jsonl files so large that each takes two requests and three parts. (A small file
     takes one request.)
     """
     folder, rng = tmp_path_factory.mktemp("repos"), random.Random(0)
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     kinds = ("parquet", "jsonl", "tokens")
     for kind in kinds:
         (folder / kind).mkdir()
@@ -148,19 +139,27 @@ def repos(tmp_path_factory) -> dict:
         data.to_parquet(folder / "parquet" / f"{file}.parquet", row_group_size=100)
         tokens = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         pandas.DataFrame({"input_ids": tokens}).to_parquet(folder / "tokens" / f"{file}.parquet", row_group_size=100)
-        data["noise"] = "x" * 100_000
+        data["noise"] = "x" * (100_000 if file in (1, 3) else 1)
         data.to_json(folder / "jsonl" / f"{file}.jsonl", orient="records", lines=True)
     repos = {f"datasets/someone/{kind}": {"main": folder / kind} for kind in kinds}
-    return {"models/demo/lm": {"main": LM}} | repos
+    return {"models/demo/lm": {"main": DEMO_LM}} | repos
 
 
-def run_python(folder: Path, hub: Hub, script: str, *arguments) -> subprocess.CompletedProcess:
-    """Run a script in the repository root, with `hub` as the hub and an empty cache in `folder`."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    env |= {"HF_HOME": str(folder / "cache"), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-    command = [sys.executable, "-c", IMPATIENT + script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """The program, for which the hub is whatever listens on `port`."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    with ForkServer(hub_environment(tmp_path_factory.mktemp("cache")) | endpoint) as server:
+        server.port = port
+        yield server
+
+
+def run_python(program: ForkServer, script: str, *arguments) -> subprocess.CompletedProcess:
+    """Run a script in the repository root, with an empty cache."""
+    empty_cache(program)
+    return program.run("-c", IMPATIENT + script, *arguments)
 
 
 def random_faults(seed: int, share: float):
@@ -194,7 +193,7 @@ READINGS = {  # name of the dataset: what it holds, seed of its faults, how ofte
 
 
 @pytest.fixture(scope="module")
-def readings(tmp_path_factory, repos) -> dict[str, SimpleNamespace]:
+def readings(program, repos) -> dict[str, SimpleNamespace]:
     """For each dataset, all read by one process: hashes of the held-out contexts and of all batches, the lines on
     stderr, the hub's faults, and the requested files. After some of the batches a new store resumes from the state of
     the old one."""
@@ -208,14 +207,14 @@ def readings(tmp_path_factory, repos) -> dict[str, SimpleNamespace]:
         return found[name].faults[-1]
 
     for name, (_, seed, resumes, changes) in READINGS.items():
-        cfg = make_cfg(
+        cfg = stream_cfg(
             model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
         )
         keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
         requested.append((keys, random.Random(seed).sample(range(100), resumes)))
     datasets = {f"datasets/someone/{name}": repos[f"datasets/someone/{kind}"] for name, (kind, *_) in READINGS.items()}
-    with HangingUpHub(repos | datasets, fault) as hub:
-        process = run_python(tmp_path_factory.mktemp("readings"), hub, BATCHES, json.dumps(requested))
+    with HangingUpHub(repos | datasets, program.port, fault) as hub:
+        process = run_python(program, BATCHES, json.dumps(requested))
     assert process.returncode == 0, process.stderr
     assert hub.count == 0
     for name, line in zip(READINGS, process.stdout.splitlines(), strict=True):
@@ -256,12 +255,12 @@ def large_file(tmp_path_factory) -> Path:
     return file
 
 
-def test_faults_within_a_large_file(tmp_path, repos, large_file):
+def test_faults_within_a_large_file(program, repos, large_file):
     """Faults, up to three in a row, at random requests for parts of one large file, and states saved and loaded within
     it, in the same stream and in a new one. The tokens equal those of the local file."""
     rng = random.Random(0)
     faults = random_faults(2, 0.4)
-    cfg = make_cfg(dataset_path="someone/large", stream_retries=20)
+    cfg = stream_cfg(dataset_path="someone/large", stream_retries=20)
     resume_after = [rng.randint(1, 300) for _ in range(3)]
 
     def fault(path: str) -> str | None:
@@ -270,8 +269,8 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
         later = not part.startswith("bytes=4-") and part != hub.ranges[0]  # the first request is for the index
         return "cut" if later and hub.ranges.count(part) <= 3 else next(faults)
 
-    with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, fault) as hub:
-        process = run_python(tmp_path, hub, CONTEXTS, json.dumps([cfg, SEQ_LEN, 3, resume_after]))
+    with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, program.port, fault) as hub:
+        process = run_python(program, CONTEXTS, json.dumps([cfg, SEQ_LEN, 3, resume_after]))
     assert process.returncode == 0, process.stderr
     found = [token for line in process.stdout.splitlines() for token in json.loads(line)]
     assert found == all_tokens(stream(large_file))
@@ -280,15 +279,16 @@ def test_faults_within_a_large_file(tmp_path, repos, large_file):
 
 
 @pytest.mark.parametrize("fault", ["504", "gone"])
-def test_a_hub_that_stays_down(tmp_path, repos, fault):
+def test_a_hub_that_stays_down(tmp_path, program, repos, fault):
     """After stream_retries retries with backoff, of three requests each, the program exits with code 3 and one line
     that names the dataset. There is a checkpoint and no result, and the same command resumes from it."""
-    with FaultyHub(repos, lambda path: None if path.endswith(("0.parquet", "1.parquet")) else fault) as hub:
+    read = ("0.parquet", "1.parquet")
+    with FaultyHub(repos, program.port, lambda path: None if path.endswith(read) else fault) as hub:
         overrides = ONE_SMALL_RUN | dict(
             model_name="demo/lm", dataset_path="someone/parquet", output_dir=tmp_path / "runs", num_tokens=200_000,
             batch_size=512, model_batch_size=8, num_batches_in_buffer=2, stream_retries=2,
         )  # fmt: skip
-        process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
+        process = run_python(program, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
     assert process.returncode == 3, process.stderr
     lines = process.stderr.splitlines()
     assert lines[-1].startswith("error: dataset_path = 'someone/parquet' cannot be read at document 1 of ")
@@ -298,8 +298,8 @@ def test_a_hub_that_stays_down(tmp_path, repos, fault):
     (run,) = (path.parent for path in (tmp_path / "runs").glob("*/*/config.json"))
     assert not (run / "result.json").exists()
     # Once the hub is back, the same command resumes.
-    with FaultyHub(repos, lambda path: None) as hub:
-        process = run_python(tmp_path, hub, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
+    with FaultyHub(repos, program.port, lambda path: None):
+        process = run_python(program, MAIN, "demo", *(f"{key}={value}" for key, value in overrides.items()))
     assert (step := re.search(r"Resuming after step (\d+)", process.stderr)) and int(step[1]) > 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] > int(step[1]) and [line["step"] for line in lines] == sorted({x["step"] for x in lines})
@@ -315,12 +315,12 @@ class SilentHub(Hub):
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
-def test_a_hub_that_never_answers(tmp_path, repos, key):
+def test_a_hub_that_never_answers(tmp_path, program, repos, key):
     """The program soon exits with code 3 and a line that names the model or dataset."""
-    overrides = ONE_SMALL_RUN | {"model_name": LM, "output_dir": tmp_path / "runs", "stream_retries": 1}
+    overrides = ONE_SMALL_RUN | {"model_name": DEMO_LM, "output_dir": tmp_path / "runs", "stream_retries": 1}
     overrides |= {key: "someone/lm"}
-    with SilentHub(repos) as hub:
-        process = run_python(tmp_path, hub, MAIN, "demo", *(f"{name}={value}" for name, value in overrides.items()))
+    with SilentHub(repos, program.port) as hub:
+        process = run_python(program, MAIN, "demo", *(f"{name}={value}" for name, value in overrides.items()))
     assert process.returncode == 3, process.stderr
     assert re.search(rf"^error: {key} = .* cannot be (loaded|opened): ", process.stderr, re.M)
     assert len(hub.requests) < 20
@@ -330,13 +330,13 @@ def test_a_hub_that_never_answers(tmp_path, repos, key):
 
 
 def stream(path: Path, **changes) -> TextStream:
-    cfg = make_cfg(dataset_path=str(path), **changes)
-    return TextStream(cfg, AutoTokenizer.from_pretrained(LM), 4096, SEQ_LEN, 3)
+    cfg = stream_cfg(dataset_path=str(path), **changes)
+    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, 3)
 
 
 def tokens_of(documents: list) -> list[int]:
     """Reference: BOS and tokens of each document that is not empty, concatenated."""
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     texts = [document for document in documents if document]
     return [token for text in texts for token in [BOS, *tokenizer.encode(text, add_special_tokens=False).ids]]
 
@@ -401,7 +401,7 @@ def test_a_corrupt_parquet_file(three_files, capsys):
 
 def test_a_document_with_an_unknown_token(tmp_path, capsys):
     """A token outside the vocabulary makes its document invalid: it is named by its number, the others are read."""
-    tokenizer = Tokenizer.from_file(str(LM / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(DEMO_LM / "tokenizer.json"))
     texts = [f"def f_{i}():\n    return {i}\n" * 3 for i in range(100)]
     tokens = [tokenizer.encode(text).ids for text in texts]
     tokens[70] = [5, 4096, 7]
@@ -412,7 +412,7 @@ def test_a_document_with_an_unknown_token(tmp_path, capsys):
 
 def test_unusual_documents(tmp_path):
     """Documents that are empty, missing, of one token or of 10 MB are read like any other."""
-    long = "".join(f"def f_{i}(x):\n    return x + {i}\n" for i in range(270_000))
+    long = "".join(f"# {i} {'-' * 76}\n" for i in range(120_000))  # few tokens for its length
     assert len(long) > 10_000_000
     # The long one is not among the first documents, which are tokenized twice because of the held-out tokens.
     documents = [*(["x", "", None, "import sys\n" * 30] * 20), long, "y", "", "import os\n" * 30]

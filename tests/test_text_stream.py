@@ -16,16 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from test_activation_store import (  # noqa: F401 (fixtures)
-    BOS,
-    DEMO_LM,
-    SEQ_LEN,
-    counted_documents,
-    jsonl,
-    make_cfg,
-    model,
-    sorted_rows,
-)
+from helpers import BOS, DEMO_LM, SEQ_LEN, counted_documents, sorted_rows, stream_cfg
 from transformers import AutoTokenizer
 
 import text_stream
@@ -47,7 +38,7 @@ def documents_of_random_length(seed: int, total: int) -> list[list[int]]:
 
 
 def make_stream(path: str, **changes) -> TextStream:
-    cfg = make_cfg(dataset_path=path, **changes)
+    cfg = stream_cfg(dataset_path=path, **changes)
     return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, EVAL_CONTEXTS)
 
 
@@ -78,7 +69,7 @@ def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_contex
 @pytest.mark.parametrize("bos_per_context", [False, True])
 @pytest.mark.parametrize("num_epochs", [1, 3])
 @pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000)])
-def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context, capsys):  # noqa: F811
+def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context, capsys):
     """Over several epochs the contexts equal the reference. Only a last partial context is dropped, and reported."""
     documents = documents_of_random_length(seed, total)
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=num_epochs, bos_per_context=bos_per_context)
@@ -99,7 +90,7 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
 
 @pytest.mark.parametrize("total", [EVAL_CONTEXTS * SEQ_LEN + 25 * SEQ_LEN, EVAL_CONTEXTS * SEQ_LEN + 411])
 @pytest.mark.fast
-def test_every_token_exactly_once_per_epoch(jsonl, total):  # noqa: F811
+def test_every_token_exactly_once_per_epoch(jsonl, total):
     """With unique tokens: each is trained on once per epoch, the held-out ones never."""
     documents = counted_documents(50, total - 50)
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=2)
@@ -156,21 +147,21 @@ def test_which_bytes_the_fingerprint_covers(tmp_path, monkeypatch, read):
     assert reader.fingerprint() != before
 
 
-def test_too_few_epochs(model, jsonl):  # noqa: F811
+def test_too_few_epochs(model, jsonl):
     """Too few tokens in num_epochs are an error before training, which names the tokens, the epochs and num_tokens."""
     path = jsonl(counted_documents(48, 400), "tokens")
     with pytest.raises(InputError, match="too short: 800 tokens to train on in num_epochs = 2, .* num_tokens = 820"):
-        ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
-    store = ActivationsStore(model, make_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
+        ActivationsStore(model, stream_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
+    store = ActivationsStore(model, stream_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
     assert sum(len(store.next_batch()) for _ in range(20)) == 800
     with pytest.raises(InputError, match="too short: 800 tokens"):
         store.next_batch()
 
 
-def test_each_epoch_has_the_same_activations(model, jsonl):  # noqa: F811
+def test_each_epoch_has_the_same_activations(model, jsonl):
     """Two epochs of whole contexts give each activation twice, those of held-out tokens never."""
     path = jsonl(counted_documents(48, 400), "tokens")
-    cfg = make_cfg(dataset_path=path, num_tokens=800, num_epochs=2, model_batch_size=5)
+    cfg = stream_cfg(dataset_path=path, num_tokens=800, num_epochs=2, model_batch_size=5)
     store = ActivationsStore(model, cfg)
     rows = torch.cat([store.next_batch() for _ in range(20)])
     once = ActivationsStore(model, cfg | {"num_tokens": 400, "num_epochs": 1})
@@ -228,12 +219,12 @@ def test_a_stream_resumes_from_its_state(sources, name):
 
 @pytest.mark.parametrize("buffer", [(3, 2), (4, 5)])
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
-def test_resumed_batches_are_bit_identical(model, sources, name, buffer):  # noqa: F811
+def test_resumed_batches_are_bit_identical(model, sources, name, buffer):
     """After load_state_dict, all later batches are bit-identical: at 20 points, including the beginning and the middle
     of a buffer, and after resuming twice. The state is small."""
     path, changes = sources[name]
     changes = changes | dict(model_batch_size=buffer[0], num_batches_in_buffer=buffer[1], num_tokens=1600)
-    cfg = make_cfg(dataset_path=path, **changes)
+    cfg = stream_cfg(dataset_path=path, **changes)
     store = ActivationsStore(model, cfg)
     states, batches = [], []
     for _ in range(40):
@@ -255,10 +246,10 @@ def test_resumed_batches_are_bit_identical(model, sources, name, buffer):  # noq
             assert torch.equal(again.next_batch(), batch)
 
 
-def test_resuming_costs_one_buffer(model, sources):  # noqa: F811
+def test_resuming_costs_one_buffer(model, sources):
     """Resuming at any point runs the forward passes of one buffer and the one that it begins in."""
     path, changes = sources["files of text"]
-    cfg = make_cfg(dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600)
+    cfg = stream_cfg(dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600)
     store = ActivationsStore(model, cfg)
     for _ in range(30):
         store.next_batch()
@@ -272,11 +263,11 @@ def test_resuming_costs_one_buffer(model, sources):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_activation_dtype_is_the_dtype_of_the_buffer(model, sources, dtype):  # noqa: F811
+def test_activation_dtype_is_the_dtype_of_the_buffer(model, sources, dtype):
     """Batches are float32 values rounded once to activation_dtype; the model runs in model_dtype."""
     path, changes = sources["files of text"]
     exact, rounded = (
-        ActivationsStore(model, make_cfg(dataset_path=path, **changes, activation_dtype=name))
+        ActivationsStore(model, stream_cfg(dataset_path=path, **changes, activation_dtype=name))
         for name in ("float32", dtype)
     )
     for _ in range(5):
@@ -289,13 +280,13 @@ def test_activation_dtype_is_the_dtype_of_the_buffer(model, sources, dtype):  # 
 # Memory and threads
 
 
-def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
+def test_memory_stays_flat_over_many_refills(model, tmp_path):
     """The activations are in memory once: after 60 refills, the process has grown by less than half a buffer."""
     data = datasets.Dataset.from_dict({"tokens": documents_of_random_length(4, 60_000)})
     data.to_parquet(tmp_path / "data.parquet", batch_size=100)
-    cfg = make_cfg(
+    cfg = stream_cfg(
         dataset_path=str(tmp_path / "data.parquet"), num_tokens=10**7, num_epochs=200, seq_len=128, batch_size=4096,
-        model_batch_size=32, num_batches_in_buffer=8,
+        model_batch_size=32, num_batches_in_buffer=8, layer=0,
     )  # fmt: skip
     store = ActivationsStore(model, cfg)
     process, sizes = psutil.Process(), []
@@ -306,7 +297,7 @@ def test_memory_stays_flat_over_many_refills(model, tmp_path):  # noqa: F811
     assert max(sizes[-10:]) - max(sizes[:10]) < store.storage.nbytes / 2
 
 
-def test_the_prefetch_thread_ends_with_the_store(model, sources, monkeypatch):  # noqa: F811
+def test_the_prefetch_thread_ends_with_the_store(model, sources, monkeypatch):
     """No thread outlives its store, even if its queue is full."""
     monkeypatch.setattr(text_stream, "PREFETCH_CHUNKS", 1)  # of eight chunks, one per file
 
@@ -316,7 +307,7 @@ def test_the_prefetch_thread_ends_with_the_store(model, sources, monkeypatch):  
     gc.collect()
     before = len(threads())
     path, changes = sources["files of text"]
-    stores = [ActivationsStore(model, make_cfg(dataset_path=path, **changes)) for _ in range(4)]
+    stores = [ActivationsStore(model, stream_cfg(dataset_path=path, **changes)) for _ in range(4)]
     for store in stores:
         store.next_batch()
     stores[1].load_state_dict(stores[0].state_dict())
@@ -334,11 +325,11 @@ def batches_of(store: ActivationsStore, count: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def cached(model, sources, tmp_path):  # noqa: F811
+def cached(model, sources, tmp_path):
     """A config with an activation_cache, the batches without it, and a function that makes a store with a list of its
     forward passes."""
     path, changes = sources["files of text"]
-    cfg = make_cfg(
+    cfg = stream_cfg(
         dataset_path=path, **changes, num_batches_in_buffer=4, num_tokens=1600, activation_cache=str(tmp_path / "cache")
     )
     live = batches_of(ActivationsStore(model, cfg | {"activation_cache": None}), 40)

@@ -1,158 +1,93 @@
 """The training loop: reproducible, the same in any group, undisturbed by evaluation, and completely recorded."""
 
-import inspect
 import json
 import math
 import re
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import BATCH, SAES, STEPS, figures, lines_of, same_bits, train
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae
-from config import get_default_cfg, post_init_cfg
+from config import post_init_cfg
 from console import InputError
 from evaluation import evaluate, heldout_baseline
 from export import export_sae
-from language_model import load_model
 from logs import is_finished, run_folder
 from sae import SAE_CLASSES
 from training import learning_rate, make_optimizer, train_sae, train_sae_group, training_step
 
-REPO = Path(__file__).resolve().parent.parent
-DEMO_LM = REPO / "demo" / "lm"
-BATCH, STEPS = 64, 12
-SAES = [
-    dict(sae_type="vanilla", l1_coeff=0.02),
-    dict(sae_type="topk", top_k=4),
-    dict(sae_type="batchtopk", top_k=4, n_batches_to_dead=2),
-    dict(sae_type="batchtopk", top_k=6, dict_size=32, input_unit_norm=False, seed=3),
-    dict(sae_type="jumprelu", l1_coeff=0.01, bandwidth=0.03, lr=1e-2),
-    dict(sae_type="topk", top_k=2, dict_size=200, dtype="float64"),
-]
 METRICS = {
     "nmse", "fvu", "l0", "dead_fraction", "ce_original", "ce_reconstructed", "ce_degradation", "recovery_from_zero",
     "recovery_from_mean", "tokens", "steps", "seconds",
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_wandb(monkeypatch):
-    """Local records only, whoever is logged in."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model(get_default_cfg() | {"model_name": str(DEMO_LM), "device": "cpu"})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "code.jsonl"
-    parts = inspect.getsource(textwrap).split("\n\n")
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return str(path)
-
-
-def completed_cfg(data: str, output_dir: Path, **changes) -> dict:
-    cfg = get_default_cfg() | dict(
-        model_name=str(DEMO_LM), dataset_path=data, layer=1, act_size=128, dict_size=64, top_k_aux=8, lr=3e-3,
-        device="cpu", seq_len=16, batch_size=BATCH, num_tokens=STEPS * BATCH, model_batch_size=4,
-        num_batches_in_buffer=3, eval_tokens=96, n_batches_to_dead=4, output_dir=str(output_dir),
-    )  # fmt: skip
-    return post_init_cfg(cfg | changes)
-
-
-@pytest.fixture
-def make_cfg(data, tmp_path):
-    return lambda output_dir="runs", **changes: completed_cfg(data, tmp_path / output_dir, **changes)
-
-
-def train(model, cfgs: list[dict], store_class=ActivationsStore) -> tuple[list, list[dict]]:
-    """Train a group from scratch; the SAEs and their final metrics."""
-    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
-    return saes, train_sae_group(saes, store_class(model, cfgs[0]), model, cfgs)
-
-
-def same_bits(sae, other) -> bool:
-    state, other = sae.state_dict(), other.state_dict()
-    assert state.keys() == other.keys()
-    return all(torch.equal(state[name], other[name]) for name in state)
-
-
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def figures(result: dict) -> dict:
-    """A result without the time it took."""
-    return {key: value for key, value in result.items() if key != "seconds"}
-
-
 # Reproducible
 
 
 @pytest.mark.fast
-def test_same_seed_same_bits(model, make_cfg):
+def test_same_seed_same_bits(model, training_cfg):
     """The same configs give bit-identical weights, buffers and figures, whatever the global random state."""
     runs = []
     for i in (1, 2):
         torch.manual_seed(i)
-        runs.append(train(model, [make_cfg(f"again{i}", **changes) for changes in SAES]))
+        runs.append(train(model, [training_cfg(f"again{i}", **changes) for changes in SAES]))
     (saes, results), (others, other_results) = runs
     assert all(same_bits(sae, other) for sae, other in zip(saes, others))
     assert list(map(figures, results)) == list(map(figures, other_results))
 
 
 @pytest.mark.parametrize("change", [{"seed": 50}, {"shuffle_seed": 50}, {"lr": 3.001e-3}])
-def test_another_seed_gives_other_weights(model, make_cfg, change):
+def test_another_seed_gives_other_weights(model, training_cfg, change):
     """The seed of the weights, that of the shuffle and the learning rate each make a difference."""
-    saes = [train(model, [make_cfg(sae_type="topk", top_k=4, **c)])[0][0] for c in ({}, change)]
+    saes = [train(model, [training_cfg(sae_type="topk", top_k=4, **c)])[0][0] for c in ({}, change)]
     assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
     assert not torch.equal(saes[0].W_dec, saes[1].W_dec)
 
 
-def test_recording_does_not_change_the_weights(model, make_cfg):
+def test_recording_does_not_change_the_weights(model, training_cfg):
     """Evaluating, logging and saving at every step or never gives bit-identical weights and final figures."""
     often, never = (dict(perf_log_freq=n, log_freq=n, checkpoint_freq=n) for n in (1, 1000))
-    runs = [train(model, [make_cfg(n, **changes, **f) for changes in SAES]) for n, f in [("a", often), ("b", never)]]
+    runs = [
+        train(model, [training_cfg(n, **changes, **f) for changes in SAES]) for n, f in [("a", often), ("b", never)]
+    ]
     (saes, results), (others, other_results) = runs
     assert all(same_bits(sae, other) for sae, other in zip(saes, others))
     assert list(map(figures, results)) == list(map(figures, other_results))
 
 
-def test_an_sae_is_the_same_in_any_group(model, make_cfg):
+def test_an_sae_is_the_same_in_any_group(model, training_cfg):
     """Trained in a group or alone by train_sae, an SAE has bit for bit the same weights and the same figures."""
-    saes, results = train(model, [make_cfg("together", **changes) for changes in SAES])
+    saes, results = train(model, [training_cfg("together", **changes) for changes in SAES])
     for sae, result, changes in zip(saes, results, SAES):
-        cfg = make_cfg("alone", **changes)
+        cfg = training_cfg("alone", **changes)
         alone = SAE_CLASSES[cfg["sae_type"]](cfg)
         result_alone = train_sae(alone, ActivationsStore(model, cfg), model, cfg)
         assert same_bits(sae, alone), changes
         assert figures(result_alone) == figures(result), changes
 
 
-def test_training_learns(model, make_cfg):
+def test_training_learns(model, training_cfg):
     """Held-out error falls with training: the loop does train on the language model's activations."""
     short, long = (
-        train(model, [make_cfg(**changes, num_tokens=steps * BATCH) for changes in SAES[:3]])[1] for steps in (2, 60)
+        train(model, [training_cfg(**changes, num_tokens=steps * BATCH) for changes in SAES[:3]])[1]
+        for steps in (2, 60)
     )
     for few, many in zip(short, long):
         assert many["nmse"] < 0.8 * few["nmse"]
 
 
 @pytest.mark.parametrize("warmup, decay", [(0, 0), (5, 0), (0, 4), (5, 4), (1, 1), (12, 0), (6, 6)])
-def test_warmup_and_decay(model, make_cfg, warmup, decay):
+def test_warmup_and_decay(model, training_cfg, warmup, decay):
     """The rate rises from 0 over the first steps and falls to 0 over the last: as a plain loop with it written out."""
     rising = [(i + 1) / warmup for i in range(warmup)]
     falling = [(decay - i) / decay for i in range(decay)]
     rates = [3e-3 * factor for factor in rising + [1.0] * (STEPS - warmup - decay) + falling]
-    cfg = make_cfg(sae_type="batchtopk", top_k=4, lr_warmup_steps=warmup, lr_decay_steps=decay)
-    other = make_cfg("plain", sae_type="batchtopk", top_k=4)
+    cfg = training_cfg(sae_type="batchtopk", top_k=4, lr_warmup_steps=warmup, lr_decay_steps=decay)
+    other = training_cfg("plain", sae_type="batchtopk", top_k=4)
     plain, store = SAE_CLASSES["batchtopk"](other), ActivationsStore(model, other)
     optimizer = make_optimizer(plain, other)
     for i, rate in enumerate(rates):
@@ -165,9 +100,9 @@ def test_warmup_and_decay(model, make_cfg, warmup, decay):
 # Records
 
 
-def test_the_table_while_it_trains(model, make_cfg, capsys):
+def test_the_table_while_it_trains(model, training_cfg, capsys):
     """At each evaluation but the last: tokens so far and a line per SAE, aligned, with the numbers of its record."""
-    cfgs = [make_cfg(**changes, log_freq=1, perf_log_freq=4) for changes in SAES]
+    cfgs = [training_cfg(**changes, log_freq=1, perf_log_freq=4) for changes in SAES]
     train(model, cfgs)
     err = capsys.readouterr().err.replace("\r", "\n")
     tables = re.findall(r"After (\d+) tokens:\n((?:\S+(?: .*)\n)+)", err)
@@ -185,10 +120,10 @@ def test_the_table_while_it_trains(model, make_cfg, capsys):
             assert float(dead.rstrip("%")) == round(100 * values["num_dead_features"] / cfg["dict_size"], 1)
 
 
-def test_a_warning_when_l0_falls_to_nearly_zero(model, make_cfg, capsys):
+def test_a_warning_when_l0_falls_to_nearly_zero(model, training_cfg, capsys):
     """One line for a run of which hardly a feature is active any more, at the first logged step that shows it."""
     dying = dict(sae_type="vanilla", l1_coeff=30.0, lr=3e-2)
-    cfgs = [make_cfg(**changes, log_freq=2, perf_log_freq=5) for changes in (*SAES[:2], dying)]
+    cfgs = [training_cfg(**changes, log_freq=2, perf_log_freq=5) for changes in (*SAES[:2], dying)]
     _, results = train(model, cfgs)
     low = [line["step"] for line in lines_of(run_folder(cfgs[2])) if line.get("l0_norm", 1) < 0.1]
     assert results[2]["l0"] < 0.1 and low[0] > 2 and len(low) > 1
@@ -197,9 +132,9 @@ def test_a_warning_when_l0_falls_to_nearly_zero(model, make_cfg, capsys):
 
 
 @pytest.fixture
-def recorded(model, make_cfg):
+def recorded(model, training_cfg):
     """A group of three with its records: configs, trained SAEs, results."""
-    cfgs = [make_cfg(**changes, log_freq=5, perf_log_freq=4, num_tokens=STEPS * BATCH - 1) for changes in SAES[:3]]
+    cfgs = [training_cfg(**changes, log_freq=5, perf_log_freq=4, num_tokens=STEPS * BATCH - 1) for changes in SAES[:3]]
     store = ActivationsStore(model, cfgs[0])
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
     return cfgs, saes, train_sae_group(saes, store, model, cfgs), store
@@ -251,7 +186,7 @@ def test_metrics_have_the_right_steps(recorded):
             assert all(math.isfinite(value) for value in line.values())
 
 
-def test_logged_metrics_are_those_of_the_training_step(model, recorded, make_cfg):
+def test_logged_metrics_are_those_of_the_training_step(model, recorded, training_cfg):
     """The first line is the untrained SAE's loss on the first batch."""
     cfgs, _, _, store = recorded
     x = ActivationsStore(model, cfgs[0]).next_batch()
@@ -268,9 +203,9 @@ def test_a_recorded_config_is_a_config(recorded):
         assert post_init_cfg(json.loads((run_folder(cfg) / "config.json").read_text())) == cfg
 
 
-def test_a_seq_len_that_the_model_cannot_take_is_one_value_everywhere(model, make_cfg, tmp_path):
+def test_a_seq_len_that_the_model_cannot_take_is_one_value_everywhere(model, training_cfg, tmp_path):
     """The contexts are as long as the model allows; records, exports and card say so, and the run keeps its name."""
-    cfg = make_cfg(sae_type="topk", top_k=4, seq_len=1000, eval_tokens=200)
+    cfg = training_cfg(sae_type="topk", top_k=4, seq_len=1000, eval_tokens=200)
     (sae,), _ = train(model, [cfg])
     run = run_folder(cfg)
     assert is_finished(cfg)
@@ -284,7 +219,7 @@ def test_a_seq_len_that_the_model_cannot_take_is_one_value_everywhere(model, mak
 
     # A config that is changed afterwards is another run, of contexts as long as it says.
     changed = post_init_cfg(recorded | {"lr": 1e-4})
-    assert changed["name"] == make_cfg(sae_type="topk", top_k=4, seq_len=128, eval_tokens=200, lr=1e-4)["name"]
+    assert changed["name"] == training_cfg(sae_type="topk", top_k=4, seq_len=128, eval_tokens=200, lr=1e-4)["name"]
     assert "asked" not in changed
 
 
@@ -301,9 +236,9 @@ def test_a_finished_run_is_refused(model, recorded):
     assert len(list(folder.parent.iterdir())) == len(cfgs)
 
 
-def test_data_that_ends_early_finishes_no_run(model, make_cfg, data):
+def test_data_that_ends_early_finishes_no_run(model, training_cfg, training_data):
     """Where the data ends before num_tokens the run is not finished, and an InputError says so."""
-    cfg = make_cfg(sae_type="topk", top_k=4)
+    cfg = training_cfg(sae_type="topk", top_k=4)
     store = ActivationsStore(model, cfg)
     store.tokens_needed = 10**9  # as with a dataset whose length is not known before
     with pytest.raises(InputError, match="too short"):

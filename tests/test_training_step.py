@@ -9,8 +9,8 @@ import sys
 import pytest
 import reference
 import torch
+from helpers import KINDS, assert_same_state, dense, make_sae, make_x, params, sae_cfg, state
 from safetensors.torch import load_file, save_file
-from test_sae import KINDS, assert_same_state, dense, make_cfg, make_sae, make_x, params, state
 
 import checkpoint
 from checkpoint import load_sae, save_sae
@@ -40,7 +40,7 @@ def gradients_at_the_optimizer(sae, optimizer, x, cfg):
 @pytest.mark.fast
 def test_decoder_rows_have_unit_norm_after_every_step(kind, lr):
     """In float32, whenever anyone looks, decoder rows have norm 1 to 1e-6, however large the step."""
-    sae = SAE_CLASSES[kind](make_cfg(kind, d=16, F=48, k=4, lr=lr, dtype="float32"))
+    sae = SAE_CLASSES[kind](sae_cfg(kind, d=16, F=48, k=4, lr=lr, dtype="float32"))
     optimizer = make_optimizer(sae, sae.cfg)
     start = sae.W_dec.detach().clone()
     for step in range(8):
@@ -121,7 +121,7 @@ def test_training_lowers_the_loss(kind):
     """Trained on the sparse combinations of a few directions, an SAE reconstructs them better than at its start."""
     g = torch.Generator().manual_seed(0)
     directions = torch.randn(12, 8, generator=g)
-    sae = SAE_CLASSES[kind](make_cfg(kind, d=8, F=32, k=3, lr=0.01, l1_coeff=0.001, dtype="float32"))
+    sae = SAE_CLASSES[kind](sae_cfg(kind, d=8, F=32, k=3, lr=0.01, l1_coeff=0.001, dtype="float32"))
     optimizer = make_optimizer(sae, sae.cfg)
     losses = []
     for _ in range(150):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import wandb
-from kill_and_resume import REPO, command, environment
-from test_resume import OFTEN, stopping_store
-from test_training import SAES, STEPS, data, figures, lines_of, make_cfg, model, no_wandb, same_bits, train  # noqa: F401 (fixtures)
+from helpers import OFTEN, REPO, SAES, STEPS, figures, lines_of, same_bits, stopping_store, train
+from kill_and_resume import command, environment
 from wandb_server import WandbServer, records
 
 import logs
@@ -24,11 +23,11 @@ ONE_SAE = ("sae_type=topk", "top_k=8", "l1_coeff=0", "wandb_mode=online")  # mak
 # Offline and disabled
 
 
-def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa: F811
+def test_wandb_offline_mirrors_every_run(model, training_cfg, monkeypatch):
     """WANDB_MODE=offline gives one offline run per SAE; the local record is the same with and without it."""
     for mode in ("disabled", "offline"):
         monkeypatch.setenv("WANDB_MODE", mode)
-        cfgs = [make_cfg(mode, **changes, log_freq=4, perf_log_freq=6) for changes in SAES[:3]]
+        cfgs = [training_cfg(mode, **changes, log_freq=4, perf_log_freq=6) for changes in SAES[:3]]
         train(model, cfgs)
         for cfg in cfgs:
             runs = list((run_folder(cfg) / "wandb").glob("offline-run-*/*.wandb"))
@@ -36,7 +35,7 @@ def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa:
             assert all(path.stat().st_size > 0 for path in runs)
     wandb.teardown()
     for changes in SAES[:3]:
-        plain, mirrored = (run_folder(make_cfg(mode, **changes)) for mode in ("disabled", "offline"))
+        plain, mirrored = (run_folder(training_cfg(mode, **changes)) for mode in ("disabled", "offline"))
         assert lines_of(plain) == lines_of(mirrored)
         records = [json.loads((folder / "result.json").read_text()) for folder in (plain, mirrored)]
         assert figures(records[0]) == figures(records[1])
@@ -44,19 +43,19 @@ def test_wandb_offline_mirrors_every_run(model, make_cfg, monkeypatch):  # noqa:
 
 
 @pytest.mark.fast
-def test_wandb_mode_in_the_config_takes_precedence(make_cfg, monkeypatch):  # noqa: F811
+def test_wandb_mode_in_the_config_takes_precedence(training_cfg, monkeypatch):
     """wandb_mode of the config overrides WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log = RunLog(make_cfg(wandb_mode="disabled"), {})
+    log = RunLog(training_cfg(wandb_mode="disabled"), {})
     log.start(0, 0)
     assert log.wandb_run is None
     log.close()
 
 
-def test_wandb_offline_makes_one_run_of_a_resumed_run(model, make_cfg, monkeypatch):  # noqa: F811
+def test_wandb_offline_makes_one_run_of_a_resumed_run(model, training_cfg, monkeypatch):
     """The newest offline folder has every step once, with the id of the first; the first is renamed."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    cfg = make_cfg(**SAES[1], **OFTEN)
+    cfg = training_cfg(**SAES[1], **OFTEN)
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(6, training.Stopped()))
     wandb.teardown()
@@ -70,11 +69,11 @@ def test_wandb_offline_makes_one_run_of_a_resumed_run(model, make_cfg, monkeypat
     assert ids == {cut_off.stem.removeprefix("run-")}
 
 
-def test_wandb_that_fails_midway_changes_nothing(model, make_cfg, monkeypatch, capsys):  # noqa: F811
+def test_wandb_that_fails_midway_changes_nothing(model, training_cfg, monkeypatch, capsys):
     """One line reports it; weights and local record are those of a run without W&B."""
-    cfg = make_cfg("off", **SAES[1])
+    cfg = training_cfg("off", **SAES[1])
     plain = train(model, [cfg])[0][0]
-    failing = make_cfg("failing", **SAES[1])
+    failing = training_cfg("failing", **SAES[1])
 
     class Broken:
         step = 0
@@ -164,10 +163,10 @@ def test_an_online_run_is_resumed_by_its_id(tmp_path, server):
     assert json.loads(next(tmp_path.glob("*/*/config.json")).read_text())["_provenance"]["wandb_id"] == run["id"]
 
 
-def test_a_server_that_fails_during_training(model, make_cfg, online, capsys):  # noqa: F811
+def test_a_server_that_fails_during_training(model, training_cfg, online, capsys):
     """Training completes with the weights and record of a run without W&B, and one line reports it."""
     changes = dict(**SAES[1], **OFTEN)
-    plain, _ = train(model, [make_cfg("plain", wandb_mode="disabled", **changes)])
+    plain, _ = train(model, [training_cfg("plain", wandb_mode="disabled", **changes)])
 
     class Store(ActivationsStore):
         batches = 0
@@ -178,17 +177,17 @@ def test_a_server_that_fails_during_training(model, make_cfg, online, capsys):  
                 online.close()
             return super().next_batch()
 
-    saes, _ = train(model, [cfg := make_cfg("online", **changes)], Store)
+    saes, _ = train(model, [cfg := training_cfg("online", **changes)], Store)
     assert len(online.runs) == 1 and capsys.readouterr().err.count("Weights & Biases failed") == 1
     assert same_bits(plain[0], saes[0]) and is_finished(cfg)
-    assert lines_of(run_folder(make_cfg("plain", **changes))) == lines_of(run_folder(cfg))
+    assert lines_of(run_folder(training_cfg("plain", **changes))) == lines_of(run_folder(cfg))
 
 
-def test_no_server(model, make_cfg, online, monkeypatch, capsys):  # noqa: F811
+def test_no_server(model, training_cfg, online, monkeypatch, capsys):
     """The login is tried once, not for each run of a sweep, and training continues without it."""
     online.close()
     login, calls = wandb.login, []
     monkeypatch.setattr(wandb, "login", lambda **how: calls.append(how) or login(**how))
-    train(model, cfgs := [make_cfg(**changes) for changes in SAES[:3]])
+    train(model, cfgs := [training_cfg(**changes) for changes in SAES[:3]])
     assert len(calls) == 1 and all(map(is_finished, cfgs))
     assert capsys.readouterr().err.count("Weights & Biases cannot be reached") == 1
