@@ -195,7 +195,8 @@ def check_ranks(made_with: dict, folder: Path) -> None:
     """
     if size() == 1:
         return
-    of_ranks = [values | values["versions"] for values in gather(made_with | {"code": code_fingerprint()})]
+    made_with = made_with | made_with["versions"] | {"versions": None, "code": code_fingerprint()}
+    of_ranks = gather(made_with)
     for i, values in enumerate(of_ranks):
         differs = [f"{k} is {v!r}, not {of_ranks[0].get(k)!r}" for k, v in values.items() if v != of_ranks[0].get(k)]
         if differs:

@@ -315,7 +315,7 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
         except FloatingPointError as error:
             return error
 
-    device = runs[0].sae.W_enc.device
+    device = runs[0].sae.W_enc.device if runs else x.device
     if device.type == "cuda":  # CUDA graphs read the batch from a fixed address
         x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
 

@@ -388,7 +388,7 @@ def test_runs_added_later_form_a_group_of_their_own(model, training_cfg, monkeyp
     groups = []
     monkeypatch.setattr(main, "load_model", lambda cfg: model)
     monkeypatch.setattr(main, "plan_group", lambda group, *_: [group])
-    monkeypatch.setattr(main, "estimate_time", lambda *_: None)
+    monkeypatch.setattr(main, "plan_time", lambda group, *_: [0] * len(group))
     monkeypatch.setattr(main, "train_sae_group", lambda s, store, m, group, anyway: groups.append(group))
     main.train([cfgs[3], *cfgs[:2]], False, False)
     assert [[cfg["name"] for cfg in group] for group in groups] == [

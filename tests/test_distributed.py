@@ -1,0 +1,456 @@
+"""distributed.py: several ranks give the bits of one, and end together when one of them fails.
+
+Most tests run each rank as a fork of the test process, joined by torch.distributed's gloo. The last ones run torchrun.
+"""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import kill_and_resume
+import pytest
+import torch
+from helpers import OFTEN, REPO, SAES, SEQ_LEN, counted_batches, figures, lines_of, same_bits, stream_cfg
+
+import checkpoint
+import console
+import distributed
+import plan
+import training
+from activation_store import ActivationsStore
+from checkpoint import load_sae, newest_checkpoint
+from console import InputError
+from logs import RunLog, run_folder
+from sae import SAE_CLASSES
+from training import NotFinite, train_sae_group
+
+
+def run_ranks(size: int, function, timeout: int = 120) -> list[tuple]:
+    """function() on each of `size` ranks. For each: exit code of a command that calls it, its stderr, the result."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    env |= dict(TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")
+    fork = multiprocessing.get_context("fork")
+
+    def rank_process(rank, pipe):
+        os.environ.update({key: str(value) for key, value in (env | dict(RANK=rank, LOCAL_RANK=rank)).items()})
+        console.RANK, console.another_rank_prints = rank, rank > 0
+        result, code, stderr = None, 0, io.StringIO()
+
+        def command(_):
+            nonlocal result
+            with distributed.process_group("cpu"):
+                result = function()
+
+        with contextlib.redirect_stderr(stderr):
+            try:
+                console.run_command(command)
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException as error:
+                code = repr(error)
+        pipe.send_bytes(pickle.dumps((code, stderr.getvalue(), result)))
+        os._exit(0)
+
+    ranks = []
+    for rank in range(size):
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=rank_process, args=(rank, there))
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    ended = []
+    for process, pipe in ranks:
+        assert pipe.poll(timeout), "a rank hangs"
+        try:
+            ended.append(pickle.loads(pipe.recv_bytes()))
+        except EOFError:
+            process.join()
+            ended.append((process.exitcode, "", None))
+        process.kill()
+        process.join()
+    return ended
+
+
+def results_of(ranks: list[tuple]) -> list:
+    assert [code for code, *_ in ranks] == [0] * len(ranks), [(code, stderr) for code, stderr, _ in ranks]
+    return [result for *_, result in ranks]
+
+
+def only_line(ranks: list[tuple]) -> str:
+    """The one line with "error:" that all ranks together printed."""
+    (line,) = [line for _, stderr, _ in ranks for line in stderr.splitlines() if "error: " in line]
+    return line
+
+
+# What they exchange
+
+
+@pytest.mark.fast
+def test_one_rank_is_no_group():
+    """Without torchrun nothing is started, and the functions return at once."""
+    with distributed.process_group("cpu"):
+        assert (distributed.size(), distributed.rank(), distributed.local_size()) == (1, 0, 1)
+        assert distributed.from_first(lambda: 3) == 3 and distributed.gather(4) == [4]
+        assert distributed.any_rank(True, False) == [True, False] and distributed.gather_lists([5]) == [5]
+        distributed.check_ranks({"versions": {}}, REPO / "no such folder")
+
+
+def test_the_ranks_exchange():
+    def all_of_them():
+        rank = distributed.rank()
+        rows = torch.full((3, 2), float(rank), dtype=torch.bfloat16)
+        return (
+            distributed.from_first(lambda: f"from {rank}"), distributed.gather(rank * rank),
+            distributed.gather_lists(["x"] * rank), distributed.any_rank(rank == 1, False, True),
+            distributed.broadcast(rows, 2).tolist(),
+        )  # fmt: skip
+
+    for result in results_of(run_ranks(3, all_of_them)):
+        assert result == ("from 0", [0, 1, 4], ["x"] * 3, [True, False, True], [[2.0, 2.0]] * 3)
+
+
+@pytest.mark.parametrize("where", ["from_first", "on_all"])
+def test_an_error_is_raised_on_every_rank_and_printed_once(where):
+    def fails():
+        if distributed.rank() == (0 if where == "from_first" else 2):
+            raise InputError("no such thing")
+
+    ranks = run_ranks(3, lambda: getattr(distributed, where)(fails))
+    assert [code for code, *_ in ranks] == [2] * 3 and only_line(ranks) == "error: no such thing"
+
+
+def test_ranks_that_differ_are_refused(tmp_path, monkeypatch):
+    """In packages, data or code; and an output_dir that they do not share."""
+
+    def check(**changes):
+        made_with = {"versions": {"torch": "2.11"}, "data_files_sha256": "ab", "threads": 1}
+        own = {key: value for key, value in changes.items() if distributed.rank() == 1}
+        distributed.check_ranks(made_with | own, tmp_path / "output" / ("" if distributed.rank() == 0 else "b"))
+
+    ranks = run_ranks(2, lambda: check(versions={"torch": "2.8"}))
+    assert only_line(ranks) == "error: rank 1 differs from rank 0: torch is '2.8', not '2.11'"
+    ranks = run_ranks(2, lambda: check(data_files_sha256="cd", threads=2))
+    assert "data_files_sha256 is 'cd', not 'ab'; threads is 2, not 1" in only_line(ranks)
+    ranks = run_ranks(2, check)
+    assert re.search(r"output_dir must be on a disk that all ranks share: rank 1 .*", only_line(ranks))
+    assert [code for code, *_ in ranks] == [2, 2] and not list(tmp_path.glob("output/.ranks*"))
+    monkeypatch.setattr(distributed, "code_fingerprint", lambda: f"code of {distributed.rank()}")
+    assert "code is 'code of 1'" in only_line(run_ranks(2, check))
+
+
+# The stream
+
+
+@pytest.mark.parametrize("changes", [{}, {"exclude_tokens": [0]}, {"activation_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_every_rank_gets_the_batches_of_one_process(model, counted, size, changes):
+    """With buffers that end within a forward pass, and more ranks than forward passes in a buffer."""
+    changes = changes | {"num_tokens": 360 if "exclude_tokens" in changes else 400}
+
+    def batches():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted, **changes))
+        return [store.next_batch() for _ in range(9)], store.state_dict()
+
+    alone, state = batches()
+    for of_rank, state_of_rank in results_of(run_ranks(size, batches)):
+        assert all(map(torch.equal, of_rank, alone)) and state_of_rank == state
+
+
+def test_a_position_is_loaded_with_any_number_of_ranks(model, counted):
+    def batches(position=None, skip=3):
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+        if position is not None:
+            store.load_state_dict(position)
+        for _ in range(skip if position is None else 0):
+            store.next_batch()
+        return store.state_dict(), [store.next_batch() for _ in range(10 - skip)]
+
+    for skip in (1, 2, 3, 7):
+        position, expected = results_of(run_ranks(2, lambda skip=skip: batches(skip=skip)))[0]
+        for size in (1, 3):
+            for _, found in results_of(run_ranks(size, lambda skip=skip, at=position: batches(at, skip))):
+                assert all(map(torch.equal, found, expected))
+
+
+def test_the_forward_passes_are_shared_out(model, counted, monkeypatch):
+    """Each rank runs its share of them, and the text is read by rank 0 alone."""
+    _, expected = counted_batches(model, counted)
+    calls = []
+    real = ActivationsStore.get_activations
+    monkeypatch.setattr(ActivationsStore, "get_activations", lambda *args: calls.append(1) or real(*args))
+
+    def count():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+        begin = store.stream.state_dict()
+        calls.clear()
+        for _ in range(10):
+            store.next_batch()
+        return len(calls), store.stream.state_dict() == begin
+
+    forwards = -(-len(expected) // (3 * SEQ_LEN))
+    (first, moved), (second, untouched) = results_of(run_ranks(2, count))
+    assert first + second == forwards and abs(first - second) <= 1 and not moved and untouched
+
+
+def test_the_cache_is_that_of_one_process(model, counted, tmp_path):
+    def batches(folder):
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted, activation_cache=str(tmp_path / folder)))
+        return torch.cat([store.next_batch() for _ in range(10)])
+
+    expected = batches("one")
+    for found in results_of(run_ranks(2, lambda: batches("two"))):
+        assert torch.equal(found, expected)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / f).glob("*/*")} for f in ("one", "two")]
+    assert files[0] == files[1]
+    for path in (tmp_path / "two").glob("*/*.bin"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")  # corrupt: harvested again by all ranks
+    for found in results_of(run_ranks(2, lambda: batches("two"))):
+        assert torch.equal(found, expected)
+
+
+def test_the_end_of_the_data_is_one_line(model, counted, monkeypatch):
+    monkeypatch.setattr(ActivationsStore, "check_length", lambda self: None)  # as for a hub dataset
+
+    def read_on():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted, num_tokens=480))
+        for _ in range(12):
+            store.next_batch()
+
+    ranks = run_ranks(2, read_on)
+    assert [code for code, *_ in ranks] == [2, 2]
+    assert "is too short: 400 tokens to train on" in only_line(ranks)
+
+
+# Training
+
+
+def train_shared(model, cfgs, owner=lambda i: i % distributed.size(), before=lambda: None):
+    """Train a group of which each rank owns some SAEs."""
+    before()
+    saes = [SAE_CLASSES[c["sae_type"]](c) if owner(i) == distributed.rank() else None for i, c in enumerate(cfgs)]
+    return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
+
+
+def assert_as_one_process(cfgs, uninterrupted, results=None):
+    saes, expected, lines = uninterrupted
+    for i, cfg in enumerate(cfgs):
+        assert same_bits(load_sae(run_folder(cfg)), saes[i]), cfg["name"]
+        assert lines_of(run_folder(cfg)) == lines[i]
+        result = json.loads((run_folder(cfg) / "result.json").read_text())
+        assert figures(result) == {key: v for key, v in figures(expected[i]).items() if key != "histograms"}
+    if results:
+        assert list(map(figures, results)) == list(map(figures, expected))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_the_saes_have_the_bits_of_one_process(model, training_cfg, uninterrupted, size):
+    """7: one rank has no SAE. Every rank returns all results, and rank 0 alone reports."""
+    cfgs = [training_cfg(**changes, **OFTEN) for changes in SAES]
+    ranks = run_ranks(size, lambda: train_shared(model, cfgs))
+    for results in results_of(ranks):
+        assert_as_one_process(cfgs, uninterrupted, results)
+    assert "After 256 tokens" in ranks[0][1] and all(cfg["name"] in ranks[0][1] for cfg in cfgs)
+    assert not any(stderr for _, stderr, _ in ranks[1:])
+
+
+@pytest.mark.parametrize("resumed_by", [1, 2, 3])
+def test_killed_and_resumed_by_another_number(model, training_cfg, uninterrupted, monkeypatch, resumed_by):
+    """One rank dies. The others end within seconds with exit code 3."""
+    cfgs = [training_cfg(**changes, **OFTEN, checkpoint_freq=3) for changes in SAES]
+
+    def group_step(*args):
+        steps.append(1)
+        if len(steps) == 8 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    steps, real = [], training.group_step
+    monkeypatch.setattr(training, "group_step", group_step)
+    started = time.monotonic()
+    ranks = run_ranks(3, lambda: train_shared(model, cfgs))
+    assert [code for code, *_ in ranks] == [3, -signal.SIGKILL, 3] and time.monotonic() - started < 60
+    assert "another rank has ended" in only_line(ranks)
+    monkeypatch.setattr(training, "group_step", real)
+    assert {newest_checkpoint(cfg).name for cfg in cfgs} == {"step_000000006"}
+    results_of(run_ranks(resumed_by, lambda: train_shared(model, cfgs)))
+    assert_as_one_process(cfgs, uninterrupted)
+
+
+def test_a_signal_stops_all_ranks_after_the_same_step(model, training_cfg, uninterrupted, monkeypatch):
+    """Even if a single rank gets it; exit code 4."""
+    cfgs = [training_cfg(**changes, **OFTEN) for changes in SAES]
+    real, steps = training.group_step, []
+
+    def group_step(*args):
+        steps.append(1)
+        if len(steps) == 5 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(training, "group_step", group_step)
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs))
+    assert [code for code, *_ in ranks] == [4, 4] and "Stopped after 5 of 12 steps" in ranks[0][1]
+    monkeypatch.setattr(training, "group_step", real)
+    assert {newest_checkpoint(cfg).name for cfg in cfgs} == {"step_000000005"}
+    results_of(run_ranks(3, lambda: train_shared(model, cfgs)))
+    assert_as_one_process(cfgs, uninterrupted)
+
+
+def test_a_signal_while_text_is_read_stops_all_ranks(model, training_cfg, uninterrupted, monkeypatch):
+    """Rank 0 waits for the network for minutes; the checkpoint is that of the step before."""
+    cfgs = [training_cfg(**changes, **OFTEN) for changes in SAES]
+    real, begun = ActivationsStore.get_batch_tokens, []
+
+    def waits(self):
+        begun.append(1)
+        if len(begun) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return real(self)
+
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", waits)
+    started = time.monotonic()
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs))
+    assert [code for code, *_ in ranks] == [4, 4] and time.monotonic() - started < 50
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", real)
+    results_of(run_ranks(2, lambda: train_shared(model, cfgs)))
+    assert_as_one_process(cfgs, uninterrupted)
+
+
+@pytest.mark.parametrize("save_errors", ["stop", "go_on"])
+def test_a_full_disk_on_one_rank(model, training_cfg, uninterrupted, monkeypatch, save_errors):
+    """Its line is printed once. With "stop" all ranks end with exit code 3; with "go_on" they continue."""
+    cfgs = [training_cfg(**c, **OFTEN, checkpoint_freq=3, save_errors=save_errors) for c in SAES]
+    real = checkpoint.write
+
+    def write(path, content):
+        if distributed.rank() == 1 and "step_000000006" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs))
+    printed = "".join(stderr for _, stderr, _ in ranks)
+    assert printed.count("the checkpoint after step 6 cannot be written: No space left on device") == 1
+    monkeypatch.setattr(checkpoint, "write", real)
+    if save_errors == "stop":
+        assert [code for code, *_ in ranks] == [3, 3]
+        assert {newest_checkpoint(cfg).name for cfg in cfgs} == {"step_000000003"}
+        results_of(run_ranks(2, lambda: train_shared(model, cfgs)))
+    assert_as_one_process(cfgs, uninterrupted)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left")], ids=str)
+def test_a_rank_that_fails_alone(model, training_cfg, uninterrupted, monkeypatch, error):
+    """Out of memory in a step, or a record that cannot be written: its line, exit code 3, and the others end too."""
+    cfgs = [training_cfg(**changes, **OFTEN, checkpoint_freq=3) for changes in SAES]
+    target, name = (RunLog, "flush") if isinstance(error, OSError) else (training, "group_step")
+    real, calls = getattr(target, name), []
+
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > 9 and distributed.rank() == 1:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(target, name, fail)
+    started = time.monotonic()
+    ranks = run_ranks(3, lambda: train_shared(model, cfgs))
+    assert [code for code, *_ in ranks] == [3, 3, 3] and time.monotonic() - started < 60
+    assert str(error.args[-1]) in only_line(ranks)
+    monkeypatch.setattr(target, name, real)
+    results_of(run_ranks(2, lambda: train_shared(model, cfgs)))
+    assert_as_one_process(cfgs, uninterrupted)
+
+
+@pytest.mark.parametrize("owner", [lambda i: i % 2, lambda i: int(i == 1)], ids=["shared", "alone on its rank"])
+def test_nan_stops_one_sae(model, training_cfg, uninterrupted, owner):
+    """The others are trained, with the same bits. All ranks raise NotFinite with its name."""
+    cfgs = [training_cfg(**changes, **OFTEN) for changes in SAES]
+
+    def train():
+        real = training.learning_rate
+        training.learning_rate = lambda cfg, step: (
+            float("nan") if (cfg["name"], step) == (cfgs[1]["name"], 5) else real(cfg, step)
+        )
+        train_shared(model, cfgs, owner)
+
+    ranks = run_ranks(2, train)
+    assert [code for code, *_ in ranks] == [NotFinite.exit_code] * 2
+    assert f"1 of 6 SAEs were stopped, and saved as they were: {cfgs[1]['name']}: step 6" in only_line(ranks)
+    rest = [i for i in range(len(cfgs)) if i != 1]
+    saes, results, lines = uninterrupted
+    of_rest = [saes[i] for i in rest], [results[i] for i in rest], [lines[i] for i in rest]
+    assert_as_one_process([cfgs[i] for i in rest], of_rest)
+
+
+def test_a_silent_rank_is_given_up(monkeypatch):
+    """No collective waits for longer than TIMEOUT."""
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=3))
+
+    def silent():
+        if distributed.rank() == 1:
+            time.sleep(10)
+        distributed.any_rank(True)
+
+    started = time.monotonic()
+    ranks = run_ranks(2, silent)
+    assert ranks[0][0] == 3 and "does not respond" in only_line(ranks) and time.monotonic() - started < 60
+
+
+# The plan
+
+
+@pytest.mark.fast
+def test_saes_are_assigned_by_cost_and_memory(training_cfg, model, monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    cfgs = [training_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 2048, 64)]
+    seconds = [1, 5, 2, 20, 1.5]
+    owners = plan.assign(cfgs, seconds, model, 2**40)
+    assert owners[3] not in {owners[i] for i in (0, 1, 2, 4)}, "the slowest is alone"
+    work = [sum(s for s, owner in zip(seconds, owners) if owner == rank) for rank in range(3)]
+    assert sorted(work) == [4.5, 5, 20]
+    available = plan.memory_needed([cfgs[3]], model)
+    for cost in (seconds, [1, 1, 1, 0, 1]):
+        owners = plan.assign(cfgs, cost, model, available)
+        for rank in set(owners):
+            part = [cfg for cfg, owner in zip(cfgs, owners) if owner == rank]
+            assert plan.memory_needed(part, model) <= available
+
+
+def test_the_plan_of_several_ranks(model, training_cfg):
+    """All ranks agree on it. It says how the SAEs are distributed, and that some ranks have none."""
+    cfgs = [training_cfg(**changes) for changes in SAES[:2]]
+
+    def times():
+        return plan.plan_time(cfgs, ActivationsStore(model, cfgs[0]), 0, False, 2**40)
+
+    ranks = run_ranks(3, times)
+    first, *others = results_of(ranks)
+    assert all(owners == first for owners in others) and len(set(first)) == 2
+    assert re.search(r"SAEs per rank: [01], [01], [01] \(a rank without .*at most .* GiB.* MiB received", ranks[0][1])
+    assert not ranks[1][1]
+
+
+# torchrun
+
+
+def torchrun(size: int, *args: str, cwd=REPO):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    env = kill_and_resume.environment() | {"GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [*launcher, str(REPO / "main.py"), *args], env=env, cwd=cwd, stderr=subprocess.PIPE, text=True
+    )
