@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("helpers")
 # Fixtures import the project when they are built: after the lines above, and only in the processes that run tests.
 
 # These files take longest. They are begun first, so that both processes end at about the same time.
-SLOWEST = ["test_resume", "test_stream_faults", "test_main", "test_hub", "test_triton_ops", "test_wandb"]
+SLOWEST = ["test_resume", "test_stream_faults", "test_main", "test_triton_ops", "test_readme", "test_hub", "test_wandb"]
 
 
 def pytest_collection_modifyitems(items):
