@@ -1,12 +1,15 @@
 """Kill and resume `python main.py demo` many times, and compare its results with those of an uninterrupted run.
 
-    python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE] [KEY=VALUE ...]
+    python tests/kill_and_resume.py [--kills N] [--others N] [--seed N] [--cut SHARE] [--ranks N] [KEY=VALUE ...]
 
 Every process is started with the same command and gets SIGKILL (a few others SIGTERM or SIGINT) at a random time after
 its training has begun, or at the first time from there on at which it saves or evaluates. What it was doing is read
 from its stack, which it dumps on SIGUSR1 just before it dies. After some of the kills (--cut, the share) the newest
 checkpoint is corrupted. The last process finishes. Then weights, metrics and results must be bit-identical. Exit code 1
 if they are not.
+
+With --ranks the processes are started by torchrun, 1 to N of them at random. SIGKILL goes to a random rank, the other
+signals to torchrun. The uninterrupted run is a single process.
 """
 
 import argparse
@@ -23,6 +26,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
+
 REPO = Path(__file__).resolve().parent.parent
 OVERRIDES = ["num_tokens=40_000", "batch_size=512", "eval_tokens=1024", "dict_size=64", "top_k_aux=16"]
 # What a kill interrupts, by the function that the process is in.
@@ -31,13 +36,18 @@ PHASES |= dict(heldout_baseline="the baseline", start_step="a step", next_batch=
 OVERRIDES += ["n_batches_to_dead=3", "num_batches_in_buffer=2", "checkpoint_freq=3", "log_freq=2", "perf_log_freq=5"]
 
 
-def command(output_dir: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(REPO / "main.py"), "demo", *OVERRIDES, *overrides, f"output_dir={output_dir}"]
+def command(output_dir: Path, *overrides: str, ranks: int = 0) -> list[str]:
+    """With `ranks`, by torchrun with so many processes."""
+    start = [sys.executable]
+    if ranks:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*start, str(REPO / "main.py"), "demo", *OVERRIDES, *overrides, f"output_dir={output_dir}"]
 
 
 def environment() -> dict:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HF_"))}
-    return env | {"HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    return env | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def digests(output_dir: Path) -> dict:
@@ -53,9 +63,9 @@ def digests(output_dir: Path) -> dict:
     return found
 
 
-def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted: str = "") -> str:
+def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted: str = "", rank: int = -1) -> str:
     """Start, wait until training has begun, `delay` seconds more, and until the process does what is wanted; kill.
-    Returns what the kill interrupted.
+    Returns what the kill interrupted. With a rank, `args` are of torchrun, and this rank is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump, output = Path(folder) / "stack", Path(folder) / "output"
@@ -71,6 +81,10 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
         while process.poll() is None and marks(output_dir) == before:
             time.sleep(0.02)
         time.sleep(delay)
+        if rank >= 0:
+            while process.poll() is None and not any(output_dir.glob("*/groups/*/step_*[0-9]")):
+                time.sleep(0.02)
+            return kill_rank(process, rank, how, output)
         at = ""
         while process.poll() is None and (not at or wanted not in at):
             time.sleep(0.005)
@@ -83,6 +97,29 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
         if code != expected:
             raise SystemExit(f"exit code {code} instead of {expected}:\n{output.read_text()}")
     return f"{at} ({signal.Signals(how).name})"
+
+
+def kill_rank(launcher: subprocess.Popen, rank: int, how: int, output: Path) -> str:
+    """Kill a rank by SIGKILL, or send another signal to torchrun. Within a minute all ranks must have ended."""
+    ranks = psutil.Process(launcher.pid).children()
+    victim = next((child for child in ranks if environment_of(child).get("RANK") == str(rank)), None)
+    if launcher.poll() is not None or victim is None:
+        launcher.wait(timeout=60)
+        return "nothing: it had finished"
+    (victim if how == signal.SIGKILL else launcher).send_signal(how)
+    code = launcher.wait(timeout=60)
+    if any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks):
+        raise SystemExit(f"torchrun has ended, and a rank has not:\n{output.read_text()}")
+    if code == 0:
+        return "nothing: it had finished"
+    return f"rank {rank} of {len(ranks)} ({signal.Signals(how).name})"
+
+
+def environment_of(process: psutil.Process) -> dict:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def what_it_is_at(process, dump: Path) -> str:
@@ -124,14 +161,19 @@ def corrupt_newest(output_dir: Path, rng: random.Random) -> str | None:
     return f"{what} {file.name}"
 
 
-def kill_and_resume(folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0) -> Counter:
+def kill_and_resume(
+    folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0, ranks=0
+) -> Counter:
     """Kill a process for each (signal, what it must be doing), and let the last one finish. Returns how often what was
     interrupted. Exits if the results differ from those of an uninterrupted run.
     """
     subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
-    hits, args = Counter(), command(folder / "killed", *overrides)
+    hits = Counter()
     for how, wanted in kills:
-        hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted)
+        number = rng.randint(1, ranks) if ranks else 0
+        args = command(folder / "killed", *overrides, ranks=number)
+        rank = rng.randrange(number) if ranks else -1
+        hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted, rank)
         print(f"   {hit}", flush=True)
         if hit.startswith("nothing"):
             break
@@ -139,6 +181,7 @@ def kill_and_resume(folder: Path, kills: list[tuple], rng: random.Random, cut: f
         if rng.random() < cut and (what := corrupt_newest(folder / "killed", rng)):
             print(f"      and {what}", flush=True)
             hits["a corrupt checkpoint"] += 1
+    args = command(folder / "killed", *overrides, ranks=ranks)
     done = subprocess.run(args, env=environment(), cwd=REPO, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -154,6 +197,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=4, help="by SIGTERM or SIGINT (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cut", type=float, default=0.2)
+    parser.add_argument("--ranks", type=int, default=0, help="start by torchrun, with up to so many processes")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="more of the runs' config")
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -166,7 +210,7 @@ def main() -> None:
         some = kills[:8]
         print(f"sweep {sweep}:", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}", *args.overrides)
+            hit = kill_and_resume(Path(folder), some, rng, args.cut, f"seed={sweep}", *args.overrides, ranks=args.ranks)
         del kills[: max(1, sum(hit.values()) - hit["a corrupt checkpoint"])]
         hits, sweep = hits + hit, sweep + 1
         print("   bit-identical to the uninterrupted run", flush=True)

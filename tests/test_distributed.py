@@ -13,7 +13,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -448,9 +447,19 @@ def test_the_plan_of_several_ranks(model, training_cfg):
 # torchrun
 
 
-def torchrun(size: int, *args: str, cwd=REPO):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    env = kill_and_resume.environment() | {"GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [*launcher, str(REPO / "main.py"), *args], env=env, cwd=cwd, stderr=subprocess.PIPE, text=True
-    )
+def test_torchrun(tmp_path):
+    """One process is told to stop, one of two is killed, and three finish: the bits of `python main.py`."""
+    folder = tmp_path / "killed"
+    four = ["top_k=8", "l1_coeff=0.01", "num_tokens=20_000"]  # one run of each type
+    options = dict(env=kill_and_resume.environment(), cwd=REPO, capture_output=True, text=True)
+    alone = subprocess.run(kill_and_resume.command(tmp_path / "whole", *four), **options)
+    assert alone.returncode == 0, alone.stderr
+    for ranks, how in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
+        args = kill_and_resume.command(folder, *four, ranks=ranks)
+        hit = kill_and_resume.kill_once(args, folder, how, 0.1, rank=ranks - 1)
+        assert hit == f"rank {ranks - 1} of {ranks} ({how.name})"
+    done = subprocess.run(kill_and_resume.command(folder, *four, ranks=3), **options)
+    assert done.returncode == 0 and done.stderr.count("Resuming after step") == 1, done.stderr
+    assert "Figure" in done.stdout and done.stderr.count("SAEs per rank") == 1
+    expected = kill_and_resume.digests(tmp_path / "whole")
+    assert kill_and_resume.digests(folder) == expected and len(expected) == 3 * 4
