@@ -19,7 +19,7 @@ from console import InputError, gib, tell
 from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
-from training import Run, group_step, make_optimizer
+from training_step import Run, group_step, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer on this machine is not started
 

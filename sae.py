@@ -161,7 +161,7 @@ class BaseAutoencoder(nn.Module):
         sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
         l0_norm, l1_norm, num_dead_features (and aux_loss if the SAE has one); and num_batches_not_active [F], the
         counters after this batch. The SAE does not change: a training loop of your own must call
-        update_statistics(output), as training.training_step does.
+        update_statistics(output), as training_step.training_step does.
         Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
 
         With wait=False, which is for training_step, the host does not wait for a CUDA device. The output then has the

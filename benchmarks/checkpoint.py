@@ -26,7 +26,7 @@ from checkpoint import MAX_CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint
 from config import get_default_cfg  # noqa: E402
 from main import sweep_configs  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
-from training import make_optimizer, training_step  # noqa: E402
+from training_step import make_optimizer, training_step  # noqa: E402
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ OURS = "this project"
 def our_step(sae_type: str, size: argparse.Namespace):
     from config import post_init_cfg
     from sae import SAE_CLASSES
-    from training import Run, group_step, make_optimizer
+    from training_step import Run, group_step, make_optimizer
 
     cfg = {"sae_type": sae_type, "batch_size": size.batch, "act_size": size.d, "dict_size": size.dict_size}
     cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": size.device})

@@ -34,7 +34,7 @@ from machine import cpu_name  # noqa: E402
 from config import post_init_cfg  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
 from sparse_ops import screen_dtype  # noqa: E402
-from training import Run, group_step, make_optimizer  # noqa: E402
+from training_step import Run, group_step, make_optimizer  # noqa: E402
 
 CONTENDERS = ("ours", "dense form", "published", "published, TF32", "published, bf16", "encoder product")
 ON_CUDA = ("published, TF32", "published, bf16")

@@ -44,7 +44,7 @@ from demo.text import write_demo_text  # noqa: E402
 from language_model import load_model, run_bridge_to_hook  # noqa: E402
 from main import PAPER  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
-from training import Run, group_step, make_optimizer  # noqa: E402
+from training_step import Run, group_step, make_optimizer  # noqa: E402
 
 WAYS = ("one group", "single runs", "published way")
 

@@ -16,7 +16,8 @@ from console import InputError
 from language_model import load_model, run_bridge_to_hook
 from logs import run_folder
 from sae import SAE_CLASSES
-from training import make_optimizer, train_sae_group, training_step
+from training import train_sae_group
+from training_step import make_optimizer, training_step
 
 REPO = Path(__file__).resolve().parent.parent
 DEMO_LM = REPO / "demo" / "lm"

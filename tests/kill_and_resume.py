@@ -164,15 +164,15 @@ def corrupt_newest(output_dir: Path, rng: random.Random) -> str | None:
 def kill_and_resume(
     folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0, ranks=0
 ) -> Counter:
-    """Kill a process for each (signal, what it must be doing), and let the last one finish. Returns how often what was
-    interrupted. Exits if the results differ from those of an uninterrupted run.
+    """Kill a process for each (signal, what it must be doing, number of ranks), and let the last one finish, by
+    torchrun if it has `ranks`. Returns how often what was interrupted. Exits if the results differ from those of an
+    uninterrupted run.
     """
     subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
     hits = Counter()
-    for how, wanted in kills:
-        number = rng.randint(1, ranks) if ranks else 0
+    for how, wanted, number in kills:
         args = command(folder / "killed", *overrides, ranks=number)
-        rank = rng.randrange(number) if ranks else -1
+        rank = rng.randrange(number) if number else -1
         hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted, rank)
         print(f"   {hit}", flush=True)
         if hit.startswith("nothing"):
@@ -204,6 +204,7 @@ def main() -> None:
     # A third each: at any time, in a save, in an evaluation.
     kills = [(signal.SIGKILL, ("", "save", "evaluation")[i % 3]) for i in range(args.kills)]
     kills += [(rng.choice((signal.SIGTERM, signal.SIGINT)), "") for _ in range(args.others)]
+    kills = [(*kill, rng.randint(1, args.ranks) if args.ranks else 0) for kill in kills]
     rng.shuffle(kills)
     hits, sweep = Counter(), 0
     while kills:  # each sweep gets a few, then finishes

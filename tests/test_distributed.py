@@ -1,6 +1,6 @@
 """distributed.py: several ranks give the bits of one, and end together when one of them fails.
 
-Most tests run each rank as a fork of the test process, joined by torch.distributed's gloo. The last ones run torchrun.
+Each rank is a fork of the test process, joined by torch.distributed's gloo. test_resume.test_real_kills runs torchrun.
 """
 
 import contextlib
@@ -12,11 +12,9 @@ import pickle
 import re
 import signal
 import socket
-import subprocess
 import time
 from datetime import timedelta
 
-import kill_and_resume
 import pytest
 import torch
 from helpers import OFTEN, REPO, SAES, SEQ_LEN, counted_batches, figures, lines_of, same_bits, stream_cfg
@@ -442,24 +440,3 @@ def test_the_plan_of_several_ranks(model, training_cfg):
     assert all(owners == first for owners in others) and len(set(first)) == 2
     assert re.search(r"SAEs per rank: [01], [01], [01] \(a rank without .*at most .* GiB.* MiB received", ranks[0][1])
     assert not ranks[1][1]
-
-
-# torchrun
-
-
-def test_torchrun(tmp_path):
-    """One process is told to stop, one of two is killed, and three finish: the bits of `python main.py`."""
-    folder = tmp_path / "killed"
-    four = ["top_k=8", "l1_coeff=0.01", "num_tokens=20_000"]  # one run of each type
-    options = dict(env=kill_and_resume.environment(), cwd=REPO, capture_output=True, text=True)
-    alone = subprocess.run(kill_and_resume.command(tmp_path / "whole", *four), **options)
-    assert alone.returncode == 0, alone.stderr
-    for ranks, how in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
-        args = kill_and_resume.command(folder, *four, ranks=ranks)
-        hit = kill_and_resume.kill_once(args, folder, how, 0.1, rank=ranks - 1)
-        assert hit == f"rank {ranks - 1} of {ranks} ({how.name})"
-    done = subprocess.run(kill_and_resume.command(folder, *four, ranks=3), **options)
-    assert done.returncode == 0 and done.stderr.count("Resuming after step") == 1, done.stderr
-    assert "Figure" in done.stdout and done.stderr.count("SAEs per rank") == 1
-    expected = kill_and_resume.digests(tmp_path / "whole")
-    assert kill_and_resume.digests(folder) == expected and len(expected) == 3 * 4

@@ -34,7 +34,7 @@ from console import InputError, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from sae import SAE_CLASSES
-from training import make_optimizer, training_step
+from training_step import make_optimizer, training_step
 
 CONTEXTS = 6
 SAES = {

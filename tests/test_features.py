@@ -23,7 +23,7 @@ from config import get_default_cfg, post_init_cfg
 from console import InputError
 from language_model import load_model
 from sae import SAE_CLASSES
-from training import make_optimizer, training_step
+from training_step import make_optimizer, training_step
 
 HOSTILE = ["</script><script>document.title='taken'</script>", "<img src=x onerror=document.title='taken'>", "a & b"]
 HOSTILE += [

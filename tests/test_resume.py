@@ -24,6 +24,7 @@ import checkpoint
 import logs
 import main
 import training
+import training_step
 from activation_store import ActivationsStore
 from checkpoint import SaveError, groups_folder, load_sae, newest_checkpoint
 from console import InputError, run_command
@@ -217,7 +218,7 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
         train(model, cfgs)
     assert list(map(is_finished, cfgs)) == [True, True] + [False] * (len(cfgs) - 2)
     before = digests(Path(cfgs[0]["output_dir"]))
-    monkeypatch.setattr(training, "start_step", None)
+    monkeypatch.setattr(training_step, "start_step", None)
     saes, results = train(model, cfgs[2:])
     assert_as_uninterrupted([part[2:] for part in uninterrupted], cfgs[2:], saes, results)
     after = digests(Path(cfgs[0]["output_dir"]))
@@ -226,11 +227,15 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
 
 
 def test_real_kills(tmp_path):
-    """`python main.py demo` with real signals and a corrupt checkpoint: a short run of tests/kill_and_resume.py."""
-    kills = [(signal.SIGKILL, "save"), (signal.SIGKILL, "evaluation"), (signal.SIGTERM, "")]
+    """`python main.py demo` and torchrun, with real signals and a corrupt checkpoint, finished by three ranks: a short
+    run of tests/kill_and_resume.py with an SAE of each type.
+    """
+    kills = [(signal.SIGKILL, "save", 0), (signal.SIGKILL, "evaluation", 0)]
+    kills += [(signal.SIGTERM, "", 1), (signal.SIGKILL, "", 2)]
     hits = kill_and_resume(
-        tmp_path, kills, random.Random(7), 0.5, "sae_type=topk", "l1_coeff=0", "num_tokens=25_000", delay=0.2
+        tmp_path, kills, random.Random(7), 0.5, "top_k=8", "l1_coeff=0.01", "num_tokens=25_000", delay=0.2, ranks=3
     )
+    assert hits["rank 0 of 1 (SIGTERM)"] and sum(hits[f"rank {i} of 2 (SIGKILL)"] for i in range(2))
     assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
 
 
@@ -239,7 +244,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
     """The step finishes and a checkpoint is saved; a second signal interrupts that. Both can be resumed."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     before = signal.getsignal(number)
-    step, calls = training.start_step, []
+    step, calls = training_step.start_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -255,7 +260,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
     for save in (signalled_again, checkpoint.save_checkpoint):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-            patch.setattr(training, "start_step", signalled)
+            patch.setattr(training_step, "start_step", signalled)
             patch.setattr(checkpoint, "save_checkpoint", save)
             train(model, cfgs)
         assert signal.getsignal(number) == before
@@ -449,7 +454,7 @@ def test_a_store_that_was_used_begins_at_the_beginning(model, training_cfg):
 
 def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
     cfg = training_cfg(**SAES[1], checkpoint_freq=1000)
-    step, calls = training.start_step, []
+    step, calls = training_step.start_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -458,7 +463,7 @@ def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
         return step(*args)
 
     with monkeypatch.context() as patch, pytest.raises(training.Stopped):
-        patch.setattr(training, "start_step", signalled)
+        patch.setattr(training_step, "start_step", signalled)
         train(model, [cfg])
     assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
 
@@ -470,7 +475,7 @@ def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
 def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, where, capsys):
     """Before its weights are touched; the others come to the same bits, and the record names step and reason."""
     cfgs = [training_cfg("with", **changes) for changes in SAES[:3]]
-    real, seen = training.start_step, []
+    real, seen = training_step.start_step, []
 
     def poisoned(sae, optimizer, x, cfg, wait=False):
         if cfg["sae_type"] == "topk":
@@ -483,7 +488,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, 
                 sae.W_dec.register_hook(lambda grad: grad * torch.inf)
         return real(sae, optimizer, x, cfg, wait)
 
-    monkeypatch.setattr(training, "start_step", poisoned)
+    monkeypatch.setattr(training_step, "start_step", poisoned)
     with pytest.raises(InputError, match=f"1 of 3 SAEs.*{cfgs[1]['name']}: step 5: NaN or infinity"):
         train(model, cfgs)
     monkeypatch.undo()

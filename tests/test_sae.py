@@ -20,7 +20,7 @@ from helpers import (
 )
 
 from sae import SAE_CLASSES
-from training import make_optimizer, training_step
+from training_step import make_optimizer, training_step
 
 pytestmark = pytest.mark.usefixtures("form")
 

@@ -13,7 +13,7 @@ from config import get_default_cfg
 from language_model import Harvester, load_model
 from sae import SAE_CLASSES, JumpReLUSAE
 from sparse_ops import SparsityPattern
-from training import make_optimizer, training_step
+from training_step import make_optimizer, training_step
 
 SCREENS = (torch.bfloat16, torch.float32)
 

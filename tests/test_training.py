@@ -17,7 +17,8 @@ from evaluation import evaluate, heldout_baseline
 from export import export_sae
 from logs import is_finished, run_folder
 from sae import SAE_CLASSES
-from training import learning_rate, make_optimizer, train_sae, train_sae_group, training_step
+from training import train_sae, train_sae_group
+from training_step import learning_rate, make_optimizer, training_step
 
 METRICS = {
     "nmse", "fvu", "l0", "dead_fraction", "ce_original", "ce_reconstructed", "ce_degradation", "recovery_from_zero",

@@ -16,7 +16,7 @@ import checkpoint
 from checkpoint import load_sae, save_sae
 from console import InputError
 from sae import SAE_CLASSES
-from training import make_optimizer, training_step
+from training_step import make_optimizer, training_step
 
 
 def gradients_at_the_optimizer(sae, optimizer, x, cfg):

@@ -16,7 +16,8 @@ from helpers import KINDS, feature_major, hard_input, make_sae, make_x, sae_cfg,
 
 import sparse_ops
 from sae import SAE_CLASSES, Counts
-from training import Run, SaveOnError, group_step, make_optimizer, start_step, training_step
+from training import SaveOnError
+from training_step import Run, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
 import triton  # noqa: E402

@@ -1,0 +1,227 @@
+"""A training step: forward, gradient, clipped and projected, Adam, unit decoder rows. On CUDA as CUDA graphs."""
+
+from dataclasses import dataclass
+
+import torch
+
+import sparse_ops
+from config import num_steps
+from logs import RunLog
+from sae import BaseAutoencoder, Counts
+
+
+@dataclass
+class Run:
+    """One SAE of a group."""
+
+    cfg: dict
+    sae: BaseAutoencoder
+    optimizer: torch.optim.Optimizer
+    log: RunLog
+
+    def __post_init__(self):
+        self.graphs = StepGraphs(self)
+
+
+def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
+    """Adam, for training_step. It holds the transpose of W_enc (same memory): fused Adam copies other layouts."""
+    parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
+    return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+
+
+def learning_rate(cfg: dict, step: int) -> float:
+    """The learning rate in a step, counted from 1. It depends on the step alone, so it needs no state.
+
+    lr · min(1, step / lr_warmup_steps, (last step + 1 − step) / lr_decay_steps). Both ramps reach 0 one step outside of
+    training, so the rate is never 0.
+    """
+    warmup, decay, left = cfg["lr_warmup_steps"], cfg["lr_decay_steps"], num_steps(cfg) + 1 - step
+    return cfg["lr"] * min(1, step / warmup if warmup else 1, max(left, 0) / decay if decay else 1)
+
+
+def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
+    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows stay unit vectors.
+
+    The learning rate is the optimizer's; a schedule must set it before each step (learning_rate).
+    Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
+    """
+    output = start_step(sae, optimizer, x, cfg)
+    if read_failures([sae], [output])[0]:
+        del output  # frees memory for the repeated step
+        output = start_step(sae, optimizer, x, cfg, wait=True)
+    return output
+
+
+def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
+    """A training step of each run on the same batch. Appends to `outputs`, run by run, the scalars of the forward's
+    output, or the FloatingPointError that stopped the run. Runs in `ahead` had taken this step before memory ran out:
+    they are skipped, and their numbers are moved from `ahead` to `outputs`.
+
+    On CUDA the host waits for the device once, after it has queued the steps of all runs.
+    """
+
+    def attempt(run, wait=False):
+        try:
+            return run.graphs.start_step(x, wait)
+        except FloatingPointError as error:
+            return error
+
+    device = runs[0].sae.W_enc.device if runs else x.device
+    if device.type == "cuda":  # CUDA graphs read the batch from a fixed address
+        x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
+
+    for run in runs:
+        name = run.cfg["name"]
+        outputs.append(as_output(ahead.pop(name)) if name in ahead else attempt(run))
+    failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
+    for i in failed:
+        outputs[i] = None  # if memory runs out now, these runs have not taken the step
+    for i in failed:
+        outputs[i] = attempt(runs[i], wait=True)
+
+
+class StepGraphs:
+    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 200 kernels takes
+    the host three times as long as the device needs to run them.
+
+    A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own. The first step
+    of a form runs eagerly, the second is recorded.
+    """
+
+    memory = None  # memory pool for the intermediate results of all graphs; no two run at the same time
+    streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
+
+    def __init__(self, run: Run):
+        self.run, self.seen, self.recorded = run, {}, {}
+
+    def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
+        """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""
+        sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
+        if not sae.W_enc.is_cuda:
+            return scalars(start_step(sae, optimizer, x, cfg, wait))
+        if x.device not in self.streams:
+            self.streams[x.device] = torch.cuda.Stream(x.device)
+        stream = self.streams[x.device]
+        form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
+        if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            try:
+                with torch.cuda.stream(stream):
+                    output = scalars(start_step(sae, optimizer, x, cfg, wait))
+            finally:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
+            if not wait:
+                self.seen[form] = output
+            return dict(output)
+        if form not in self.recorded:
+            self.recorded[form] = self.record(x, stream, self.seen[form])
+        graph, lr, output = self.recorded[form]
+        lr.fill_(optimizer.param_groups[0]["lr"])
+        graph.replay()
+        return dict(output)
+
+    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
+        """Returns the graph, the learning rate [] that it reads, and the scalars that it writes, allocated like `like`.
+
+        The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
+        """
+        sae, group = self.run.sae, self.run.optimizer.param_groups[0]
+        graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
+        output = {key: torch.empty_like(value) for key, value in like.items()}
+        StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # torch cannot free cached memory while it records
+        group["lr"] = lr
+        try:
+            with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
+                written = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
+                torch._foreach_copy_(list(output.values()), [written[key] for key in output])
+        except RuntimeError as error:
+            StepGraphs.memory = None  # the pool is unusable after a failure
+            raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
+        finally:
+            group["lr"] = rate
+        return graph, lr, output
+
+
+@sparse_ops.sae_arithmetic
+def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+    """Like training_step, but on CUDA the host does not wait for the device unless `wait` is set. If output["failure"]
+    is not 0, nothing has changed, and the step must be repeated with wait=True (read_failures).
+    """
+    output = sae(x, wait=wait)
+    output["loss"].backward()
+    if sparse_ops.uses_kernels(sae.W_enc):
+        update_on_device(sae, optimizer, cfg, output)
+    else:
+        update_weights(sae, optimizer, cfg)
+        sae.update_statistics(output)
+    optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
+    optimizer.zero_grad()
+    sae.zero_grad()
+    if wait and output.pop("failure", 0):
+        raise FloatingPointError("NaN or infinity in the gradient")
+    return output
+
+
+def update_weights(sae, optimizer, cfg: dict) -> None:
+    """Clip the gradient, remove its part parallel to the decoder rows, take Adam's step, normalise the rows."""
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
+    if not norm.isfinite():
+        sae.zero_grad()
+        raise FloatingPointError("NaN or infinity in the gradient")
+    optimizer.is_updating = True
+    sae.make_decoder_weights_and_grad_unit_norm()
+    share_gradients(sae, optimizer)
+    optimizer.step()
+    sae.normalize_decoder()
+
+
+def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
+    """update_weights and update_statistics with the kernels of triton_ops.py. If the step failed, output["failure"] is
+    not 0 and nothing changes.
+    """
+    import triton_ops
+
+    share_gradients(sae, optimizer)
+    optimizer.is_updating = True
+    failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
+    triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
+    output["failure"] = failure
+    before, valid = [buffer.clone() for buffer in sae.buffers()], failure == 0
+    sae.update_statistics(output)
+    for buffer, old in zip(sae.buffers(), before):
+        buffer.copy_(torch.where(valid, buffer, old))
+
+
+def share_gradients(sae, optimizer) -> None:
+    """Give the optimizer the gradient of W_enc, whose transpose it holds (make_optimizer)."""
+    for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
+        if held is not parameter:
+            held.grad = parameter.grad.T
+
+
+def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[bool]:
+    """Which steps must be repeated with wait=True. Also reads the counts for the next step (BaseAutoencoder.counts).
+
+    Waits for the device once.
+    """
+    queued = [i for i, output in enumerate(outputs) if isinstance(output, dict) and "failure" in output]
+    read = [torch.cat([outputs[i]["failure"][None], saes[i].counts_on_device()]) for i in queued]
+    failed = [False] * len(outputs)
+    for i, (failure, *counts) in zip(queued, torch.stack(read).tolist() if read else []):
+        del outputs[i]["failure"]
+        failed[i], saes[i].known_counts = failure != 0, Counts(*counts)
+    return failed
+
+
+def scalars(output: dict) -> dict:
+    """The scalars of a forward's output, still on the device. The rest would keep [B, F] of every SAE in memory."""
+    return {key: value.detach() for key, value in output.items() if value.ndim == 0}
+
+
+def as_output(numbers: dict) -> dict:
+    """Numbers from a checkpoint in the form that scalars() gives them."""
+    return {
+        key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        for key, value in numbers.items()
+    }
