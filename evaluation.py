@@ -42,15 +42,17 @@ On the whole held-out set, results also contain `histograms`, in eval():
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
 from config import best_device
-from console import InputError, one_line, run_command, tell
+from console import RANK, InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 
@@ -64,21 +66,35 @@ CHUNK = 2**24  # maximum size of the pre-activations [tokens, F] that calibrate_
 @torch.no_grad()
 def heldout_baseline(activation_store) -> dict:
     """What does not depend on the SAE: `mean` [d], the mean held-out activation, and the CE of each context [n], in
-    nats per token: ce_original, ce_zero_ablated (activations set to 0) and ce_mean_ablated (set to the mean).
+    nats per token: ce_original, ce_zero_ablated (activations set to 0) and ce_mean_ablated (set to the mean). Also the
+    seconds that a context took.
     """
-    total, count = 0, 0
+    total, count, started = 0, 0, time.time()
     for tokens in eval_batches(activation_store):
         x = heldout_activations(activation_store, tokens)[kept(activation_store, tokens)]
         total, count = total + x.double().sum(0), count + len(x)
     mean = (total / count).float()
     replacements = {"ce_original": None, "ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
     ce = {key: [] for key in replacements}
-    for tokens in eval_batches(activation_store):
+    for tokens in progress("model", eval_batches(activation_store)):
         acts, keep = activation_store.get_activations(tokens), kept(activation_store, tokens)
         for key, replacement in replacements.items():
             logits = predict(activation_store, tokens, acts, replacement, keep)
             ce[key].append(prediction_losses(logits, tokens, keep)[0])
-    return {"mean": mean} | {key: torch.cat(losses) for key, losses in ce.items()}
+    seconds = (time.time() - started) / len(activation_store.eval_contexts)
+    return {"mean": mean, "seconds_per_context": seconds} | {key: torch.cat(losses) for key, losses in ce.items()}
+
+
+def evaluation_cost(saes: list) -> float:
+    """Time of evaluate, in times of heldout_baseline for as many contexts: about what benchmarks/evaluation_time.py
+    measures. A BatchTopK counts twice, for its two modes.
+    """
+    return (1 + len(saes) + sum(sae.cfg["sae_type"] == "batchtopk" for sae in saes)) / 2.2
+
+
+def progress(what: str, batches: list) -> tqdm:
+    """The batches, with a progress bar that appears after 2 s."""
+    return tqdm(batches, desc=f"evaluating: {what}", unit="batch", leave=False, delay=2, disable=RANK > 0)
 
 
 @torch.no_grad()
@@ -102,7 +118,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     token_l0 = {variant: [] for variant in variants}
 
     done = 0
-    for tokens in eval_batches(activation_store, num_contexts):
+    for tokens in progress(f"{len(saes)} SAEs", eval_batches(activation_store, num_contexts)):
         acts = activation_store.get_activations(tokens)
         here = keep[done : done + len(tokens)]
         x = acts[:, cfg["eval_skip_positions"] :][here]
@@ -133,7 +149,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             per_context[variant].append(torch.cat([means, losses.double()]).cpu())
 
     metrics = [{} for _ in saes]
-    ces = {key: values[:contexts].double().cpu() for key, values in baseline.items() if key != "mean"}
+    ces = {key: values[:contexts].double().cpu() for key, values in baseline.items() if key.startswith("ce_")}
     original, zero, mean = ces["ce_original"], ces["ce_zero_ablated"], ces["ce_mean_ablated"]
     # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
     tokens, predictions = keep.double().mean(-1).cpu(), keep[:, :-1].double().mean(-1).cpu()

@@ -264,19 +264,20 @@ def provenance(model, activation_store) -> dict:
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "commit": commit,
-        "threads": torch.get_num_threads(),
         "device": activation_store.cfg["device"],
         "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
-        **gpu(activation_store.cfg["device"]),
+        **hardware(activation_store.cfg["device"]),
         **activation_store.stream.reader.fingerprint(),
     }
 
 
-def gpu(device: str) -> dict:
-    """The GPU, the CUDA version and whether the language model uses TF32, which affect rounding. {} on a CPU."""
+def hardware(device: str) -> dict:
+    """What affects rounding: on a CPU the number of threads; on a GPU its kind, the CUDA version, and whether the
+    language model uses TF32.
+    """
     if not device.startswith("cuda"):
-        return {}
+        return {"threads": torch.get_num_threads()}
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     name = f"{torch.cuda.get_device_name(device)} (compute capability {capability})"
     return {"card": name, "cuda": torch.version.cuda, "model_in_tf32": os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"}

@@ -211,6 +211,8 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
     runs = []
     for cfg in cfgs:
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
+        if hasattr(sae, "batches_until_sparse"):
+            sae.batches_until_sparse.zero_()  # the first steps of training are dense
         runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
     if not runs:
         return []

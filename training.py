@@ -4,7 +4,8 @@ import signal
 import threading
 import time
 import traceback
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from tqdm import tqdm
@@ -12,8 +13,8 @@ from tqdm import tqdm
 import distributed
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0
-from console import InputError, out_of_memory, tell
-from evaluation import evaluate, heldout_baseline
+from console import RANK, InputError, out_of_memory, tell
+from evaluation import evaluate, evaluation_cost, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
 from logs import RunLog, has_ended, provenance
@@ -93,15 +94,10 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
     failed, warned, num_saes = [], set(), sum(distributed.gather(len(runs)))
-    bar = tqdm(
-        total=last_step * cfg["batch_size"],
-        initial=checkpoints.step * cfg["batch_size"],
-        unit="tok",
-        unit_scale=True,
-        desc=f"training {num_saes} SAEs",
-        smoothing=0.05,
-        disable=distributed.rank() > 0,
-    )
+    bar = TrainingBar(f"training {num_saes} SAEs", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"])
+    evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
+    bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
+    bar.seconds_per_context = baseline["seconds_per_context"] * evaluation_cost([run.sae for run in runs])
     with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
             # The step
@@ -139,7 +135,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
                 bar.set_postfix_str(summary(distributed.gather_lists(metrics)))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
-                evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
+                with bar.evaluating(eval_contexts):
+                    evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
                 rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
                 tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
                 for values, more in zip(metrics, evaluated):
@@ -165,6 +162,41 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return distributed.gather_lists(failed)
+
+
+class TrainingBar(tqdm):
+    """A progress bar over tokens. The time left includes `contexts_left` to evaluate. An evaluation does not slow the
+    rate that is shown.
+    """
+
+    contexts_left, seconds_per_context = 0, 0.0
+
+    def __init__(self, title: str, done: int, total: int):
+        super().__init__(
+            desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05, disable=RANK > 0,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
+        )  # fmt: skip
+
+    @property
+    def format_dict(self) -> dict:
+        values = super().format_dict
+        rate, left = values["rate"], "?"
+        if rate is None and values["elapsed"] and values["n"] > values["initial"]:
+            rate = (values["n"] - values["initial"]) / values["elapsed"]
+        if rate:
+            training = (values["total"] - values["n"]) / rate
+            left = self.format_interval(training + self.contexts_left * self.seconds_per_context)
+        return values | {"left": left}
+
+    @contextmanager
+    def evaluating(self, contexts: int) -> Iterator[None]:
+        started = time.time()
+        yield
+        seconds = time.time() - started
+        self.contexts_left -= contexts
+        self.seconds_per_context = seconds / contexts
+        if not self.disable:
+            self.last_print_t += seconds
 
 
 class SaveOnError:

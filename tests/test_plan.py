@@ -1,8 +1,10 @@
 """Estimates of memory and time hold, groups that exceed the memory are split, and estimating changes nothing."""
 
 import re
+import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ from helpers import REPO, SAES, same_bits, train
 
 import main
 import plan
+import training
 from activation_store import ActivationsStore
 from checkpoint import load_sae
 from console import InputError
 from logs import run_folder
+from sae import SAE_CLASSES
+from training import TrainingBar
+from training_step import Run, group_step, make_optimizer
 
 PEAK = """
 import sys
@@ -126,6 +132,44 @@ def test_time_estimate_changes_nothing(training_cfg, model, capsys):
     assert estimated.state_dict() == before and torch.equal(torch.get_rng_state(), random)
     for _ in range(8):
         assert torch.equal(store.next_batch(), estimated.next_batch())
+
+
+def test_the_announced_step_is_that_of_training(model, training_cfg, capsys):
+    """Within a factor of 3, which a busy machine keeps; steps in the first batches of JumpReLU are dense and slower."""
+    sizes = dict(dict_size=2048, batch_size=256, num_tokens=256 * 30, n_batches_to_dead=100, num_epochs=2)
+    kinds = (dict(sae_type="topk"), dict(sae_type="batchtopk"), dict(sae_type="jumprelu", l1_coeff=0.01))
+    cfgs = [training_cfg(**sizes, top_k=4, **kind) for kind in kinds]
+    plan.plan_time(cfgs, ActivationsStore(model, cfgs[0]), 0, False, 2**40)
+    step, harvest = map(float, re.search(r"of ([\d.e-]+) s \(([\d.e-]+) s", capsys.readouterr().err).groups())
+    runs = [Run(cfg, SAE_CLASSES[cfg["sae_type"]](cfg), None, None) for cfg in cfgs]
+    for run in runs:
+        run.optimizer = make_optimizer(run.sae, run.cfg)
+    store, seconds = ActivationsStore(model, cfgs[0]), []
+    for _ in range(25):
+        x = store.next_batch()
+        started = time.perf_counter()
+        group_step(runs, x, [], {})
+        seconds.append(time.perf_counter() - started)
+    assert 1 / 3 < (step - harvest) / statistics.median(seconds[12:]) < 3
+
+
+@pytest.mark.fast
+def test_the_time_left_includes_evaluations(monkeypatch):
+    """An evaluation does not change the rate; what is left of them is added to the time left."""
+    bar = TrainingBar("training", done=1000, total=5000)
+    now = [bar.start_t]
+    bar._time = lambda: now[0]
+    monkeypatch.setattr(training.time, "time", lambda: now[0])
+    bar.contexts_left, bar.seconds_per_context = 100, 2.0
+    for step in range(10):
+        now[0] += 10
+        bar.update(100)
+        if step == 4:
+            with bar.evaluating(40):
+                now[0] += 40  # 1 s per context
+    assert bar.format_dict["rate"] == pytest.approx(10) and bar.format_dict["elapsed"] == 140
+    assert bar.format_dict["left"] in (bar.format_interval(3000 / 10 + 60), bar.format_interval(3000 / 10 + 59))
+    bar.close()
 
 
 def test_a_sweep_that_takes_too_long_is_refused(training_cfg, model, monkeypatch):

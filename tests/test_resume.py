@@ -577,10 +577,10 @@ def test_a_run_on_another_card_is_another_run(monkeypatch):
     """The card, its capability, CUDA's version and TF32 are part of what a checkpoint was made with."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    made_with = logs.gpu("cuda:0")
+    made_with = logs.hardware("cuda:0")
     name = "card cuda:0 (compute capability 9.0)"
     assert made_with == {"card": name, "cuda": torch.version.cuda, "model_in_tf32": True}
-    assert logs.gpu("cpu") == {}
-    before, now = (made | {"versions": {}} for made in (made_with, logs.gpu("cuda:1")))
+    assert logs.hardware("cpu") == {"threads": torch.get_num_threads()}
+    before, now = (made | {"versions": {}} for made in (made_with, logs.hardware("cuda:1")))
     with pytest.raises(InputError, match="card was card cuda:0 .* and is card cuda:1"):
         checkpoint.check_provenance(before, now, Path("step_1"), resume_anyway=False)
