@@ -13,7 +13,7 @@ import torch
 
 from config import num_steps
 from console import InputError, gib, tell
-from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
+from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
 from training import Run, group_step, make_optimizer
@@ -139,16 +139,17 @@ def estimate_time(group: list[dict], store, steps_done: int, force: bool) -> Non
     acts, keep = store.get_activations(tokens), kept(store, tokens)
     predict(store, tokens, acts)
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
-    step = evaluation = 0.0
+    step = evaluation = final = 0.0
     for run_cfg in group:
         sae_step, reconstruction = step_times(run_cfg, x)
         step += sae_step
-        evaluation += (forward + reconstruction) * (2 if run_cfg["sae_type"] == "batchtopk" else 1)
+        evaluation += (forward + reconstruction) * len(variants_of(run_cfg, whole=False))
+        final += (forward + reconstruction) * len(variants_of(run_cfg, whole=True))
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
     training = steps * (step + harvest)
-    evaluating = (batches + periodic) * (evaluation + harvest + forward) + batches * (3 * forward + 2 * harvest)
+    evaluating = periodic * (evaluation + harvest + forward) + batches * (final + 4 * forward + 3 * harvest)
     tell(
         f"Estimated time: {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "
         f"{steps:,} steps of {step + harvest:.2g} s ({harvest:.2g} s of it in the language model), "

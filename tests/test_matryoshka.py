@@ -3,6 +3,10 @@
 Values and gradients of all types are compared with tests/reference.py in test_sae.py and test_training_step.py.
 """
 
+import copy
+import json
+import re
+
 import pytest
 import torch
 from test_resume import stopping_store
@@ -18,10 +22,14 @@ from test_sae import (  # noqa: F401 (fixtures)
 )
 from test_training import completed_cfg, data, figures, lines_of, model, no_wandb, same_bits, train  # noqa: F401
 
+from activation_store import ActivationsStore
 from checkpoint import load_sae, save_sae
-from config import prefix_sizes
+from config import post_init_cfg, prefix_sizes
 from console import InputError
+from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, table
+from export import export_sae, import_sae
 from logs import run_folder
+from sae import SAE_CLASSES
 from sparse_ops import SparsityPattern
 from training import make_optimizer, training_step
 
@@ -140,6 +148,7 @@ def test_padded_patterns_are_split_by_group_too():
     row_offsets = torch.nn.functional.pad((matrix != 0).sum(1).cumsum(0), (1, 0)).int()
     padded = triton_ops.PaddedPattern(rows.int(), cols.int(), row_offsets, (6, 24), values, None, None)
     ours, theirs = padded.by_group(SIZES), reference.by_group(SIZES)
+    assert ours.row_offsets[-1] == len(reference), "no row has the padding"
     table, grad = torch.randn(24, 12, generator=g).to(device), torch.randn(6 * 4, 12, generator=g).to(device)
     torch.testing.assert_close(ours.spmm(values, table), theirs.spmm(reference.products, table))
     found, expected = (of.decode_gradients(v, table, grad) for of, v in ((ours, values), (theirs, reference.products)))
@@ -182,6 +191,68 @@ def test_reconstructions_are_those_of_the_prefixes():
         torch.testing.assert_close(reconstruction, sae.decode(features[:, :m]))
 
 
+# Evaluation
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, data, tmp_path_factory):  # noqa: F811
+    """A store, a Matryoshka SAE after some steps, and its metrics."""
+    cfg = completed_cfg(data, tmp_path_factory.mktemp("runs"), sae_type="matryoshka", top_k=8, layer=2)
+    store, sae = ActivationsStore(model, cfg), SAE_CLASSES["matryoshka"](cfg)
+    optimizer = make_optimizer(sae, cfg)
+    for _ in range(10):
+        training_step(sae, optimizer, store.next_batch(), cfg)
+    baseline = heldout_baseline(store)
+    return store, sae, baseline, evaluate([sae], store, baseline)[0]
+
+
+def test_metrics_of_prefixes_are_those_of_truncated_saes(evaluated):
+    """All metrics of the first m features equal those of a BatchTopK with these features and the threshold alone."""
+    store, sae, baseline, metrics = evaluated
+    assert prefix_sizes(sae.cfg) == [2, 6, 14, 30, 64]
+    assert metrics["nmse_prefix_2"] > metrics["nmse_prefix_14"] > metrics["nmse"]
+    for m in (2, 6, 14, 30):
+        truncated = SAE_CLASSES["batchtopk"](post_init_cfg(sae.cfg | dict(sae_type="batchtopk", dict_size=m, top_k=1)))
+        with torch.no_grad():
+            truncated.W_enc.copy_(sae.W_enc[:, :m])
+            truncated.W_dec.copy_(sae.W_dec[:m])
+            truncated.b_dec.copy_(sae.b_dec)
+        set_threshold(truncated, sae.threshold)
+        (expected,) = evaluate([truncated], store, baseline)
+        of_prefix = {key: value for key, value in metrics.items() if re.search(rf"_prefix_{m}(_se)?$", key)}
+        expected = {re.sub(r"(_se)?$", rf"_prefix_{m}\1", key, count=1): value for key, value in expected.items()}
+        assert len(of_prefix) == 2 * 11 and of_prefix.keys() <= expected.keys()
+        assert of_prefix == pytest.approx({key: expected[key] for key in of_prefix}, rel=1e-4, abs=1e-6)
+
+
+def test_prefixes_are_measured_on_the_whole_held_out_set_only(evaluated):
+    store, sae, baseline, metrics = evaluated
+    (some,) = evaluate([sae], store, baseline, num_contexts=2)
+    assert not any("_prefix_" in key for key in some)
+    assert {"nmse", "nmse_batch", "threshold"} <= some.keys() & metrics.keys()
+
+
+def test_printed_table(evaluated):
+    """One aligned line per prefix, below the table of all metrics, which does not have them."""
+    metrics = evaluated[3]
+    first, second = table(metrics).split("\n\n")
+    assert "_prefix_" not in first and len(second.splitlines()) == 6
+    head, *lines = (re.split("  +", line) for line in second.splitlines())
+    assert head == ["features", "nmse", "fvu", "l0", "dead_fraction", "ce_degradation"]
+    assert [line[0] for line in lines] == ["2", "6", "14", "30", "all"]
+    for line, suffix in zip(lines, ["_prefix_2", "_prefix_6", "_prefix_14", "_prefix_30", ""]):
+        for key, cell in zip(head[1:], line[1:], strict=True):
+            assert cell == f"{metrics[key + suffix]:.4f} ± {metrics[f'{key}{suffix}_se']:.4f}"
+
+
+def test_threshold_can_be_calibrated(evaluated):
+    store, sae, *_ = evaluated
+    sae = copy.deepcopy(sae).eval()
+    x = heldout_activations(store, store.eval_contexts).flatten(0, 1)
+    l0 = calibrate_threshold(sae, x, target_l0=3)
+    assert l0 == pytest.approx(3, rel=0.05) and (sae.encode(x) > 0).sum(1).double().mean() == pytest.approx(l0)
+
+
 # Records
 
 
@@ -192,6 +263,28 @@ def test_round_trip(tmp_path):
     loaded = load_sae(tmp_path)
     assert loaded.cfg == sae.cfg and prefix_sizes(loaded.cfg) == SIZES
     assert same_bits(loaded, sae)
+
+
+@pytest.mark.parametrize("sizes", [None, [64, 200, 256]])
+@pytest.mark.parametrize("config", ["ours", "theirs"])
+def test_dictionary_learning_keeps_the_groups(tmp_path, sizes, config):
+    """Also where the folder holds that library's config only."""
+    sae = make_sae("matryoshka", d=16, F=256, matryoshka_sizes=sizes, dtype="float32", input_unit_norm=False)
+    set_threshold(sae, 0.4)
+    export_sae(sae, "dictionary_learning", tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    written = json.loads(path.read_text())
+    groups = [8, 16, 32, 64, 136] if sizes is None else [64, 136, 56]
+    assert written["trainer"]["group_sizes"] == groups and sum(written["trainer"]["group_fractions"]) == 1
+    if config == "theirs":
+        del written["batchtopk_config"]
+        path.write_text(json.dumps(written))
+    back = import_sae(tmp_path / "out", "dictionary_learning")
+    assert (back.cfg["sae_type"], back.cfg["matryoshka_sizes"]) == ("matryoshka", sizes)
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in params(sae, torch.float32).items()
+               if name != "b_enc")  # fmt: skip
+    assert "for m = 8, 24, 56, 120." in (card := (tmp_path / "out" / "README.md").read_text()) or sizes
+    assert "# Matryoshka BatchTopK SAE with 256 features" in card and "arxiv.org/abs/2503.17547" in card
 
 
 def test_resumes_to_the_bit_in_a_mixed_group(model, data, tmp_path):  # noqa: F811
