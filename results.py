@@ -42,7 +42,7 @@ plt.rcParams.update({
 # The Okabe-Ito palette, which is safe for colour-blind readers; markers and line styles differ for greyscale prints.
 STYLES = {
     "batchtopk": ("BatchTopK", "#0072B2", "o", "-"),
-    "matryoshka": ("Matryoshka", "#E69F00", "v", (0, (7, 1, 1, 1))),
+    "matryoshka": ("Matryoshka", "#E69F00", "v", (0, (8, 1.5, 1, 1.5, 1, 1.5))),
     "topk": ("TopK", "#D55E00", "s", "--"),
     "jumprelu": ("JumpReLU", "#009E73", "^", "-."),
     "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
