@@ -15,8 +15,9 @@ from functools import partial
 
 from console import CONTROL, InputError
 
-SAE_TYPES = ("vanilla", "topk", "batchtopk", "jumprelu")
-TOP_K_TYPES = ("topk", "batchtopk")
+SAE_TYPES = ("vanilla", "topk", "batchtopk", "jumprelu", "matryoshka")
+BATCH_TOP_K_TYPES = ("batchtopk", "matryoshka")
+TOP_K_TYPES = ("topk", *BATCH_TOP_K_TYPES)
 DTYPES = ("float32", "bfloat16", "float16")
 SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 
@@ -50,13 +51,17 @@ NoResult = partial(Key, in_name=False, in_point=False)  # changes no result (ano
 # fmt: off
 TABLE = (  # the keys under the titles of their sections
     "The SAE",
-    OfSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk" or "jumprelu"', choices=SAE_TYPES),
+    OfSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk", "jumprelu" or "matryoshka"', choices=SAE_TYPES),
     OfSAE("dict_size", 12288, "F, number of features", at_least=1),
-    OfSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk)",
+    OfSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk, matryoshka)",
         at_least=1, types=TOP_K_TYPES),
-    OfSAE("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk)",
+    OfSAE("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk, matryoshka)",
         at_least=1, types=TOP_K_TYPES),
-    OfSAE("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk)", at_least=0, types=TOP_K_TYPES),
+    OfSAE("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk, matryoshka)",
+        at_least=0, types=TOP_K_TYPES),
+    OfSAE("matryoshka_sizes", None, "sizes of the nested prefixes of the dictionary, as [64, 256, 1024], increasing to "
+        "dict_size (matryoshka); None: 1/32, 3/32, 7/32, 15/32 and all of it",
+        optional=list, types=("matryoshka",), added_later=True),
     OfSAE("l1_coeff", 0.0, "coefficient of the L1 penalty; of the L0 penalty for jumprelu", at_least=0),
     OfSAE("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
         above=0, types=("jumprelu",)),
@@ -165,6 +170,11 @@ def post_init_cfg(cfg: dict) -> dict:
 
     if cfg["top_k"] > cfg["dict_size"] and cfg["sae_type"] in TOP_K_TYPES:
         raise InputError(f"top_k = {cfg['top_k']} is impossible: at most dict_size = {cfg['dict_size']}")
+    if cfg["sae_type"] == "matryoshka" and (sizes := prefix_sizes(cfg))[-1] != cfg["dict_size"]:
+        raise InputError(
+            f"matryoshka_sizes = {sizes} is not allowed: it must end at dict_size = {cfg['dict_size']}, the whole "
+            f"dictionary"
+        )
     if cfg["eval_skip_positions"] > cfg["seq_len"] - 2:
         raise InputError(
             f"eval_skip_positions = {cfg['eval_skip_positions']} leaves nothing to evaluate in contexts of seq_len = "
@@ -197,6 +207,8 @@ def check_value(key: Key, value):
         return None
     if key.name == "exclude_tokens":
         return check_exclude_tokens(value)
+    if key.name == "matryoshka_sizes":
+        return check_matryoshka_sizes(value)
     kind = key.optional or type(key.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # num_tokens = 1e9
@@ -244,6 +256,22 @@ def check_exclude_tokens(value) -> str | list[int]:
             f"exclude_tokens = {value!r} is not allowed: it must be None, 'bos', 'special' or a list of token ids"
         )
     return sorted(set(ids))
+
+
+def check_matryoshka_sizes(value) -> list[int]:
+    sizes = list(value) if isinstance(value, list | tuple) else []
+    if not sizes or any(type(size) is not int for size in sizes) or sizes != sorted({0, *sizes})[1:]:
+        raise InputError(
+            f"matryoshka_sizes = {value!r} is not allowed: it must be None or a list of increasing numbers of "
+            f"features, such as [64, 256, 1024]"
+        )
+    return sizes
+
+
+def prefix_sizes(cfg: dict) -> list[int]:
+    """matryoshka_sizes or its default, the fractions of arXiv 2503.17547, rounded up. Equal ones are merged."""
+    fractions_of_32 = (1, 3, 7, 15, 32)
+    return cfg["matryoshka_sizes"] or sorted({-(-cfg["dict_size"] * n // 32) for n in fractions_of_32})
 
 
 def num_steps(cfg: dict) -> int:

@@ -18,11 +18,13 @@ of them. With x an activation and r its reconstruction, both in the units of the
     kl_divergence   mean over tokens of KL(p ‖ q) in nats; p is the model's prediction, q that with r in place of x
     recovery_from_zero, recovery_from_mean
                     (CE ablated − CE reconstructed) / (CE ablated − CE original): 1 is perfect
-    threshold       inference threshold of a BatchTopK SAE
+    threshold       inference threshold of a BatchTopK or Matryoshka SAE
 
 The first eval_skip_positions of a context and the tokens in exclude_tokens are skipped: the model keeps its own
 activations there, and neither these positions nor the predictions made from them count in any metric. Metrics are
-measured in eval(). For BatchTopK the suffix _batch marks the same metrics with the top k of the batch.
+measured in eval(). For BatchTopK and Matryoshka the suffix _batch marks the same metrics with the top k of the batch.
+For Matryoshka the suffix _prefix_<m> marks the same metrics of the first m features alone, in eval(); m are its
+matryoshka_sizes below dict_size. These are measured on the whole held-out set only.
 
 With at least two contexts, each metric has a standard error over contexts, <metric>_se. For a mean over tokens it is
 the standard error of the mean of the contexts' means. For a ratio it is by the delta method, std(a − ratio·b) /
@@ -42,6 +44,7 @@ On the whole held-out set, results also contain `histograms`, in eval():
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -51,13 +54,14 @@ from tqdm import tqdm
 
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
-from config import best_device
+from config import BATCH_TOP_K_TYPES, best_device, prefix_sizes
 from console import RANK, InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
+OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
 MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
 IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
 CHUNK = 2**24  # maximum size of the pre-activations [tokens, F] that calibrate_threshold holds at a time
@@ -86,10 +90,8 @@ def heldout_baseline(activation_store) -> dict:
 
 
 def evaluation_cost(saes: list) -> float:
-    """Time of evaluate, in times of heldout_baseline for as many contexts: about what benchmarks/evaluation_time.py
-    measures. A BatchTopK counts twice, for its two modes.
-    """
-    return (1 + len(saes) + sum(sae.cfg["sae_type"] == "batchtopk" for sae in saes)) / 2.2
+    """Time of evaluate in times of heldout_baseline, both on the whole set (benchmarks/evaluation_time.py)."""
+    return (1 + sum(len(variants_of(sae.cfg, whole=True)) for sae in saes)) / 2.2
 
 
 def progress(what: str, batches: list) -> tqdm:
@@ -100,7 +102,8 @@ def progress(what: str, batches: list) -> tqdm:
 @torch.no_grad()
 def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
     """The metrics above for each SAE, on the first `num_contexts` held-out contexts (default: all). dead_fraction,
-    dense_fraction and the histograms are computed on the whole set only. Does not change the SAEs.
+    dense_fraction, the histograms and the metrics of prefixes are computed on the whole set only. Does not change the
+    SAEs.
 
     Peak memory: activations, features and two logits tensors (the model's and one SAE's) of one batch of contexts
     (eval_batches), and MAX_PARTS counts per feature.
@@ -108,8 +111,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     if not saes:
         return []
     cfg = activation_store.cfg
-    variants = [(i, "", False) for i in range(len(saes))]
-    variants += [(i, "_batch", True) for i, sae in enumerate(saes) if sae.cfg["sae_type"] == "batchtopk"]
+    variants = [(i, *of_sae) for i, sae in enumerate(saes) for of_sae in variants_of(sae.cfg, num_contexts is None)]
     per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
     keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
@@ -128,8 +130,11 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
         parts = part[done : done + len(tokens), None].expand_as(here)[here]
         done += len(tokens)
         for variant in variants:
-            sae = saes[variant[0]]
-            reconstruction, features = in_mode(sae, variant[2], sae.reconstruct, x)
+            i, _, training, size = variant
+            reconstruction, features = in_mode(saes[i], training, saes[i].reconstruct, x)
+            if size is not None:
+                features = features[:, :size]
+                reconstruction = saes[i].decode(features, like=x)
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)
             active = features > 0
@@ -154,7 +159,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
     tokens, predictions = keep.double().mean(-1).cpu(), keep[:, :-1].double().mean(-1).cpu()
     for variant in variants:
-        i, suffix, training = variant
+        i, suffix, *_ = variant
         nmse, error, variance, cosine, l0, ce, kl = torch.cat(per_context[variant], 1)
         ratios = {
             "nmse": (nmse, tokens), "fvu": (error, variance), "cosine_similarity": (cosine, tokens),
@@ -167,15 +172,27 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
         if num_contexts is None:
             tokens_in_part = part.new_zeros(min(contexts, MAX_PARTS)).index_add_(0, part, keep.sum(1))
             metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part)
-            if not training:
+            if not suffix:
                 l0 = torch.cat(token_l0[variant])
                 metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0))
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
             values |= ratio_with_error(key, ce, predictions)
-        if sae.cfg["sae_type"] == "batchtopk":
+        if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
             values["threshold"] = sae.threshold.item()
     return metrics
+
+
+def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
+    """The ways in which an SAE is measured: suffix of the metrics, whether in train(), number of features (None: all).
+    whole: whether on the whole held-out set.
+    """
+    variants = [("", False, None)]
+    if cfg["sae_type"] in BATCH_TOP_K_TYPES:
+        variants.append(("_batch", True, None))
+    if cfg["sae_type"] == "matryoshka" and whole:
+        variants += [(f"_prefix_{size}", False, size) for size in prefix_sizes(cfg)[:-1]]
+    return variants
 
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
@@ -280,9 +297,10 @@ def in_mode(sae, training: bool, function, *args):
 
 @torch.no_grad()
 def calibrate_threshold(sae, activations, target_l0: float | None = None) -> float:
-    """Set the inference threshold of a BatchTopK SAE so that its mean L0 on these activations is `target_l0` (default:
-    top_k). Use it for other text, another L0, or an SAE imported without a threshold. Returns the resulting mean L0.
-    checkpoint.save_sae saves the SAE; result.json and evaluation.json of the run keep the metrics of the old threshold.
+    """Set the inference threshold of a BatchTopK or Matryoshka SAE so that its mean L0 on these activations is
+    `target_l0` (default: top_k). Use it for other text, another L0, or an SAE imported without a threshold. Returns the
+    resulting mean L0. checkpoint.save_sae saves the SAE; result.json and evaluation.json of the run keep the metrics of
+    the old threshold.
 
     `activations`: residual-stream vectors [n, d] on any device, or an iterable of such batches, read once. They should
     resemble those on which the SAE will be used. A histogram with 4096 bins per power of 2 bounds the memory; the
@@ -292,8 +310,9 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
     no activations or NaN or infinity in them.
     """
     target = sae.cfg["top_k"] if target_l0 is None else target_l0
-    if sae.cfg["sae_type"] != "batchtopk":
-        raise InputError(f"only a batchtopk SAE has a threshold to calibrate; this one is {sae.cfg['sae_type']}")
+    if sae.cfg["sae_type"] not in BATCH_TOP_K_TYPES:
+        allowed = " or ".join(BATCH_TOP_K_TYPES)
+        raise InputError(f"only a {allowed} SAE has a threshold to calibrate; this one is {sae.cfg['sae_type']}")
     if not target > 0:
         raise InputError(f"target_l0 = {target} is not allowed: it must be above 0")
     # Positive float32 values have the same order as their bits read as integers: the upper 20 of 31 bits are the bin.
@@ -331,7 +350,7 @@ def open_run(run: Path) -> tuple:
     record = read_record(run / "config.json")
     device = str(record.get("device"))
     sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
-    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
+    if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:
         raise InputError(
             f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
         )
@@ -359,15 +378,28 @@ def read_record(file: Path) -> dict:
 
 
 def table(metrics: dict) -> str:
-    """A table with one metric per line, with its standard error, and a second column for the _batch metrics."""
+    """A table with one metric per line, with its standard error, and a second column for the _batch metrics. For a
+    Matryoshka SAE, below it a table with the main metrics of each prefix.
+    """
     suffixes = ["", "_batch"] if "l0_batch" in metrics else [""]
     lines = [["", "as used", "batch top-k"][: 1 + len(suffixes)]]
     for key in metrics:
-        if not isinstance(metrics[key], float) or key.endswith(("_se", "_batch")):
+        if not isinstance(metrics[key], float) or key.endswith(("_se", "_batch")) or "_prefix_" in key:
             continue
         lines.append([key])
         for name in (key + suffix for suffix in suffixes if key + suffix in metrics):
             lines[-1].append(with_error(metrics, name))
+    text, suffixes = aligned(lines), [key[len("nmse") :] for key in metrics if re.fullmatch(r"nmse_prefix_\d+", key)]
+    if not suffixes:
+        return text
+    lines = [["features", *OF_PREFIXES]]
+    for suffix in [*suffixes, ""]:
+        name = suffix.removeprefix("_prefix_") or "all"
+        lines.append([name, *(with_error(metrics, key + suffix) for key in OF_PREFIXES)])
+    return f"{text}\n\n{aligned(lines)}"
+
+
+def aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
     return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

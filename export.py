@@ -9,8 +9,9 @@
     published            config.json, sae.pt                 the scripts published with arXiv 2412.06410
     safetensors          cfg.json, sae_weights.safetensors   the format of this program: checkpoint.load_sae(DIR)
 
-Features and reconstructions stay the same; an SAE that the format cannot express is refused. BatchTopK is exported with
-its inference threshold; for SAELens it becomes the equivalent JumpReLU SAE. Counters of dead features are not exported.
+Features and reconstructions stay the same; an SAE that the format cannot express is refused. BatchTopK and Matryoshka
+are exported with their inference threshold; for SAELens they become the equivalent JumpReLU SAE, and for the published
+scripts, which have no Matryoshka, it becomes a BatchTopK. Counters of dead features are not exported.
 Importing executes no code from the files.
 
 Each export has a model card, README.md, with the metrics of the run (model_card.py). --upload uploads such a folder to
@@ -21,6 +22,7 @@ import argparse
 import json
 import re
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,18 +33,19 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, serialized, sync, write, write_json
-from config import KEYS, SITES, num_steps, post_init_cfg
+from config import BATCH_TOP_K_TYPES, KEYS, SITES, TOP_K_TYPES, num_steps, post_init_cfg, prefix_sizes
 from console import InputError, one_line, run_command
 from language_model import hub_name
 from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
 
 OUR_CONFIG = "batchtopk_config"  # the key under which our config is stored in another library's config
-DICTIONARIES = {  # of dictionary_learning: class, trainer class, and names of the weights where they differ
+DICTIONARIES = {  # of dictionary_learning: class, trainer class, names of the weights that differ (None: all are ours)
     "vanilla": ("AutoEncoder", "StandardTrainer", {"b_dec": "bias"}),
     "topk": ("AutoEncoderTopK", "TopKTrainer", {}),
     "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
+    "matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", None),
 }
 WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # every export contains one of these
 LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # weights are transposed
@@ -93,7 +96,7 @@ def own_files(sae: BaseAutoencoder) -> dict:
 
 def published_files(sae: BaseAutoencoder) -> dict:
     cfg = portable_cfg(sae) | {"dtype": f"torch.{sae.cfg['dtype']}"}
-    if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches > 0:
+    if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches > 0:
         cfg["threshold"] = sae.threshold.item()  # the scripts have no threshold and ignore the key
     return {"sae.pt": {name: parameter.detach() for name, parameter in sae.named_parameters()}, "config.json": cfg}
 
@@ -130,8 +133,15 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
     dict_class, trainer_class, names = DICTIONARIES[cfg["sae_type"]]
     if names is not None:
         weights = {(LINEAR | names).get(name, name): value.t() for name, value in weights.items()}
-    if cfg["sae_type"] in ("topk", "batchtopk"):
+    if cfg["sae_type"] in TOP_K_TYPES:
         weights = {"threshold": torch.tensor(-1.0), "k": torch.tensor(cfg["top_k"], dtype=torch.int32)} | weights
+    groups = {}
+    if cfg["sae_type"] == "matryoshka":
+        sizes = prefix_sizes(cfg)
+        groups["group_sizes"] = [end - start for start, end in pairwise([0, *sizes])]
+        groups["group_fractions"] = [size / cfg["dict_size"] for size in groups["group_sizes"]]
+        groups["group_weights"] = [1 / len(sizes)] * len(sizes)
+        weights["group_sizes"] = torch.tensor(groups["group_sizes"])
     layer, submodule = cfg["layer"], cfg["hook_point"]
     if match := re.fullmatch(r"blocks\.(\d+)\.hook_(\w+)", submodule):
         layer, site = int(match[1]), match[2]
@@ -142,7 +152,7 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
         "trainer_class": trainer_class, "dict_class": dict_class, "activation_dim": cfg["act_size"],
         "dict_size": cfg["dict_size"], "k": cfg["top_k"], "lr": cfg["lr"], "seed": cfg["seed"], "device": "cpu",
         "steps": num_steps(cfg), "lm_name": hub_name(cfg["model_name"]), "layer": layer,
-        "submodule_name": submodule, "wandb_name": cfg["name"],
+        "submodule_name": submodule, "wandb_name": cfg["name"], **groups,
     }  # fmt: skip
     buffer = {"d_submodule": cfg["act_size"], "ctx_len": cfg["seq_len"]}
     return {"ae.pt": weights, "config.json": {"trainer": trainer, "buffer": buffer, OUR_CONFIG: portable_cfg(sae)}}
@@ -158,9 +168,9 @@ def weights_of(sae: BaseAutoencoder) -> dict:
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
     if sae.cfg["sae_type"] == "jumprelu":
         weights["threshold"] = sae.jumprelu.log_threshold.detach().exp()
-    if sae.cfg["sae_type"] in ("topk", "batchtopk"):
+    if sae.cfg["sae_type"] in TOP_K_TYPES:
         weights["b_enc"] = torch.zeros_like(sae.b_enc)  # unused here, but other libraries add it
-    if sae.cfg["sae_type"] == "batchtopk":
+    if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
         if sae.threshold_num_batches == 0:
             raise InputError("this BatchTopK SAE has no inference threshold: calibrate it, or use --to published")
         weights["threshold"] = sae.threshold
@@ -176,7 +186,7 @@ def from_published(folder: Path) -> tuple[dict, dict, bool]:
     cfg |= {key: cfg[key] for key in needed}  # these have no valid default
     if (threshold := cfg.pop("threshold", None)) is not None:
         tensors["threshold"] = torch.tensor(threshold)
-    if cfg["sae_type"] in ("topk", "batchtopk"):  # unused
+    if cfg["sae_type"] in TOP_K_TYPES:  # unused
         tensors["b_enc"] = torch.zeros_like(tensors["b_enc"])
     return cfg, tensors, cfg["sae_type"] != "jumprelu"
 
@@ -191,8 +201,8 @@ def from_saelens(folder: Path) -> tuple[dict, dict, bool]:
     check_allowed("hook_head_index", metadata.get("hook_head_index"), None)
     ours = metadata.get(OUR_CONFIG, {})
     sae_type, theta = {"standard": "vanilla"}.get(architecture, architecture), tensors.get("threshold", torch.zeros(0))
-    if sae_type == "jumprelu" and ours.get("sae_type") == "batchtopk" and len(theta.unique()) == 1:
-        sae_type, tensors["threshold"] = "batchtopk", theta.flatten()[0]
+    if sae_type == "jumprelu" and ours.get("sae_type") in BATCH_TOP_K_TYPES and len(theta.unique()) == 1:
+        sae_type, tensors["threshold"] = ours["sae_type"], theta.flatten()[0]
     names = {"seq_len": "context_size", "bos_per_context": "prepend_bos", "dataset_path": "dataset_path"}
     cfg = {key: metadata[name] for key, name in names.items() if metadata.get(name) is not None}
     cfg |= {"model_name": metadata["model_name"], "site": metadata["hook_name"]} | ours
@@ -208,10 +218,10 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
     check_allowed("dict_class", trainer["dict_class"], *types)
     sae_type = types[trainer["dict_class"]]
     _, _, names = DICTIONARIES[sae_type]
-    if sae_type != "jumprelu":
+    if names is not None:
         names = {foreign: name for name, foreign in (LINEAR | names).items()}
         tensors = {names.get(name, name): value.t() for name, value in tensors.items()}
-    if sae_type in ("topk", "batchtopk"):
+    if sae_type in TOP_K_TYPES:
         check_allowed("k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
     if sae_type == "topk":
         tensors.pop("threshold", None)  # unused by default
@@ -228,8 +238,12 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
         cfg["site"] = submodule
     else:
         raise InputError(f"submodule_name = {submodule!r} does not name a hook point, as resid_post_layer_8 does")
-    cfg |= config.get(OUR_CONFIG, {}) | ({"top_k": trainer["k"]} if sae_type in ("topk", "batchtopk") else {})
+    cfg |= config.get(OUR_CONFIG, {}) | ({"top_k": trainer["k"]} if sae_type in TOP_K_TYPES else {})
     cfg |= {"sae_type": sae_type, "act_size": trainer["activation_dim"], "dict_size": trainer["dict_size"]}
+    if sae_type == "matryoshka":
+        sizes = tensors.pop("group_sizes").cumsum(0).tolist()
+        if sizes != prefix_sizes(cfg | {"matryoshka_sizes": None}):
+            cfg["matryoshka_sizes"] = sizes
     return cfg | {"input_unit_norm": False}, tensors, sae_type != "jumprelu"
 
 
@@ -249,7 +263,7 @@ def convert(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
     shapes = {"W_enc": [d, F], "W_dec": [F, d], "b_enc": [F], "b_dec": [d]}
     if sae_type == "jumprelu":
         shapes["threshold" if "jumprelu.log_threshold" not in tensors else "jumprelu.log_threshold"] = [F]
-    if sae_type == "batchtopk" and "threshold" in tensors:
+    if sae_type in BATCH_TOP_K_TYPES and "threshold" in tensors:
         shapes["threshold"] = []
     for name in [*shapes, *tensors]:
         found = list(tensors[name].shape) if name in tensors else "missing"
@@ -260,7 +274,7 @@ def convert(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
             raise InputError(f"NaN or infinity in {name}")
 
     theta, b_enc = tensors.pop("threshold", None), tensors["b_enc"]
-    if sae_type == "batchtopk" and theta is not None and theta >= 0:  # dictionary_learning: -1 is no threshold
+    if sae_type in BATCH_TOP_K_TYPES and theta is not None and theta >= 0:  # dictionary_learning: -1 is no threshold
         if centred and not b_enc.any():
             # If training continues, the running mean starts from this threshold.
             tensors |= {"threshold": theta, "threshold_num_batches": torch.tensor(100)}
@@ -269,7 +283,7 @@ def convert(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
     if centred != (sae_type != "jumprelu"):
         shift = (tensors["b_dec"].double() @ tensors["W_enc"].double()).to(b_enc.dtype)
         tensors["b_enc"] = b_enc = b_enc - shift if centred else b_enc + shift
-    if sae_type in ("topk", "batchtopk") and b_enc.any():
+    if sae_type in TOP_K_TYPES and b_enc.any():
         raise InputError(f"a {sae_type} SAE with an encoder bias is not supported")
     if sae_type == "jumprelu" and theta is not None:  # a threshold below 0 is equivalent to 0, because of the relu
         tensors["jumprelu.log_threshold"] = theta.expand(F).clamp(min=torch.finfo(torch.float32).tiny).log()
@@ -412,7 +426,7 @@ def main(argv: list[str]) -> None:
         files = {f"sae/{name}": content for name, content in own_files(sae).items()}
         write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
         print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
-        if sae.cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches == 0:
+        if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:
             print("It has no inference threshold: calibrate it before encoding in eval()")
 
 

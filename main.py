@@ -37,11 +37,13 @@ PAPER = [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.004, 0.
 PAPER += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (16, 32, 64)]
 PAPER += [dict(sae_type=sae_type, dict_size=768 * n) for sae_type in ("topk", "batchtopk") for n in (4, 8, 32)]
 
-# The same comparison with vanilla SAEs added, on the language model in demo/. It takes minutes on a laptop.
+# The same comparison with vanilla and Matryoshka SAEs added, on the language model in demo/. It takes minutes on a
+# laptop.
 DEMO = [dict(sae_type="vanilla", l1_coeff=l1_coeff) for l1_coeff in (0.02, 0.01, 0.005)]
 DEMO += [dict(sae_type="jumprelu", l1_coeff=l1_coeff) for l1_coeff in (0.01, 0.005, 0.0025)]
 DEMO += [dict(sae_type=sae_type, top_k=k) for sae_type in ("topk", "batchtopk") for k in (8, 16, 32)]
 DEMO += [dict(sae_type=sae_type, dict_size=size) for sae_type in ("topk", "batchtopk") for size in (256, 1024)]
+DEMO += [dict(sae_type="matryoshka", top_k=k) for k in (16, 32)]
 DEMO_FOLDER = Path(os.path.relpath(Path(__file__).parent / "demo"))
 DEMO_BASE = dict(
     model_name=str(DEMO_FOLDER / "lm"), dataset_path=str(DEMO_FOLDER / "text.jsonl"), layer=2, act_size=128,

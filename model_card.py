@@ -10,13 +10,17 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from config import KEYS
+from config import BATCH_TOP_K_TYPES, KEYS, TOP_K_TYPES, prefix_sizes
 from dataset import file_kind
 from evaluation import read_record, with_error
 from language_model import hub_name
 from sae import BaseAutoencoder
 
-KINDS = {"vanilla": "Vanilla (L1)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+KINDS = {
+    "vanilla": "Vanilla (L1)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka BatchTopK",
+}  # fmt: skip
+PAPERS = {"matryoshka": "2503.17547"}  # else 2412.06410
 METRIC_DEFINITIONS = {  # as in evaluation.py
     "nmse": "mean over tokens of ‖x − r‖² / ‖x − mean(x)‖², where mean(x) is over the token's own coordinates",
     "fvu": "fraction of variance unexplained; the explained variance is 1 − fvu",
@@ -70,7 +74,7 @@ CARD = """---
 
 # {kind} SAE with {dict_size} features, {hook_point} of {model_name}
 
-A sparse autoencoder ([arXiv 2412.06410](https://arxiv.org/abs/2412.06410)) for the activations x [{act_size}] at
+A sparse autoencoder ([arXiv {paper}](https://arxiv.org/abs/{paper})) for the activations x [{act_size}] at
 `{hook_point}` (a transformer_lens hook point) of `{hub_name}`. It maps x to sparse features f [{dict_size}] and a
 reconstruction r [{act_size}]:
 
@@ -111,7 +115,7 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
     result, evaluation = (read_record(run / f"{name}.json") if run else {} for name in ("result", "evaluation"))
     cfg = sae.cfg | {key: plain(value) for key, value in sae.cfg.items() if isinstance(value, str)}
     num_tokens = result.get("tokens")  # an imported SAE has no result.json: its training is unknown
-    in_batch = to == "published" and cfg["sae_type"] == "batchtopk"  # the scripts have no threshold
+    in_batch = to == "published" and cfg["sae_type"] in BATCH_TOP_K_TYPES  # the scripts have no threshold
     model_name, dataset = hub_name(sae.cfg["model_name"]), sae.cfg["dataset_path"]
     metadata = ModelCardData(
         library_name=LIBRARIES.get(to, "batchtopk"),
@@ -131,9 +135,13 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
         training += ", each starting with BOS." if cfg["bos_per_context"] else packing
         if cfg["exclude_tokens"] is not None:
             training += f" Tokens with the ids {cfg['exclude_tokens']} were excluded."
-    if cfg["sae_type"] == "batchtopk" and not in_batch:
+    if cfg["sae_type"] in BATCH_TOP_K_TYPES and not in_batch:
         training += f" In training, f kept the {cfg['top_k']}·B largest z > 0 of each batch of B tokens."
-    needs, imports, loading = (text.format(**cfg, class_name=type(sae).__name__) for text in LOADING[to])
+    if cfg["sae_type"] == "matryoshka":
+        training += " The dictionary is nested: its first m features were trained to reconstruct x alone too, for m = "
+        training += f"{', '.join(map(str, prefix_sizes(cfg)[:-1]))}."
+    class_name = "BatchTopKSAE" if in_batch else type(sae).__name__  # the scripts have no Matryoshka
+    needs, imports, loading = (text.format(**cfg, class_name=class_name) for text in LOADING[to])
     where = 'folder = "."  # the folder of this file; huggingface_hub.snapshot_download downloads it from the hub'
     if repo:
         imports += "\nfrom huggingface_hub import snapshot_download"
@@ -144,6 +152,7 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
         hub_name=plain(model_name),
         metadata=metadata.to_yaml(),
         kind=KINDS[cfg["sae_type"]],
+        paper=PAPERS.get(cfg["sae_type"], "2412.06410"),
         equations="\n".join(f"    {line}" for line in equations(sae, in_batch)),
         training=training,
         needs=needs,
@@ -159,21 +168,21 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
 def equations(sae: BaseAutoencoder, in_batch: bool) -> list[str]:
     cfg, norm = sae.cfg, sae.cfg["input_unit_norm"]
     x = "x̂" if norm else "x"
-    top_k = cfg["sae_type"] in ("topk", "batchtopk")
     z = f"{x} W_enc" if cfg["sae_type"] == "jumprelu" else f"({x} − b_dec) W_enc"
     f = {
         "vanilla": "relu(z)",
         "topk": f"relu(z) where z is among the {cfg['top_k']} largest of the token, else 0",
         "batchtopk": "z where z > threshold, else 0",
+        "matryoshka": "z where z > threshold, else 0",
         "jumprelu": "z where z > threshold, else 0, with one threshold > 0 per feature",
     }[cfg["sae_type"]]
     if in_batch:
         f = f"relu(z) where z is among the {cfg['top_k']}·B largest of a batch of B tokens, else 0"
-    elif cfg["sae_type"] == "batchtopk" and sae.threshold_num_batches > 0:
+    elif cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches > 0:
         f = f.replace("threshold", f"{sae.threshold.item():.6g}")
     return [
         *(["x̂ = (x − mean(x)) / (std(x) + 1e-5), over the coordinates of x (input_unit_norm)"] if norm else []),
-        f"z = {z}" if top_k else f"z = {z} + b_enc",
+        f"z = {z}" if cfg["sae_type"] in TOP_K_TYPES else f"z = {z} + b_enc",
         f"f = {f}",
         "r = (f W_dec + b_dec) · std(x) + mean(x)" if norm else "r = f W_dec + b_dec",
     ]

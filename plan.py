@@ -16,7 +16,7 @@ import torch
 import distributed
 from config import num_steps
 from console import InputError, gib, tell
-from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses
+from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
 from training_step import Run, group_step, make_optimizer
@@ -148,33 +148,34 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     own = list(range(distributed.rank(), len(group), ranks))
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
-    step, evaluation = zip(*(times[i] for i in range(len(group))))
-    modes = [2 if run_cfg["sae_type"] == "batchtopk" else 1 for run_cfg in group]
+    step, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_first(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
-    per_rank = [sum(seconds for seconds, owner in zip(step, owners) if owner == rank) for rank in range(ranks)]
-    evaluating_rank = [
-        sum((forward + e) * m for e, m, owner in zip(evaluation, modes, owners) if owner == r) for r in range(ranks)
-    ]
+
+    def slowest(of_saes: list[float]) -> float:
+        """The seconds of the rank whose SAEs take longest."""
+        return max(sum(s for s, owner in zip(of_saes, owners) if owner == rank) for rank in range(ranks))
+
+    def evaluation(whole: bool) -> float:
+        passes = [len(variants_of(run_cfg, whole)) for run_cfg in group]
+        return slowest([n * (forward + r) for n, r in zip(passes, reconstruction)]) + harvest + forward
+
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
-    seconds = max(per_rank) + harvest / ranks
+    seconds = slowest(step) + harvest / ranks
     training = steps * seconds
-    evaluating = (batches + periodic) * (max(evaluating_rank) + harvest + forward)
-    evaluating += batches * (3 * forward + 2 * harvest)  # heldout_baseline
+    baseline = 3 * forward + 2 * harvest
+    evaluating = periodic * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
-        numbers = [owners.count(rank) for rank in range(ranks)]
-        needed = [
-            memory_needed([c for c, o in zip(group, owners) if o == r], store.model)
-            for r in range(ranks)
-            if r in owners
-        ]
+        parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == rank] for rank in range(ranks)]
+        needed = max(memory_needed(part, store.model) for part in parts if part)
+        numbers, speedup = ", ".join(str(len(part)) for part in parts), (sum(step) + harvest) / seconds
         tell(
-            f"SAEs per rank: {', '.join(map(str, numbers))} (a rank without an SAE runs the language model for the "
-            f"others); at most {gib(max(needed))} of memory for each; {received / 2**20:.1f} MiB received per rank and "
-            f"step; expected speed-up over one rank {(sum(step) + harvest) / seconds:.1f}"
+            f"SAEs per rank: {numbers} (a rank without an SAE runs the language model for the others); at most "
+            f"{gib(needed)} of memory for each; {received / 2**20:.1f} MiB received per rank and step; expected "
+            f"speed-up over one rank {speedup:.1f}"
         )
     tell(
         f"Estimated time: {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "

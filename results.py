@@ -28,7 +28,7 @@ import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from config import KEYS, MIN_L0, RECORDED
+from config import KEYS, MIN_L0, RECORDED, TOP_K_TYPES
 from console import InputError, run_command, tell
 
 # Figures have the width of a page, 6.8 inches, so that font sizes are the same in print.
@@ -42,6 +42,7 @@ plt.rcParams.update({
 # The Okabe-Ito palette, which is safe for colour-blind readers; markers and line styles differ for greyscale prints.
 STYLES = {
     "batchtopk": ("BatchTopK", "#0072B2", "o", "-"),
+    "matryoshka": ("Matryoshka", "#E69F00", "v", (0, (8, 1.5, 1, 1.5, 1, 1.5))),
     "topk": ("TopK", "#D55E00", "s", "--"),
     "jumprelu": ("JumpReLU", "#009E73", "^", "-."),
     "vanilla": ("Vanilla (L1)", "#CC79A7", "D", ":"),
@@ -191,7 +192,7 @@ def markdown_table(points: pd.DataFrame) -> str:
         errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
         rows[metric] = rows[metric].map(form.format) + errors
     rows["l0"] += points["died"].map({True: " †", False: ""})
-    by_k = rows["sae_type"].isin(["topk", "batchtopk"])
+    by_k = rows["sae_type"].isin(TOP_K_TYPES)
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
     rows["sae_type"] = rows["sae_type"].map(lambda sae_type: STYLES[sae_type][0])
@@ -213,7 +214,7 @@ def by_type(points: pd.DataFrame) -> Iterator[tuple]:
 
 def common_point(points: pd.DataFrame) -> tuple[int | None, int]:
     """The k with the most dictionary sizes, and the dictionary size with the most points."""
-    by_k = points[points["sae_type"].isin(["topk", "batchtopk"])]
+    by_k = points[points["sae_type"].isin(TOP_K_TYPES)]
     top_k = by_k.groupby("top_k")["dict_size"].nunique().idxmax() if len(by_k) else None
     return top_k, points.groupby("dict_size").size().idxmax()
 
@@ -222,7 +223,7 @@ def paper_figure(points: pd.DataFrame) -> plt.Figure:
     """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
     figure, axes = plt.subplots(2, 2, figsize=(6.8, 5), layout="constrained")
     top_k, dict_size = common_point(points)
-    by_k = points[points["sae_type"].isin(["topk", "batchtopk"]) & (points["top_k"] == top_k)]
+    by_k = points[points["sae_type"].isin(TOP_K_TYPES) & (points["top_k"] == top_k)]
     for column, (metric, label) in enumerate(METRIC_LABELS.items()):
         draw_lines(axes[0, column], by_k, "dict_size", metric)
         axes[0, column].set(xlabel=f"Dictionary size (k = {top_k})", ylabel=label)

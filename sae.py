@@ -1,11 +1,12 @@
-"""The four sparse autoencoders of arXiv 2412.06410, and splicing them into a language model.
+"""The four sparse autoencoders of arXiv 2412.06410 and Matryoshka BatchTopK, and splicing them into a language model.
 
 Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
     W_enc [d, F]   W_dec [F, d], rows of unit norm   b_enc [F]   b_dec [d]
 
-A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`) and its sparsity penalty
-(`sparsity`). They share everything else.
+A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`), its sparsity penalty
+(`sparsity`), and what is compared with the input in the loss if that is more than the reconstruction
+(`reconstructions`). They share everything else.
 
 Pre-activations z and activations f have two forms: dense [B, F], or a vector [n] of the values at the places of a
 `pattern` (sparse_ops.py), which are all places where f can be positive. `select` returns the pattern if the sparse form
@@ -13,6 +14,7 @@ is cheaper, else None.
 """
 
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sparse_ops
+from config import prefix_sizes
 from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, keep_top_k, sae_arithmetic
 
 
@@ -73,6 +76,10 @@ class BaseAutoencoder(nn.Module):
     def sparsity(self, z: torch.Tensor, acts: torch.Tensor, pattern: SparsityPattern | None) -> torch.Tensor:
         """The penalty that is multiplied by l1_coeff / B in the loss: the sum of the activations."""
         return acts.sum()
+
+    def reconstructions(self, acts: torch.Tensor, pattern: SparsityPattern | None) -> list[torch.Tensor]:
+        """Those [B, d] whose mean squared errors the loss averages. The last one is of all features."""
+        return [sparse_ops.decode(acts, self.W_dec, pattern) + self.b_dec]
 
     aux_loss_on_dead_features = False
 
@@ -160,7 +167,8 @@ class BaseAutoencoder(nn.Module):
 
         sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
         l0_norm, l1_norm, num_dead_features (and aux_loss if the SAE has one); and num_batches_not_active [F], the
-        counters after this batch. The SAE does not change: a training loop of your own must call
+        counters after this batch. l2_loss is the mean squared error of the reconstruction from all features; loss may
+        have another (`reconstructions`). The SAE does not change: a training loop of your own must call
         update_statistics(output), as training_step.training_step does.
         Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
 
@@ -174,14 +182,15 @@ class BaseAutoencoder(nn.Module):
         pattern = self.select(tokens, wait)
         z = self.pre_activation(tokens, pattern)
         acts = self.activation(z, pattern)
-        reconstruction = sparse_ops.decode(acts, self.W_dec, pattern) + self.b_dec
+        *_, reconstruction = reconstructions = self.reconstructions(acts, pattern)
 
-        l2_loss = F.mse_loss(reconstruction, tokens)
-        if wait and not l2_loss.isfinite():
+        *_, l2_loss = l2_losses = [F.mse_loss(each, tokens) for each in reconstructions]
+        loss = sum(l2_losses[1:], start=l2_losses[0]) / len(l2_losses)
+        if wait and not loss.isfinite():
             where = "the loss" if tokens.isfinite().all() else "the activations"
             raise FloatingPointError(f"NaN or infinity in {where}")
         l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts, pattern) / len(tokens)
-        loss = l2_loss + l1_loss
+        loss = loss + l1_loss
         with torch.no_grad():
             active = acts > 0
             not_active = torch.where(sparse_ops.active_features(active, pattern), 0, self.num_batches_not_active + 1)
@@ -193,7 +202,7 @@ class BaseAutoencoder(nn.Module):
                 "num_batches_not_active": not_active,
             }
         if not wait:
-            output["failure"] = sparse_ops.failure(pattern, l2_loss)
+            output["failure"] = sparse_ops.failure(pattern, loss)
         if self.aux_loss_on_dead_features:
             index = sparse_ops.dead_index(dead, tokens, lambda: self.counts().most_dead)
             residual = tokens - reconstruction
@@ -367,6 +376,27 @@ class BatchTopKSAE(TopKSAE):
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
 
 
+class MatryoshkaSAE(BatchTopKSAE):
+    """f as BatchTopK;  loss = mean over m of L2(f[:, :m] W_dec[:m] + b_dec) + aux  (arXiv 2503.17547).
+
+    m are the sizes of the nested prefixes of the dictionary (`matryoshka_sizes`); the last is F. Each prefix is an SAE
+    with the same threshold, and `decode(f[..., :m])` is its reconstruction. With F alone this is BatchTopK.
+
+    The mean, rather than a sum, gives aux_penalty and lr the meaning they have for BatchTopK. Other implementations
+    weigh L2 against aux differently: the authors' scripts also average in the loss of b_dec alone, SAELens 6 adds the
+    prefixes' losses, and dictionary_learning 0.1 divides by the number of prefixes twice. As for BatchTopK, aux is of
+    the dead features of the whole dictionary and the error of the whole reconstruction.
+    """
+
+    def reconstructions(self, acts, pattern):
+        parts = sparse_ops.decode_groups(acts, self.W_dec, prefix_sizes(self.cfg), pattern)
+        return list(accumulate(parts, initial=self.b_dec))[1:]
+
+    def decode(self, acts, like=None):
+        """As BaseAutoencoder.decode, or the reconstruction by the first m features from acts [..., m]."""
+        return super().decode(F.pad(acts, (0, self.cfg["dict_size"] - acts.shape[-1])), like)
+
+
 class JumpReLUSAE(AdaptiveSparseSAE):
     """z = x̂ W_enc + b_enc;  f = z · 1[z > θ], θ = exp(log_threshold);  loss = L2 + l1_coeff · mean_B Σ_j 1[z_j > θ_j].
 
@@ -446,4 +476,7 @@ class NumActive(torch.autograd.Function):
         return None, count * (-grad / ctx.bandwidth), None
 
 
-SAE_CLASSES = {"vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE}
+SAE_CLASSES = {
+    "vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE,
+    "matryoshka": MatryoshkaSAE,
+}  # fmt: skip

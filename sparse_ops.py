@@ -31,6 +31,7 @@ import os
 import warnings
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, wraps
+from itertools import pairwise
 
 # Page faults of 4 KiB take a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It reads this variable when it
 # first allocates, so it is set before the import.
@@ -92,6 +93,17 @@ class SparsityPattern:
         index = keep.nonzero().squeeze(-1)
         return SparsityPattern(self.rows[index], self.cols[index], self.shape, self.products[index])
 
+    def by_group(self, ends: list[int]) -> "SparsityPattern":
+        """The places in [B·P, F] where row i·P + g has the entries of row i in the g-th of P groups of neighbouring
+        features, which end before the features `ends`. Their order does not change.
+        """
+        group = sum(self.cols >= end for end in ends[:-1])
+        P = len(ends)
+        pattern = SparsityPattern(self.rows * P + group, self.cols, (self.shape[0] * P, self.shape[1]))
+        order, _, *rest = self.by_feature
+        pattern.by_feature = order, pattern.rows[order], *rest
+        return pattern
+
     def sparse_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """values [n] as a sparse (COO, coalesced) tensor [B, F]."""
         index = torch.stack([self.rows, self.cols])
@@ -143,6 +155,14 @@ def encode(x, b_dec, W_enc, pattern=None) -> torch.Tensor:
 def decode(acts, W_dec, pattern=None) -> torch.Tensor:
     """[B, d] = f W_dec of activations [B, F], or [n] at the places of the pattern."""
     return Decode.apply(acts, W_dec, pattern)
+
+
+def decode_groups(acts, W_dec, ends: list[int], pattern=None) -> list[torch.Tensor]:
+    """The part [B, d] of f W_dec of each group of neighbouring features; the groups end before the features `ends`."""
+    if pattern is not None:
+        return list(decode(acts, W_dec, pattern.by_group(ends)).view(-1, len(ends), W_dec.shape[1]).unbind(1))
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    return [decode(*group) for group in zip(acts.split(sizes, 1), W_dec.split(sizes))]
 
 
 def at_features(vector, pattern=None) -> torch.Tensor:

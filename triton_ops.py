@@ -590,6 +590,18 @@ class PaddedPattern:
         pattern.is_padded = False
         return pattern
 
+    def by_group(self, ends: list[int]) -> "PaddedPattern":
+        """As SparsityPattern.by_group. Unused places have row B·P."""
+        (B, num_features), P = self.shape, len(ends)
+        rows = (self.rows * P + sum(self.cols >= end for end in ends)).int()
+        numbers = torch.arange(B * P + 1, dtype=torch.int32, device=rows.device)
+        row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
+        shape = B * P, num_features
+        pattern = PaddedPattern(rows, self.cols, row_offsets, shape, None, self.failure, self.num_candidates)
+        order, _, *rest = self.by_feature
+        pattern.by_feature = order, rows[order], *rest
+        return pattern
+
     @cached_property
     def by_feature(self) -> tuple[torch.Tensor, ...]:
         """Feature-major: (order [n] that sorts the places, rows [n], feature_offsets [F + 1], extra_offsets [F + 1] and

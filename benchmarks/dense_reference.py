@@ -1,11 +1,16 @@
-"""The training step of the published scripts (github.com/bartbussmann/BatchTopK), in dense tensors.
+"""The training step of the published scripts (github.com/bartbussmann/BatchTopK), in dense tensors. Matryoshka's is
+theirs with a loss over the prefixes.
 
 A baseline for benchmarks, written from the definitions. Losses and gradients are those of sae.py, except for the
 differences listed in the README. Products and selections are over all of [B, F], and Adam is torch's default.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
+
+from config import TOP_K_TYPES, prefix_sizes
 
 
 def rectangle(z, threshold, bandwidth):
@@ -68,13 +73,20 @@ class DenseReference:
             top = values.topk(k, dim=-1)
             acts = torch.zeros_like(values).scatter(-1, top.indices, top.values).view_as(z)
             sparsity = cfg["l1_coeff"] * acts.abs().sum(-1).mean()
-        reconstruction = acts @ p["W_dec"] + p["b_dec"]
-        loss = (reconstruction - x).pow(2).mean() + sparsity
+        if cfg["sae_type"] == "matryoshka":
+            reconstruction, losses = p["b_dec"], []
+            for start, end in pairwise([0, *prefix_sizes(cfg)]):
+                reconstruction = acts[:, start:end] @ p["W_dec"][start:end] + reconstruction
+                losses.append((reconstruction - x).pow(2).mean())
+            loss = sum(losses) / len(losses) + sparsity
+        else:
+            reconstruction = acts @ p["W_dec"] + p["b_dec"]
+            loss = (reconstruction - x).pow(2).mean() + sparsity
 
         active = (acts > 0).any(0)
         self.num_batches_not_active = torch.where(active, 0, self.num_batches_not_active + 1)
         dead = self.num_batches_not_active >= cfg["n_batches_to_dead"]
-        if cfg["sae_type"] in ("topk", "batchtopk") and dead.any():
+        if cfg["sae_type"] in TOP_K_TYPES and dead.any():
             top = z[:, dead].topk(min(cfg["top_k_aux"], int(dead.sum())), dim=-1)
             acts_aux = torch.zeros_like(z[:, dead]).scatter(-1, top.indices, top.values)
             residual = x - reconstruction

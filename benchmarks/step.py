@@ -3,10 +3,11 @@
     python benchmarks/step.py [--growth] [--rounds N] [--only TEXT] [--json FILE] [--plot FILE]
 
 Every round times, on the same batch: our training step; our step in its dense form; the published step
-(dense_reference.py), on CUDA also with TF32 products and bfloat16 autocast; and the encoder product [B, d] x [d, F] in
-float32. Times are medians over rounds with quartiles; ratios are medians of the ratios of each round. On CUDA a time is
-the mean of 10 steps between two events. Peak memory is the memory of the process (on CUDA: reserved by torch on the
-device) during such steps, minus that before the SAE was built, so it includes weights, optimizer and gradients.
+(dense_reference.py), on CUDA also with TF32 products and bfloat16 autocast; for Matryoshka also BatchTopK's step; and
+the encoder product [B, d] x [d, F] in float32. Times are medians over rounds with quartiles; ratios are medians of the
+ratios of each round. On CUDA a time is the mean of 10 steps between two events. Peak memory is the memory of the
+process (on CUDA: reserved by torch on the device) during such steps, minus that before the SAE was built, so it
+includes weights, optimizer and gradients.
 
 Tokens are sparse sums of random directions plus noise. Dead features are kept dead: before every step their encoder
 columns are scaled down and their counters set high. Initial thresholds or biases set the L0 of JumpReLU and vanilla.
@@ -36,7 +37,9 @@ from sae import SAE_CLASSES  # noqa: E402
 from sparse_ops import screen_dtype  # noqa: E402
 from training_step import Run, group_step, make_optimizer  # noqa: E402
 
-CONTENDERS = ("ours", "dense form", "published", "published, TF32", "published, bf16", "encoder product")
+CONTENDERS = (
+    "ours", "dense form", "batchtopk", "published", "published, TF32", "published, bf16", "encoder product"
+)  # fmt: skip
 ON_CUDA = ("published, TF32", "published, bf16")
 STEPS_AT_ONCE = 10  # on CUDA, so that host and device overlap as in training
 PAPER = dict(batch_size=4096, act_size=768, dict_size=12288, top_k=32, num_dead=0, l0=None)
@@ -44,6 +47,7 @@ SETUPS = [dict(sae_type=t, dict_size=768 * n) for t in ("batchtopk", "topk") for
 SETUPS += [dict(sae_type=t, top_k=k) for t in ("batchtopk", "topk") for k in (16, 64)]
 SETUPS += [dict(sae_type="batchtopk", num_dead=n) for n in (500, 2000, 8000)]
 SETUPS += [dict(sae_type="topk", num_dead=2000)]
+SETUPS += [dict(sae_type="matryoshka"), dict(sae_type="matryoshka", num_dead=2000)]
 SETUPS += [dict(sae_type="jumprelu", l0=l0) for l0 in (32, 128)] + [
     dict(sae_type="vanilla", l0=l0) for l0 in (64, 1000)
 ]
@@ -53,6 +57,7 @@ DEMOS = [
     for size, k in ((256, 16), (512, 8), (512, 32), (1024, 16))
 ]
 DEMOS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
+DEMOS += [dict(DEMO, sae_type="matryoshka", dict_size=512, top_k=k) for k in (8, 32)]
 DEMOS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
 LARGE = [dict(sae_type=t, dict_size=98304) for t in ("batchtopk", "topk")]  # on CUDA only
 GROWTH = [dict(sae_type="batchtopk", dict_size=2**n) for n in range(13, 18)]
@@ -90,7 +95,7 @@ class Bench:
         self.setup, self.cfg, self.batches, self.saes = setup, cfg, batches(setup, device), {}
         self.step = {}
         for name in names:
-            sae = self.build()
+            sae = self.build("batchtopk" if name == "batchtopk" else cfg["sae_type"])
             if name.startswith("published"):
                 sae = DenseReference(sae)
                 self.step[name] = partial(in_precision, name, sae.step)
@@ -106,8 +111,8 @@ class Bench:
             self.saes[name] = sae
 
     @torch.no_grad()
-    def build(self):
-        sae = SAE_CLASSES[self.cfg["sae_type"]](self.cfg)
+    def build(self, sae_type: str):
+        sae = SAE_CLASSES[sae_type](self.cfg)
         if self.setup["l0"] is not None:
             z = sae.pre_activation(sae.preprocess_input(self.batches[0][:512])[0])
             level = z.flatten().kthvalue(z.numel() - 512 * self.setup["l0"]).values
@@ -159,9 +164,9 @@ def in_precision(name: str, step, x: torch.Tensor):
 
 def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
     size = setup["batch_size"] * setup["dict_size"]
-    names = list(CONTENDERS)
+    names = [name for name in CONTENDERS if name != "batchtopk" or setup["sae_type"] == "matryoshka"]
     if not device.startswith("cuda"):
-        names = [name for name in CONTENDERS if name not in ON_CUDA and size <= LARGEST.get(name, size)]
+        names = [name for name in names if name not in ON_CUDA and size <= LARGEST.get(name, size)]
     bench = Bench(setup, names, device)
     for i in range(12 if setup["l0"] is not None else 4):  # JumpReLU and vanilla start in the dense form
         bench.time("ours", bench.batches[i % 2])

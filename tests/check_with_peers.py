@@ -3,7 +3,7 @@
     python tests/check_with_peers.py [--venv FOLDER]
 
 Makes a virtual environment of its own, unless FOLDER holds one that an earlier call made there, and installs the two
-libraries in it. Small SAEs of the four types are trained on activations of the demo's language model and exported; the
+libraries in it. Small SAEs of all types are trained on activations of the demo's language model and exported; the
 libraries load them there, and encode and decode other activations. They then save SAEs of their own, which are
 imported here. Ends with exit code 1 if any feature or reconstruction differs by more than float32 rounding.
 """
@@ -50,7 +50,7 @@ def main(venv: Path, work: Path) -> bool:
     library = Path(sysconfig.get_paths()["stdlib"])
     train, acts = (real_activations((library / name).read_text().split("\n\n")[:30]) for name in ("ast.py", "csv.py"))
     save_file({"acts": acts}, work / "acts.safetensors")
-    for sae_type in ("vanilla", "topk", "batchtopk", "jumprelu"):
+    for sae_type in ("vanilla", "topk", "batchtopk", "jumprelu", "matryoshka"):
         for norm in (False, True):
             name = f"{sae_type}{'_norm' * norm}"
             sae = trained_sae(train, sae_type=sae_type, input_unit_norm=norm)
@@ -87,9 +87,14 @@ def peers(work: Path) -> bool:
     """In the environment of the other libraries."""
     from dictionary_learning.dictionary import AutoEncoder, JumpReluAutoEncoder
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.utils import load_dictionary
     from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.matryoshka_batchtopk_sae import (
+        MatryoshkaBatchTopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAEConfig,
+    )
     from sae_lens.saes.sae import SAEMetadata
 
     acts, good = load_file(work / "acts.safetensors")["acts"], True
@@ -122,10 +127,14 @@ def peers(work: Path) -> bool:
             "topk": TopKSAE(TopKSAEConfig(**base, k=K)),
             "jumprelu": JumpReLUSAE(JumpReLUSAEConfig(**base)),
             "batchtopk_training": BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**base, k=K)),
+            "matryoshka_training": MatryoshkaBatchTopKTrainingSAE(
+                MatryoshkaBatchTopKTrainingSAEConfig(**base, k=K, matryoshka_widths=[16, 64, F])
+            ),
         },
         "dictionary_learning": {
             "AutoEncoder": AutoEncoder(D, F),
             "BatchTopKSAE": BatchTopKSAE(D, F, K),
+            "MatryoshkaBatchTopKSAE": MatryoshkaBatchTopKSAE(D, F, K, [16, 48, F - 64]),
             "JumpReluAutoEncoder": JumpReluAutoEncoder(D, F),
         },
     }

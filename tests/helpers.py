@@ -93,7 +93,7 @@ def store_error(model, **changes) -> str:
 
 # SAEs
 
-KINDS = ("vanilla", "topk", "batchtopk", "jumprelu")
+KINDS = ("vanilla", "topk", "batchtopk", "jumprelu", "matryoshka")
 
 
 def sae_cfg(kind, d=5, F=24, k=3, **changes):

@@ -1,4 +1,4 @@
-"""A slow reference of the four SAEs and of one training step, for the tests to compare with.
+"""A slow reference of the SAEs and of one training step, for the tests to compare with.
 
 Written from the definitions, one token or one feature at a time where that is clearer; it shares no code with sae.py.
 `p` is a dict of tensors under the parameters' names: W_enc [d, F], W_dec [F, d], b_enc [F], b_dec [d], and
@@ -48,9 +48,9 @@ def activation(p, z, cfg, threshold=None):
         return positive
     if cfg["sae_type"] == "topk":
         return torch.stack([row * top_k_mask(row, cfg["top_k"]) for row in positive])
-    if cfg["sae_type"] == "batchtopk" and threshold is None:
+    if cfg["sae_type"] in ("batchtopk", "matryoshka") and threshold is None:
         return positive * top_k_mask(positive.flatten(), cfg["top_k"] * len(z)).reshape(z.shape)
-    if cfg["sae_type"] == "batchtopk":
+    if cfg["sae_type"] in ("batchtopk", "matryoshka"):
         return torch.where(z > threshold, z, 0.0)
     return torch.where(z > p["jumprelu.log_threshold"].exp(), z, 0.0)
 
@@ -80,6 +80,12 @@ def aux_loss(p, z, residual, dead, cfg):
     return cfg["aux_penalty"] * total / residual.numel()
 
 
+def prefix_sizes(cfg):
+    """The nested prefixes of the dictionary, of 1/32, then 1/16, 1/8, 1/4 and 17/32 more."""
+    fractions = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
+    return cfg["matryoshka_sizes"] or sorted({math.ceil(fraction * cfg["dict_size"]) for fraction in fractions})
+
+
 def forward(p, x, cfg, counters, threshold=None):
     """All that an SAE's forward returns. Differentiable by autograd, except JumpReLU in its threshold."""
     x_hat, means, stds = normalise(x, cfg)
@@ -99,8 +105,12 @@ def forward(p, x, cfg, counters, threshold=None):
         "l1_norm": l1_norm,
         "num_dead_features": torch.tensor(len(dead)),
     }
-    output["loss"] = output["l2_loss"] + output["l1_loss"]
-    if cfg["sae_type"] in ("topk", "batchtopk"):
+    losses = [output["l2_loss"]]
+    if cfg["sae_type"] == "matryoshka":
+        prefixes = [acts[:, :m] @ p["W_dec"][:m] + p["b_dec"] for m in prefix_sizes(cfg)]
+        losses = [(prefix - x_hat).square().sum() / x.numel() for prefix in prefixes]
+    output["loss"] = sum(losses) / len(losses) + output["l1_loss"]
+    if cfg["sae_type"] in ("topk", "batchtopk", "matryoshka"):
         output["aux_loss"] = aux_loss(p, z, x_hat - reconstruction, dead, cfg)
         output["loss"] = output["loss"] + output["aux_loss"]
     return output

@@ -53,6 +53,7 @@ OTHER_VALUE = {
     "dataset_column": "content",
     "seq_len": 64,
     "model_batch_size": 256,
+    "matryoshka_sizes": [64, 12288],
     "num_batches_in_buffer": 11,
     "shuffle_seed": 50,
     "exclude_tokens": [0, 3],
@@ -183,7 +184,7 @@ def test_group_keys_are_config_keys_that_decide_the_stream():
     per_sae = {
         "sae_type", "dict_size", "top_k", "top_k_aux", "aux_penalty", "l1_coeff", "bandwidth", "n_batches_to_dead",
         "input_unit_norm", "dtype", "seed", "lr", "beta1", "beta2", "max_grad_norm",
-        "lr_warmup_steps", "lr_decay_steps",
+        "lr_warmup_steps", "lr_decay_steps", "matryoshka_sizes",
     }  # fmt: skip
     records = {"output_dir", "sweep", "wandb_project", "wandb_mode"}
     assert {key for key in KEYS if not KEYS[key].in_group} == per_sae | records

@@ -24,7 +24,7 @@ from console import InputError, run_command
 from export import export_sae, import_sae, main
 from sae import SAE_CLASSES
 
-TYPES = tuple(SAE_CLASSES)
+TYPES, BATCH_TOP_K = tuple(SAE_CLASSES), ("batchtopk", "matryoshka")
 WEIGHTS = {"saelens": "sae_weights.safetensors", "dictionary_learning": "ae.pt", "published": "sae.pt"}
 CONFIG = {"saelens": "cfg.json", "dictionary_learning": "config.json", "published": "config.json"}
 
@@ -85,6 +85,11 @@ def dictionary_learning_forward(folder, x):
         features = torch.relu(z * (z > w["threshold"]))
         return features, features @ w["W_dec"] + w["b_dec"]
     bias = w["bias" if trainer["dict_class"] == "AutoEncoder" else "b_dec"]
+    if trainer["dict_class"] == "MatryoshkaBatchTopKSAE":
+        assert w["group_sizes"].sum() == trainer["dict_size"] and w["group_sizes"].tolist() == trainer["group_sizes"]
+        features = torch.relu((x - bias) @ w["W_enc"] + w["b_enc"])
+        features = features * (features > w["threshold"])
+        return features, features @ w["W_dec"] + bias
     features = torch.relu(torch.nn.functional.linear(x - bias, w["encoder.weight"], w["encoder.bias"]))
     if trainer["dict_class"] == "AutoEncoderTopK":
         assert w["k"] == trainer["k"]
@@ -116,7 +121,7 @@ def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
         assert not list(tmp_path.iterdir())
         return
     export_sae(sae, to, tmp_path / "out")
-    sae.train(to == "published" and sae_type == "batchtopk")  # the published scripts know the batch top-k only
+    sae.train(to == "published" and sae_type in BATCH_TOP_K)  # the published scripts know the batch top-k only
     assert_same(FORWARD[to](tmp_path / "out", acts), ours(sae, acts))
     sae.eval()
 
@@ -126,7 +131,7 @@ def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
     assert_same(ours(back, acts), ours(sae, acts))
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(getattr(back, name), getattr(sae, name))
-    if sae_type == "batchtopk":
+    if sae_type in BATCH_TOP_K:
         assert torch.equal(back.threshold, sae.threshold) and back.threshold_num_batches > 0
 
 
@@ -272,11 +277,11 @@ def test_foreign_config(foreign, acts, source, sae_type):
     back = import_sae(folder, source)
     assert back.cfg["hook_point"] in ("blocks.2.hook_resid_pre", "blocks.1.hook_resid_post")
     assert (back.cfg["model_name"], back.cfg["seq_len"]) == ("demo/lm", 64)
-    if sae_type == "batchtopk" and source == "saelens":
+    if sae_type in BATCH_TOP_K and source == "saelens":
         assert back.cfg["sae_type"] == "jumprelu"  # its config does not mention BatchTopK
     else:
         assert back.cfg["sae_type"] == sae_type
-    back.train(source == "published" and sae_type == "batchtopk")
+    back.train(source == "published" and sae_type in BATCH_TOP_K)
     assert_same(ours(back, acts), FORWARD[source](folder, acts))
 
 

@@ -18,7 +18,7 @@ from helpers import DEMO_LM, REPO
 
 # Few tokens, and all runs in one group, so that a sweep takes seconds.
 TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", "top_k_aux=16"]
-DEMO_RUNS, PAPER_RUNS = 16, 15
+DEMO_RUNS, PAPER_RUNS = 18, 15
 
 
 def environment(home: Path) -> dict:
@@ -72,7 +72,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         assert result["tokens"] == 6144 and np.isfinite(list(result.values())).all()
         assert (folder / "sae" / "sae_weights.safetensors").is_file()
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
-    assert types == {"vanilla", "topk", "batchtopk", "jumprelu"}
+    assert types == {"vanilla", "topk", "batchtopk", "jumprelu", "matryoshka"}
     assert sweep.name != "demo", "a sweep with overrides has a separate folder"
     assert (sweep / "results.png").read_bytes()[:4] == b"\x89PNG"
     assert (sweep / "results.pdf").read_bytes()[:4] == b"%PDF"
@@ -83,7 +83,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
         result = json.loads((folder / "result.json").read_text())
         assert float(rows[folder.name]["nmse"]) == pytest.approx(result["nmse"])
     table = first.stdout
-    for label, count in {"BatchTopK": 5, " TopK": 5, "JumpReLU": 3, "Vanilla (L1)": 3}.items():
+    for label, count in {"BatchTopK": 5, " TopK": 5, "JumpReLU": 3, "Vanilla (L1)": 3, "Matryoshka": 2}.items():
         assert sum(line.lstrip("| ").startswith(label.strip()) for line in table.splitlines()) == count
     assert "ce_degradation" in table and str(sweep / "results.png") in table
     (page,) = sweep.glob("*/features.html")
@@ -93,7 +93,7 @@ def test_demo_trains_all_runs_and_draws_them(demo):
 def test_demo_prints_its_progress(demo):
     """The plan, the progress and the missing login are on stderr, without a traceback or a warning."""
     _, first, _ = demo
-    assert "16 SAEs on " in first.stderr and "blocks.2.hook_resid_pre" in first.stderr
+    assert "18 SAEs on " in first.stderr and "blocks.2.hook_resid_pre" in first.stderr
     for shown in ("tok/s", "loss", "L0", "dead"):
         assert shown in first.stderr
     assert first.stderr.count("Not logged in to Weights & Biases") == 1
@@ -108,7 +108,7 @@ def test_rerun_skips_finished_runs(demo, main_here):
     code, out, err = main_here(*args)
     assert code == 0, err
     assert snapshot(sweep) == before
-    assert "16 of 16 runs are finished" in err and "tok/s" not in err
+    assert "18 of 18 runs are finished" in err and "tok/s" not in err
     assert out and first.stdout.startswith(out), "the page exists and is not written again"
     assert (sweep / "results.png").is_file()
 

@@ -39,7 +39,7 @@ def make_sae(sae_type: str, **changes):
             sae.b_enc.normal_(0, 0.1)
         if sae_type == "jumprelu":
             sae.jumprelu.log_threshold.normal_(-1, 0.1)
-        if sae_type == "batchtopk":
+        if sae_type in ("batchtopk", "matryoshka"):
             sae.threshold.fill_(0.54321)
             sae.threshold_num_batches.fill_(100)
     return sae
@@ -202,7 +202,8 @@ def test_loading_code_for_the_published_scripts(tmp_path, monkeypatch, sae_type)
 
     export_sae(sae, "published", tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")
-    monkeypatch.setitem(sys.modules, "sae", types.SimpleNamespace(**{type(sae).__name__: Theirs}))
+    name = "BatchTopKSAE" if sae_type == "matryoshka" else type(sae).__name__
+    monkeypatch.setitem(sys.modules, "sae", types.SimpleNamespace(**{name: Theirs}))
     exec(code_of(card_of(tmp_path / "out")), names := {})
     assert names["features"].shape == (4, 64) and names["reconstruction"].shape == (4, 16)
 

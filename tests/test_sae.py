@@ -24,7 +24,7 @@ from training_step import make_optimizer, training_step
 
 pytestmark = pytest.mark.usefixtures("form")
 
-TOP_K_KINDS = ("topk", "batchtopk")
+TOP_K_KINDS = ("topk", "batchtopk", "matryoshka")
 # seed, B, d, F, k
 SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
 
@@ -125,7 +125,7 @@ def test_aux_loss_equals_the_reference(kind, seed, top_k_aux):
 @pytest.mark.parametrize("kind", TOP_K_KINDS)
 def test_aux_loss_is_zero_without_dead_features(kind):
     """Where no feature is dead there is no aux loss: it is 0, and the loss is L2 + L1."""
-    sae, x = make_sae(kind), make_x(7, 5)
+    sae, x = make_sae(kind, matryoshka_sizes=[24]), make_x(7, 5)
     sae.num_batches_not_active.fill_(2)
     output = sae(x)
     assert output["num_dead_features"] == 0
@@ -354,7 +354,7 @@ def test_input_unit_norm_makes_features_blind_to_scale_and_offset(kind):
 def test_forward_has_no_side_effects(kind, train):
     """forward, encode, reconstruct and backward leave the state dict, the mode and the global RNG as they were."""
     sae, x = make_sae(kind).train(train), make_x(7, 5)
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         set_threshold(sae, 0.4)
     before, rng, x_before = state(sae), torch.get_rng_state(), x.clone()
     first = sae(x)
@@ -420,7 +420,7 @@ def test_parameter_names_and_shapes(kind):
         expected["jumprelu.log_threshold"] = (10,)
     assert {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()} == expected
     assert sae.state_dict()["num_batches_not_active"].shape == (10,)
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         assert sae.state_dict()["threshold"].shape == ()
 
 

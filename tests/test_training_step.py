@@ -86,7 +86,7 @@ def test_training_steps_equal_the_reference(kind, max_grad_norm):
                 parameter.detach(), p[name].detach(), rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert torch.equal(sae.num_batches_not_active, counters)
-    unused = {"topk": {"b_enc"}, "batchtopk": {"b_enc"}}.get(kind, set())
+    unused = {"topk": {"b_enc"}, "batchtopk": {"b_enc"}, "matryoshka": {"b_enc"}}.get(kind, set())
     for name, parameter in sae.named_parameters():
         assert torch.equal(parameter, start[name]) == (name in unused), name
 

@@ -274,7 +274,7 @@ def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch, t
         assert output["feature_acts"].is_sparse and expected_output["feature_acts"].is_sparse
         for key, value in expected_output.items():
             torch.testing.assert_close(output[key].to_dense(), value.to_dense(), rtol=1e-3, atol=1e-5, msg=key)
-    assert kind not in ("topk", "batchtopk") or outputs[0]["aux_loss"] > 0
+    assert kind not in ("topk", "batchtopk", "matryoshka") or outputs[0]["aux_loss"] > 0
     for name, value in state(expected).items():
         torch.testing.assert_close(state(sae)[name], value, rtol=1e-3, atol=2e-5, msg=name)
     assert (sae.W_dec.norm(dim=-1) - 1).abs().max() < 1e-6
@@ -402,7 +402,7 @@ def test_every_kernel_compiles():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
     sae, optimizer, _ = trained(kind, True, monkeypatch, steps=2)
     x = make_x(6, 12, 4, torch.float32).to(DEVICE)
@@ -456,7 +456,7 @@ def group(kinds, **changes):
 def test_graphs_of_a_group_do_not_disturb_each_other(monkeypatch):
     """They share memory, and are recorded in an order other than that in which they run."""
     monkeypatch.undo()
-    kinds = ["topk", "batchtopk", "jumprelu", "topk", "vanilla", "batchtopk"]
+    kinds = ["topk", "batchtopk", "jumprelu", "topk", "vanilla", "matryoshka", "batchtopk"]
     together, alone = (group(kinds, n_batches_to_dead=3) for _ in range(2))
     for step in range(30):
         if step % 7 == 3:  # another form for some of them
