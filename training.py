@@ -120,6 +120,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             for run in runs:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
+                if step == 1:
+                    signals.stop_at_once_in(lambda: initialize_b_dec([run.sae for run in runs], activation_store))
                 x = signals.stop_at_once_in(activation_store.next_batch)
                 group_step(runs, x, outputs, checkpoints.ahead)
                 if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
@@ -251,6 +253,40 @@ class StopSignals:
             return function()
         finally:
             self.at_once = False
+
+
+@torch.no_grad()
+def initialize_b_dec(saes: list, activation_store) -> None:
+    """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's buffer,
+    which is the first before training. A b_dec that is not 0 stays. The position of the stream does not change.
+
+    Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens. It
+    predicts how many features of an SAE without "mean" are dead (arXiv 2605.31518).
+    Raises InputError if there is NaN or infinity in activations whose mean is needed.
+    """
+    rows, moments = activation_store.peek(), {}
+    for sae in saes:
+        key = sae.cfg["input_unit_norm"], sae.W_dec.dtype
+        if key not in moments:
+            moments[key] = mean, std = mean_and_std(sae, rows)
+            tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {(mean.norm() / std.norm()).item():.2f}")
+        mean = moments[key][0]
+        if sae.cfg["b_dec_init"] == "mean" and not sae.b_dec.any():
+            if not mean.isfinite().all():
+                raise InputError(f"NaN or infinity in the activations of {sae.cfg['model_name']}")
+            sae.b_dec.copy_(mean)
+
+
+def mean_and_std(sae, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [d] and standard deviation [d] over tokens, in float64, of residual-stream vectors [n, d] as `sae`
+    normalises them.
+    """
+    total = squares = 0
+    for chunk in rows.split(sae.cfg["batch_size"]):
+        x = sae.preprocess_input(chunk)[0].double()
+        total, squares = total + x.sum(0), squares + x.pow(2).sum(0)
+    mean = total / len(rows)
+    return mean, (squares / len(rows) - mean**2).clamp(min=0).sqrt()
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:

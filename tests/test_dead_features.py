@@ -1,0 +1,135 @@
+"""What keeps features alive: b_dec_init, taken from a stream that does not move, also in a resumed run; γ."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from test_training import (  # noqa: F401 (fixtures)
+    data,
+    make_cfg,
+    model,
+    no_wandb,
+    same_bits,
+    train,
+)
+
+from activation_store import ActivationsStore
+from console import InputError
+from sae import SAE_CLASSES
+from training import Stopped, initialize_b_dec, make_optimizer, training_step
+
+pytestmark = pytest.mark.fast
+
+MEAN = dict(b_dec_init="mean", dict_size=96)
+GROUP = [
+    dict(sae_type="topk", top_k=4),
+    dict(sae_type="topk", top_k=4, **MEAN),
+    dict(sae_type="batchtopk", top_k=4, **MEAN),
+    dict(sae_type="vanilla", l1_coeff=0.02, input_unit_norm=False, **MEAN),
+    dict(sae_type="jumprelu", l1_coeff=0.01, dtype="float64", **MEAN),
+]
+
+
+def new_sae(cfg):
+    return SAE_CLASSES[cfg["sae_type"]](cfg)
+
+
+def first_buffer(store) -> np.ndarray:
+    """All rows [n, d] of the first buffer, batch by batch; this moves the store."""
+    batches = [store.next_batch()]
+    while store.offset < len(store.buffer):
+        batches.append(store.next_batch())
+    assert len(batches) > 1
+    return torch.cat(batches).double().numpy()
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    return (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-5)
+
+
+def test_b_dec_is_the_mean_and_the_stream_stays_where_it_is(model, make_cfg, capsys):  # noqa: F811
+    cfgs = [make_cfg(**changes) for changes in GROUP]
+    store, saes = ActivationsStore(model, cfgs[0]), [new_sae(cfg) for cfg in cfgs]
+    before = store.state_dict()
+    capsys.readouterr()
+    initialize_b_dec(saes, store)
+    assert store.state_dict() == before
+    printed = capsys.readouterr().err
+    expected = first_buffer(ActivationsStore(model, cfgs[0]))
+    assert np.array_equal(first_buffer(store), expected), "the batches are those of a store that nobody looked into"
+    for sae in saes:
+        rows = normalised(expected) if sae.cfg["input_unit_norm"] else expected
+        mean = rows.mean(0) if sae.cfg["b_dec_init"] == "mean" else 0 * rows[0]
+        np.testing.assert_allclose(sae.b_dec.detach().numpy(), mean, rtol=1e-5, atol=1e-6)
+    gammas = [f"{np.linalg.norm(x.mean(0)) / np.linalg.norm(x.std(0)):.2f}" for x in (normalised(expected), expected)]
+    assert re.findall(r"γ.*: (\d+\.\d+)", printed) == [gammas[0], gammas[1], gammas[0]]  # the last in float64
+
+
+def test_a_store_in_the_middle_of_its_buffer_or_at_its_end(model, make_cfg):  # noqa: F811
+    cfg = make_cfg(**GROUP[1])
+    store, other = ActivationsStore(model, cfg), ActivationsStore(model, cfg)
+    for _ in range(2):  # in the middle of the first buffer, then at its end
+        while True:
+            store.next_batch(), other.next_batch()
+            before = store.state_dict()
+            initialize_b_dec([new_sae(cfg)], store)
+            assert store.state_dict() == before == other.state_dict()
+            if store.offset == 0:
+                break
+        assert torch.equal(store.next_batch(), other.next_batch())
+
+
+def test_in_a_group_alone_from_a_cache_and_in_a_loop_of_ones_own(model, make_cfg, tmp_path):  # noqa: F811
+    cfgs = [make_cfg(**changes) for changes in GROUP]
+    group, _ = train(model, cfgs)
+    (alone,), _ = train(model, [make_cfg("alone", **GROUP[2])])
+    assert same_bits(group[2], alone)
+    for times in range(2):  # written, then read
+        cached = make_cfg(f"cached{times}", **GROUP[2], activation_cache=str(tmp_path / "cache"))
+        (sae,), _ = train(model, [cached])
+        assert same_bits(sae, alone)
+
+    own, store, cfg = new_sae(cfgs[2]), ActivationsStore(model, cfgs[2]), cfgs[2]
+    optimizer = make_optimizer(own, cfg)
+    initialize_b_dec([own], store)
+    for _ in range(cfg["num_tokens"] // cfg["batch_size"]):
+        training_step(own, optimizer, store.next_batch(), cfg)
+    assert same_bits(own, alone)
+
+
+@pytest.mark.parametrize("stop_in", [1, 2, 5])
+def test_a_resumed_run_is_not_initialised_again(model, make_cfg, stop_in):  # noqa: F811
+    class Stopping(ActivationsStore):
+        batches = 0
+
+        def next_batch(self):
+            self.batches += 1
+            if self.batches == stop_in:
+                raise Stopped
+            return super().next_batch()
+
+    whole, _ = train(model, [make_cfg("whole", **changes) for changes in GROUP])
+    cfgs = [make_cfg("cut", **changes) for changes in GROUP]
+    with pytest.raises(Stopped):
+        train(model, cfgs, Stopping)
+    resumed, _ = train(model, cfgs)
+    for sae, other in zip(whole, resumed, strict=True):
+        assert same_bits(sae, other)
+
+
+def test_a_b_dec_that_was_loaded_stays(model, make_cfg):  # noqa: F811
+    cfg = make_cfg(**GROUP[1])
+    sae = new_sae(cfg)
+    sae.b_dec.data[3] = 0.5
+    initialize_b_dec([sae], ActivationsStore(model, cfg))
+    assert sae.b_dec.count_nonzero() == 1
+
+
+def test_nan_in_activations_is_no_mean(model, make_cfg):  # noqa: F811
+    cfg = make_cfg(**GROUP[1])
+    store, sae = ActivationsStore(model, cfg), new_sae(cfg)
+    store.peek()[-1, 0] = torch.nan
+    with pytest.raises(InputError, match=r"NaN or infinity in the activations of .*lm"):
+        initialize_b_dec([sae], store)
+    assert not sae.b_dec.any()
