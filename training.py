@@ -20,6 +20,7 @@ from language_model import complete_cfg
 from logs import RunLog, is_over, provenance
 from sae import BaseAutoencoder, Counts
 
+MAX_GAMMA = 0.5  # above it, a fifth of the features and more died at lr 1e-3 (docs/dead_features.md)
 TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
 
 
@@ -260,21 +261,25 @@ def initialize_b_dec(saes: list, activation_store) -> None:
     """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's buffer,
     which is the first before training. A b_dec that is not 0 stays. The position of the stream does not change.
 
-    Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens. It
-    predicts how many features of an SAE without "mean" are dead (arXiv 2605.31518).
+    Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens
+    (arXiv 2605.31518), and a warning if it exceeds MAX_GAMMA and b_dec starts from zero.
     Raises InputError if there is NaN or infinity in activations whose mean is needed.
     """
-    rows, moments = activation_store.peek(), {}
+    rows, moments, at_risk = activation_store.peek(), {}, 0
     for sae in saes:
         key = sae.cfg["input_unit_norm"], sae.W_dec.dtype
         if key not in moments:
-            moments[key] = mean, std = mean_and_std(sae, rows)
-            tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {(mean.norm() / std.norm()).item():.2f}")
-        mean = moments[key][0]
+            mean, std = mean_and_std(sae, rows)
+            moments[key] = mean, (mean.norm() / std.norm()).item()
+            tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {moments[key][1]:.2f}")
+        mean, gamma = moments[key]
+        at_risk += sae.cfg["b_dec_init"] == "zero" and gamma > MAX_GAMMA
         if sae.cfg["b_dec_init"] == "mean" and not sae.b_dec.any():
             if not mean.isfinite().all():
                 raise InputError(f"NaN or infinity in the activations of {sae.cfg['model_name']}")
             sae.b_dec.copy_(mean)
+    if at_risk:
+        tell(f"warning: γ above {MAX_GAMMA} means that many features of {at_risk} SAEs may die: set b_dec_init=mean")
 
 
 def mean_and_std(sae, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
