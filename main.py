@@ -50,7 +50,7 @@ DEMO_BASE = dict(
 # The paper's runs with fewer dead features (docs/dead_features.md).
 RECOMMENDED = dict(b_dec_init="mean", n_batches_to_dead=50)
 
-SWEEPS = {"paper": ({}, PAPER), "recommended": (RECOMMENDED, PAPER), "demo": (DEMO_BASE, DEMO)}
+SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO), "recommended": (RECOMMENDED, PAPER)}
 
 
 def main(argv: list[str]) -> None:

@@ -39,7 +39,7 @@ SETS = {  # overrides of the published settings
     "mean": MEAN,
     "50 batches": PATIENT,
     "encoder norm 1": dict(encoder_norm=1.0),
-    "schedule": dict(lr=2.67e-4, lr_warmup_steps=13, lr_decay_steps=26),  # 2e-4 / √(F / 2¹⁴), at 128 steps
+    "schedule": dict(lr=2.67e-4, lr_warmup_steps=10, lr_decay_steps=19),  # 2e-4 / √(F / 2¹⁴); 96 steps
     "recommended": SWEEPS["recommended"][0],
     "lr 1e-3": HIGH,
     "lr 1e-3, mean": HIGH | MEAN,
@@ -59,8 +59,8 @@ def configs(name: str, args, model) -> list[dict]:
     """The completed configs of a set: both types, each with every seed."""
     cfg = dict(
         model_name=args.model, dataset_path=args.text, layer=args.layer, model_dtype="bfloat16",
-        activation_dtype="bfloat16", model_batch_size=64, num_batches_in_buffer=16, eval_tokens=16_384,
-        num_tokens=2**19, perf_log_freq=10**9, log_freq=8, activation_cache=str(args.runs / "cache"),
+        activation_dtype="bfloat16", model_batch_size=64, num_batches_in_buffer=16, eval_tokens=8192,
+        num_tokens=3 * 2**17, perf_log_freq=10**9, log_freq=8, activation_cache=str(args.runs / "cache"),
         output_dir=str(args.runs), sweep=name, wandb_mode="disabled",
     )  # fmt: skip
     cfg["act_size"] = check_hook_point(model, post_init_cfg(cfg | {"act_size": None}))
@@ -103,6 +103,24 @@ def table(points: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def draw(points: pd.DataFrame, path: Path) -> None:
+    """Dead features, NMSE and the time of a step of each set, at the dictionary size, k and length of most runs."""
+    here = ["dict_size", "top_k", "num_tokens"]
+    most = points[here].value_counts().index[0]
+    points = points[(points[here] == most).all(axis=1)]
+    sets = [name for name in SETS if name in set(points["set"])][::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(6.8, 0.9 + 0.25 * len(sets)), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("dead", "nmse", "step_seconds"), ("Dead features (%)", "NMSE", "Step (s)")):
+        for kind, runs in points.groupby("sae_type"):
+            name, colour, marker, _ = STYLES[kind]
+            means = runs.groupby("set")[key].mean() * (100 if key == "dead" else 1)
+            axis.plot(means, [sets.index(of) for of in means.index], marker, color=colour, label=name)
+        axis.set(xlabel=label, xlim=(0, None), yticks=range(len(sets)), yticklabels=sets)
+    axes[0].legend()
+    figure.suptitle("F = {}, k = {}, {:,} tokens".format(*most))
+    figure.savefig(path)
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model"), parser.add_argument("text")
@@ -129,6 +147,7 @@ def main(argv: list[str]) -> None:
                 write_json(path, {"dead": dead.double().mean().item(), "step_seconds": seconds})
     rows = [row(path.parent) for path in args.runs.glob("*/*/config.json")]
     points = pd.DataFrame([values for values in rows if values])
+    draw(points, args.runs / "dead_features.png")
     print(table(points.sort_values(POINT, key=lambda of: of.map(list(SETS).index) if of.name == "set" else of)))
 
 

@@ -14,7 +14,9 @@ from test_training import (  # noqa: F401 (fixtures)
     train,
 )
 
+import main
 from activation_store import ActivationsStore
+from config import KEYS
 from console import InputError
 from sae import SAE_CLASSES
 from training import Stopped, initialize_b_dec, make_optimizer, training_step
@@ -129,6 +131,14 @@ def test_a_b_dec_that_was_loaded_stays(model, make_cfg):  # noqa: F811
     sae.b_dec.data[3] = 0.5
     initialize_b_dec([sae], ActivationsStore(model, cfg))
     assert sae.b_dec.count_nonzero() == 1
+
+
+def test_the_recommended_sweep_is_the_papers_with_other_settings():
+    runs = {sweep: main.sweep_configs(sweep, {}) for sweep in ("paper", "recommended")}
+    for paper, recommended in zip(runs["paper"], runs["recommended"], strict=True):
+        changed = {key for key in KEYS if paper[key] != recommended[key]}
+        assert changed == {*main.RECOMMENDED, "sweep"} and recommended["b_dec_init"] == "mean"
+        assert paper["name"] != recommended["name"]
 
 
 def test_nan_in_activations_is_no_mean(model, make_cfg):  # noqa: F811
