@@ -7,7 +7,8 @@ DIR/<set>. Finished runs are not trained again, interrupted ones resume. Activat
 Prints a Markdown table of all finished runs and draws DIR/dead_features.png.
 
 A feature is dead if it was active on none of the last DEAD_TOKENS training tokens, whatever n_batches_to_dead is. The
-time of a step is the lowest of STEPS training steps of the finished SAE, with its dead features.
+time of a step is the lowest of STEPS training steps of the finished SAE, with its dead features. BatchTopK is measured
+with the top k of the batch: in a short run its threshold, a running mean over training, lags behind.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from results import STYLES, plt  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
 from training import make_optimizer, mean_and_std, train_sae_group, training_step  # noqa: E402
 
-DEAD_TOKENS, STEPS = 204_800, 4
+DEAD_TOKENS, STEPS = 102_400, 4
 HIGH, MEAN, PATIENT = dict(lr=1e-3), dict(b_dec_init="mean"), dict(n_batches_to_dead=50)
 # Not config keys: the norm of the encoder's columns, and b_dec as a share of the mean activation, at the first step.
 OWN = ("encoder_norm", "share")
@@ -39,7 +40,7 @@ SETS = {  # overrides of the published settings
     "mean": MEAN,
     "50 batches": PATIENT,
     "encoder norm 1": dict(encoder_norm=1.0),
-    "schedule": dict(lr=2.67e-4, lr_warmup_steps=10, lr_decay_steps=19),  # 2e-4 / √(F / 2¹⁴); 96 steps
+    "schedule": dict(lr=2.67e-4, lr_warmup_steps=6, lr_decay_steps=13),  # 2e-4 / √(F / 2¹⁴), of 64 steps
     "recommended": SWEEPS["recommended"][0],
     "lr 1e-3": HIGH,
     "lr 1e-3, mean": HIGH | MEAN,
@@ -60,7 +61,7 @@ def configs(name: str, args, model) -> list[dict]:
     cfg = dict(
         model_name=args.model, dataset_path=args.text, layer=args.layer, model_dtype="bfloat16",
         activation_dtype="bfloat16", model_batch_size=64, num_batches_in_buffer=16, eval_tokens=8192,
-        num_tokens=3 * 2**17, perf_log_freq=10**9, log_freq=8, activation_cache=str(args.runs / "cache"),
+        num_tokens=2**18, perf_log_freq=10**9, log_freq=8, activation_cache=str(args.runs / "cache"),
         output_dir=str(args.runs), sweep=name, wandb_mode="disabled",
     )  # fmt: skip
     cfg["act_size"] = check_hook_point(model, post_init_cfg(cfg | {"act_size": None}))
@@ -90,6 +91,7 @@ def row(folder: Path) -> dict | None:
     cfg, result, more = (read_json(folder / f"{name}.json") for name in ("config", "result", "dead_features"))
     if not (result and more):
         return None
+    result |= {key.removesuffix("_batch"): result[key] for key in result if key.endswith("_batch")}
     values = cfg | {"set": cfg["sweep"]} | result | more
     return {key: values[key] for key in (*POINT, *COLUMNS)}
 
