@@ -1,4 +1,6 @@
-"""What keeps features alive: b_dec_init, taken from a stream that does not move, also in a resumed run; γ."""
+"""What keeps features alive: b_dec_init, taken from a stream that does not move, also in a resumed run; γ. And how
+similar features are.
+"""
 
 import re
 
@@ -14,6 +16,7 @@ from test_training import (  # noqa: F401 (fixtures)
     train,
 )
 
+import evaluation
 import main
 from activation_store import ActivationsStore
 from config import KEYS
@@ -89,7 +92,10 @@ def test_a_store_in_the_middle_of_its_buffer_or_at_its_end(model, make_cfg):  # 
 
 def test_in_a_group_alone_from_a_cache_and_in_a_loop_of_ones_own(model, make_cfg, tmp_path):  # noqa: F811
     cfgs = [make_cfg(**changes) for changes in GROUP]
-    group, _ = train(model, cfgs)
+    group, results = train(model, cfgs)
+    assert [result["decoder_similarity"] for result in results] == [
+        evaluation.decoder_similarity(sae.W_dec) for sae in group
+    ]
     (alone,), _ = train(model, [make_cfg("alone", **GROUP[2])])
     assert same_bits(group[2], alone)
     for times in range(2):  # written, then read
@@ -131,6 +137,18 @@ def test_a_b_dec_that_was_loaded_stays(model, make_cfg):  # noqa: F811
     sae.b_dec.data[3] = 0.5
     initialize_b_dec([sae], ActivationsStore(model, cfg))
     assert sae.b_dec.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("rows", [2, 5, 40])
+def test_decoder_similarity_is_the_mean_over_pairs(rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 3 * rows)  # some rows at a time
+    W_dec = torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    pairs = [
+        abs(float(a @ b)) / (np.linalg.norm(a) * np.linalg.norm(b))
+        for i, a in enumerate(W_dec.numpy())
+        for b in W_dec.numpy()[:i]
+    ]
+    assert evaluation.decoder_similarity(W_dec) == pytest.approx(np.mean(pairs))
 
 
 def test_the_recommended_sweep_is_the_papers_with_other_settings():
