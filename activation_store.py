@@ -168,11 +168,16 @@ class ActivationsStore:
 
         Raises InputError if the dataset ends before num_tokens, StreamError if the hub stays down.
         """
-        if self.buffer is None or self.offset == len(self.buffer):
-            self.fill_buffer()
+        buffer = self.peek()
         rows = self.order[self.offset : self.offset + self.cfg["batch_size"]]
         self.offset += self.cfg["batch_size"]
-        return self.buffer[rows].float()
+        return buffer[rows].float()
+
+    def peek(self) -> torch.Tensor:
+        """The buffer [rows, d] that holds the next batch, in text order and activation_dtype. The position stays."""
+        if self.buffer is None or self.offset == len(self.buffer):
+            self.fill_buffer()
+        return self.buffer
 
     def fill_buffer(self) -> None:
         """Harvest the next buffer, or read it from the cache, and shuffle it."""

@@ -70,6 +70,8 @@ TABLE = (  # the keys under the titles of their sections
     OfSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
     "Its training",
     OfSAE("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_point=False),
+    OfSAE("b_dec_init", "zero", 'initial b_dec: "zero", or "mean": the mean normalised activation of the first buffer',
+        choices=("zero", "mean"), added_later=True),
     Key("batch_size", 4096, "tokens per training step", at_least=1),
     Key("num_tokens", 1_000_000_000, "tokens to train on, rounded up to whole batches", at_least=1),
     OfSAE("lr", 3e-4, "Adam's learning rate", above=0),

@@ -12,6 +12,7 @@ of them. With x an activation and r its reconstruction, both in the units of the
     l0              mean number of active features per token
     dead_fraction   fraction of features that are never active on the held-out set
     dense_fraction  fraction of features that are active on more than DENSE of its tokens
+    decoder_similarity  mean over pairs of features of |cosine| of their decoder rows (c_dec of arXiv 2508.16560)
     ce_original, ce_reconstructed, ce_zero_ablated, ce_mean_ablated
                     cross-entropy in nats per token: of the model, and with x replaced by r, by 0, by x_mean
     ce_degradation  ce_reconstructed − ce_original: 0 is perfect, larger is worse
@@ -64,7 +65,7 @@ DENSE = 0.1
 OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
 MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
 IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
-CHUNK = 2**24  # maximum size of the pre-activations [tokens, F] that calibrate_threshold holds at a time
+CHUNK = 2**24  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
 
 
 @torch.no_grad()
@@ -102,8 +103,8 @@ def progress(what: str, batches: list) -> tqdm:
 @torch.no_grad()
 def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
     """The metrics above for each SAE, on the first `num_contexts` held-out contexts (default: all). dead_fraction,
-    dense_fraction, the histograms and the metrics of prefixes are computed on the whole set only. Does not change the
-    SAEs.
+    dense_fraction, decoder_similarity, the histograms and the metrics of prefixes are computed on the whole set only.
+    Does not change the SAEs.
 
     Peak memory: activations, features and two logits tensors (the model's and one SAE's) of one batch of contexts
     (eval_batches), and MAX_PARTS counts per feature.
@@ -178,6 +179,8 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
             values |= ratio_with_error(key, ce, predictions)
+        if num_contexts is None and sae.cfg["dict_size"] > 1:
+            values["decoder_similarity"] = decoder_similarity(sae.W_dec)
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
             values["threshold"] = sae.threshold.item()
     return metrics
@@ -193,6 +196,13 @@ def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
     if cfg["sae_type"] == "matryoshka" and whole:
         variants += [(f"_prefix_{size}", False, size) for size in prefix_sizes(cfg)[:-1]]
     return variants
+
+
+def decoder_similarity(W_dec: torch.Tensor) -> float:
+    """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error over contexts."""
+    rows = F.normalize(W_dec, dim=-1)
+    total = sum((part @ rows.T).abs().sum(dtype=torch.float64) for part in rows.split(max(1, CHUNK // len(rows))))
+    return ((total - len(rows)) / (len(rows) * (len(rows) - 1))).item()  # a row's cosine with itself is 1
 
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:

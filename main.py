@@ -51,7 +51,10 @@ DEMO_BASE = dict(
     model_batch_size=64, num_batches_in_buffer=32, n_batches_to_dead=20, eval_tokens=32_768, perf_log_freq=250,
 )  # fmt: skip
 
-SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO)}
+# The paper's runs with fewer dead features (docs/dead_features.md).
+RECOMMENDED = dict(b_dec_init="mean", n_batches_to_dead=50)
+
+SWEEPS = {"paper": ({}, PAPER), "demo": (DEMO_BASE, DEMO), "recommended": (RECOMMENDED, PAPER)}
 
 
 def main(argv: list[str]) -> None:

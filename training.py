@@ -20,6 +20,7 @@ from language_model import complete_cfg
 from logs import RunLog, has_ended, provenance
 from training_step import Run, group_step, learning_rate, make_optimizer, read_failures
 
+MAX_GAMMA = 0.5  # above it, a fifth of the features and more died at lr 1e-3 (docs/dead_features.md)
 TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
 
 
@@ -106,7 +107,11 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             for run in runs:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
-                x = signals.next_batch(activation_store)
+                if step == 1:
+                    signals.harvesting(
+                        activation_store, lambda: initialize_b_dec([r.sae for r in runs], activation_store)
+                    )
+                x = signals.harvesting(activation_store, activation_store.next_batch)
                 group_step(runs, x, outputs, checkpoints.ahead)
                 if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
@@ -261,14 +266,14 @@ class StopSignals:
         if self.at_once:
             raise Stopped
 
-    def next_batch(self, activation_store) -> torch.Tensor:
-        """The next batch of the store. A signal interrupts it with Stopped; under torchrun, where a rank may not leave
-        the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
+    def harvesting(self, activation_store, function):
+        """Call function, which harvests activations. A signal interrupts it with Stopped; under torchrun, where a rank
+        may not leave the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
         """
         if distributed.size() == 1:
-            return self.stop_at_once_in(activation_store.next_batch)
+            return self.stop_at_once_in(function)
         activation_store.interruptible = self.stop_at_once_in
-        return activation_store.next_batch()
+        return function()
 
     def stop_at_once_in(self, function):
         """Call function; a signal interrupts it with Stopped."""
@@ -279,6 +284,44 @@ class StopSignals:
             return function()
         finally:
             self.at_once = False
+
+
+@torch.no_grad()
+def initialize_b_dec(saes: list, activation_store) -> None:
+    """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's buffer,
+    which is the first before training. A b_dec that is not 0 stays. The position of the stream does not change.
+
+    Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens
+    (arXiv 2605.31518), and a warning if it exceeds MAX_GAMMA and b_dec starts from zero.
+    Raises InputError if there is NaN or infinity in activations whose mean is needed.
+    """
+    rows, moments, at_risk = activation_store.peek(), {}, 0
+    for sae in saes:
+        key = sae.cfg["input_unit_norm"], sae.W_dec.dtype
+        if key not in moments:
+            mean, std = mean_and_std(sae, rows)
+            moments[key] = mean, (mean.norm() / std.norm()).item()
+            tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {moments[key][1]:.2f}")
+        mean, gamma = moments[key]
+        at_risk += sae.cfg["b_dec_init"] == "zero" and gamma > MAX_GAMMA
+        if sae.cfg["b_dec_init"] == "mean" and not sae.b_dec.any():
+            if not mean.isfinite().all():
+                raise InputError(f"NaN or infinity in the activations of {sae.cfg['model_name']}")
+            sae.b_dec.copy_(mean)
+    if at_risk:
+        tell(f"warning: γ above {MAX_GAMMA} means that many features of {at_risk} SAEs may die: set b_dec_init=mean")
+
+
+def mean_and_std(sae, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [d] and standard deviation [d] over tokens, in float64, of residual-stream vectors [n, d] as `sae`
+    normalises them.
+    """
+    total = squares = 0
+    for chunk in rows.split(sae.cfg["batch_size"]):
+        x = sae.preprocess_input(chunk)[0].double()
+        total, squares = total + x.sum(0), squares + x.pow(2).sum(0)
+    mean = total / len(rows)
+    return mean, (squares / len(rows) - mean**2).clamp(min=0).sqrt()
 
 
 def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -> list[tuple]:

@@ -38,6 +38,7 @@ OTHER_VALUE = {
     "lr": 3.0000001e-4,
     "lr_warmup_steps": 1,
     "lr_decay_steps": 1,
+    "b_dec_init": "mean",
     "beta1": 0.91,
     "beta2": 0.999,
     "max_grad_norm": 1.0,
@@ -184,7 +185,7 @@ def test_group_keys_are_config_keys_that_decide_the_stream():
     per_sae = {
         "sae_type", "dict_size", "top_k", "top_k_aux", "aux_penalty", "l1_coeff", "bandwidth", "n_batches_to_dead",
         "input_unit_norm", "dtype", "seed", "lr", "beta1", "beta2", "max_grad_norm",
-        "lr_warmup_steps", "lr_decay_steps", "matryoshka_sizes",
+        "lr_warmup_steps", "lr_decay_steps", "matryoshka_sizes", "b_dec_init",
     }  # fmt: skip
     records = {"output_dir", "sweep", "wandb_project", "wandb_mode"}
     assert {key for key in KEYS if not KEYS[key].in_group} == per_sae | records
