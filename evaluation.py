@@ -53,10 +53,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import distributed
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
 from config import BATCH_TOP_K_TYPES, best_device, prefix_sizes
-from console import RANK, InputError, one_line, run_command, tell
+from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 
@@ -97,7 +98,7 @@ def evaluation_cost(saes: list) -> float:
 
 def progress(what: str, batches: list) -> tqdm:
     """The batches, with a progress bar that appears after 2 s."""
-    return tqdm(batches, desc=f"evaluating: {what}", unit="batch", leave=False, delay=2, disable=RANK > 0)
+    return tqdm(batches, desc=f"evaluating: {what}", unit="batch", leave=False, delay=2, disable=distributed.rank() > 0)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 import distributed
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0
-from console import RANK, InputError, out_of_memory, tell
+from console import InputError, out_of_memory, tell
 from evaluation import evaluate, evaluation_cost, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -178,7 +178,7 @@ class TrainingBar(tqdm):
 
     def __init__(self, title: str, done: int, total: int):
         super().__init__(
-            desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05, disable=RANK > 0,
+            desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05, disable=distributed.rank() > 0,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
         )  # fmt: skip
 
