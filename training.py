@@ -178,7 +178,8 @@ class TrainingBar(tqdm):
 
     def __init__(self, title: str, done: int, total: int):
         super().__init__(
-            desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05, disable=distributed.rank() > 0,
+            desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05,
+            disable=distributed.rank() > 0,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
         )  # fmt: skip
 
