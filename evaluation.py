@@ -129,6 +129,8 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
         log_p = predict(activation_store, tokens, acts).float().log_softmax(-1)
+        p = log_p.exp()
+        original = p, log_p.mul_(p).sum(-1)
         parts = part[done : done + len(tokens), None].expand_as(here)[here]
         done += len(tokens)
         for variant in variants:
@@ -151,7 +153,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             del active
             spliced = x.new_empty(*here.shape, x.shape[1]).masked_scatter_(here[..., None], reconstruction)
             logits = predict(activation_store, tokens, acts, spliced, here)
-            losses = prediction_losses(logits, tokens, here, log_p)
+            losses = prediction_losses(logits, tokens, here, original)
             means = per_token.new_zeros(5, *here.shape).masked_scatter_(here, per_token).mean(-1)
             per_context[variant].append(torch.cat([means, losses.double()]).cpu())
 
@@ -279,19 +281,21 @@ def predict(activation_store, tokens: torch.Tensor, acts: torch.Tensor, replacem
 
 
 def prediction_losses(
-    logits: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor, log_p: torch.Tensor | None = None
+    logits: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor, original: tuple | None = None
 ) -> torch.Tensor:
-    """CE of each context, and with log_p [n, predictions, d_vocab] the KL divergence from it: [1 or 2, n], in nats.
-    They are means over all predictions, with 0 for predictions from positions where `keep` [n, predictions + 1] is
-    False. Contexts are processed one at a time to save memory.
+    """CE of each context, and with `original` the KL divergence from it: [1 or 2, n], in nats. They are means over all
+    predictions, with 0 for predictions from positions where `keep` [n, predictions + 1] is False.
+
+    original: the model's own probabilities p [n, predictions, d_vocab] and Σ p log p [n, predictions]. Contexts are
+    processed one at a time to save memory.
     """
     losses = []
     for i, targets in enumerate(tokens[:, -logits.shape[1] :]):
         log_q, counts = logits[i].float().log_softmax(-1), keep[i, :-1]
         targets = targets.where(counts, IGNORE_INDEX)
         losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORE_INDEX) / len(targets)])
-        if log_p is not None:
-            kl = F.kl_div(log_q, log_p[i], reduction="none", log_target=True).sum(-1)
+        if original is not None:
+            kl = original[1][i] - log_q.mul_(original[0][i]).sum(-1)
             losses[-1].append(kl.where(counts, 0).mean())
     return torch.stack([torch.stack(of_context) for of_context in losses], 1)
 
