@@ -1,6 +1,6 @@
 """Dead features of TopK and BatchTopK SAEs on a language model, by the settings that may prevent them.
 
-    python benchmarks/dead_features.py MODEL TEXT --layer N [--sets NAME ...] [--types TYPE ...] [KEY=VALUE ...]
+    python benchmarks/dead_features.py MODEL TEXT [KEY=VALUE ...] --layer N [--sets NAME ...] [--types TYPE ...]
 
 MODEL is a model_name, TEXT a dataset_path. Each set of SETS is trained as a group, with the records of a sweep, in
 DIR/<set>. Finished runs are not trained again, interrupted ones resume. Activations are harvested once, into DIR/cache.
@@ -116,7 +116,7 @@ def draw(points: pd.DataFrame, path: Path) -> None:
         for kind, runs in points.groupby("sae_type"):
             name, colour, marker, _ = STYLES[kind]
             means = runs.groupby("set")[key].mean() * (100 if key == "dead" else 1)
-            axis.plot(means, [sets.index(of) for of in means.index], marker, color=colour, label=name)
+            axis.plot(means, [sets.index(of) for of in means.index], marker, color=colour, label=name, clip_on=False)
         axis.set(xlabel=label, xlim=(0, None), yticks=range(len(sets)), yticklabels=sets)
     axes[0].legend()
     figure.suptitle("F = {}, k = {}, {:,} tokens".format(*most))
