@@ -32,10 +32,11 @@ class ActivationsStore:
     the values set by the model (complete_cfg). `eval_contexts` [n, seq_len] are held out and never trained on. Tokens
     in exclude_tokens are part of the contexts, but of no batch. Raises InputError for a dataset that cannot be read,
     has none of the columns, is empty, or is too short for num_tokens. Memory: one buffer of activations
-    (num_batches_in_buffer · model_batch_size · seq_len rows of d values in activation_dtype) and one forward pass.
+    (num_batches_in_buffer · model_batch_size · seq_len rows of d values in activation_dtype) and one forward pass. With
+    `held_out_only` there are no batches and no buffer.
     """
 
-    def __init__(self, model: TransformerBridge, cfg: dict):
+    def __init__(self, model: TransformerBridge, cfg: dict, held_out_only: bool = False):
         self.model, self.cfg = model, (cfg := complete_cfg(cfg, model))
         self.act_size = check_hook_point(model, cfg)
         if not cfg.get("has_bos", True):
@@ -49,12 +50,14 @@ class ActivationsStore:
         self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
         if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():
             raise InputError(f"exclude_tokens = {cfg['exclude_tokens']} leaves no held-out token to evaluate on")
+        self.harvest, self.predict = Harvester(model, cfg["hook_point"]), Predictor(model, cfg["hook_point"])
+        if held_out_only:
+            return
+
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
         distributed.from_first(self.check_length)
         self.interruptible = lambda read: read()  # training.train_steps may set it
-        self.harvest, self.predict = Harvester(model, cfg["hook_point"]), Predictor(model, cfg["hook_point"])
-
         rows = cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * self.seq_len
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)
         self.storage = torch.empty(rows, self.act_size, dtype=getattr(torch, cfg["activation_dtype"]))

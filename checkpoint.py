@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 import distributed
 from config import post_init_cfg
-from console import InputError, one_line, tell
+from console import InputError, one_line, tell, tell_once
 from sae import SAE_CLASSES, BaseAutoencoder
 
 # Keys of state.json; logged: the last step in each run's metrics.jsonl; stream: the store's state.
@@ -399,9 +399,6 @@ def remove_checkpoints(sweep: Path, has_ended: Callable[[Path], bool]) -> None:
                     remove(path)
                 shutil.rmtree(group)
         (sweep / "groups").rmdir()  # if it is empty
-
-
-tell_once = functools.cache(tell)
 
 
 # Files

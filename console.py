@@ -1,5 +1,6 @@
 """What the user reads: errors of one line, messages, exit codes. Without torch, so that results.py starts fast."""
 
+import functools
 import os
 import re
 import select
@@ -25,6 +26,9 @@ def tell(line: str, any_rank: bool = False) -> None:
     """A line (or a table) for the user, above any progress bar. Under torchrun rank 0 prints it, or every rank."""
     if RANK == 0 or any_rank:
         tqdm.write(printable(line), file=sys.stderr)
+
+
+tell_once = functools.cache(tell)  # for messages that concern all runs of a sweep
 
 
 def printable(text: str) -> str:

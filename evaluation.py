@@ -354,7 +354,7 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
 
 
 def open_run(run: Path) -> tuple:
-    """A run's SAE, its language model, and an activation store with its held-out tokens that is too small for training.
+    """A run's SAE, its language model, and an activation store with its held-out tokens alone.
     The SAE is on the device of its training, if that exists here.
 
     Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
@@ -372,9 +372,7 @@ def open_run(run: Path) -> tuple:
     stay_offline_without_network(sae.cfg["model_name"], sae.cfg["dataset_path"])
     model = load_model(sae.cfg)
     sae.cfg = complete_cfg(sae.cfg, model)
-    minimal = {"num_tokens": 1, "batch_size": 1, "num_batches_in_buffer": 1, "activation_cache": None}
-    activation_store = ActivationsStore(model, sae.cfg | minimal)
-    activation_store.cfg = sae.cfg  # evaluation uses the batch size of training
+    activation_store = ActivationsStore(model, sae.cfg, held_out_only=True)
     trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
     if trained_on not in (None, activation_store.fingerprint()):
         tell(f"warning: {sae.cfg['dataset_path']} has changed since training: the SAE may have seen held-out text")

@@ -23,7 +23,7 @@ import torch
 import wandb
 
 from checkpoint import SaveError, run_folder, saved_sae, write, write_json
-from console import InputError, one_line, tell
+from console import InputError, one_line, tell, tell_once
 from language_model import model_fingerprint
 
 WANDB_TIMEOUT = 30  # seconds to wait for Weights & Biases at the end of a run
@@ -224,9 +224,6 @@ def start_wandb(cfg: dict, folder: Path, wandb_id: str):
         return None
     tell_once(f"Weights & Biases: {run.project_url or f'{mode} files in {folder.parent}/*/wandb'}")
     return run
-
-
-tell_once = functools.cache(tell)  # one line for all runs of a sweep
 
 
 @functools.cache  # slow without a network
