@@ -66,7 +66,7 @@ DENSE = 0.1
 OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
 MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
 IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
-CHUNK = 2**24  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
+CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def test_equal_runs_are_merged_and_seeds_are_not(merged):
     configs = [json.loads((folder / "config.json").read_text()) for folder in run_folders(sweep)]
     assert sorted(config["seed"] for config in configs) == [1, 2]
     assert all((folder / "result.json").is_file() for folder in run_folders(sweep))
-    assert re.search(r"Merged .* 32 runs become 2$", done.stderr, re.MULTILINE)
+    assert re.search(r"Merged .* 36 runs become 2$", done.stderr, re.MULTILINE)
     overrides = {"sae_type": "batchtopk", "top_k": 4, "dict_size": 64, "num_tokens": 6000, "eval_tokens": 512}
     for config in configs:
         assert {key: config[key] for key in overrides} == overrides
