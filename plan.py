@@ -142,6 +142,9 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     x = heldout_activations(store, tokens).flatten(0, 1)
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
+    contexts = tokens.repeat(-(-cfg["model_batch_size"] // len(tokens)), 1)[: cfg["model_batch_size"]]
+    if per_token * contexts.numel() < 2:  # seconds; a forward pass of training may be slower by the token
+        per_token = time_call(lambda: store.get_activations(contexts), device) / contexts.numel()
     harvest = per_token * cfg["batch_size"]
     acts, keep = store.get_activations(tokens), kept(store, tokens)
     predict(store, tokens, acts)

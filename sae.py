@@ -229,10 +229,10 @@ class BaseAutoencoder(nn.Module):
         k, pattern = min(self.cfg["top_k_aux"], len(index)), None
         W_dec = sparse_ops.take(self.W_dec, index, 0)
         if z is not None:
-            acts = keep_top_k(F.relu(sparse_ops.take(z, index, 1)), k)
+            acts = keep_top_k(sparse_ops.take(z, index, 1), k)
         else:
             W_enc = sparse_ops.take(self.W_enc.T, index, 0).T
-            acts = keep_top_k(F.relu(sparse_ops.encode(x, self.b_dec, W_enc)), k)
+            acts = keep_top_k(sparse_ops.encode(x, self.b_dec, W_enc), k)
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)
                 acts = sparse_ops.encode(x, self.b_dec, W_enc, pattern)
@@ -334,7 +334,7 @@ class TopKSAE(BaseAutoencoder):
         return sparse_ops.encode(x, self.b_dec, self.W_enc, pattern)
 
     def activation(self, z, pattern=None):
-        return keep_top_k(F.relu(z), self.cfg["top_k"]) if pattern is None else z
+        return keep_top_k(z, self.cfg["top_k"]) if pattern is None else z
 
 
 class BatchTopKSAE(TopKSAE):
@@ -359,7 +359,7 @@ class BatchTopKSAE(TopKSAE):
         if pattern is not None:
             return z
         if self.training:
-            return keep_top_k(F.relu(z).flatten(), self.cfg["top_k"] * len(z)).view_as(z)
+            return keep_top_k(z.flatten(), self.cfg["top_k"] * len(z)).view_as(z)
         if self.threshold_num_batches == 0:
             raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
         return keep_above(z, z, self.threshold)

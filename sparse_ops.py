@@ -220,14 +220,16 @@ def not_finite(number: torch.Tensor) -> torch.Tensor:
     return ~(number.abs() < torch.inf)
 
 
-def keep_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Nonnegative `values` [n] or [B, n] with all but the k largest of the last dimension set to 0."""
+def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
+    """relu(z), z [n] or [B, n], with all but the k largest of the last dimension set to 0."""
+    values = torch.relu(z)
     if values.ndim == 2 and uses_kernels(values):
         import triton_ops
 
         return torch.where(triton_ops.row_topk_mask(values.detach(), k), values, 0)
     if values.device.type == "cpu":  # a threshold is several times as fast there, unless values tie with it
-        t = kth_largest(values.detach(), k).unsqueeze(-1)
+        # The threshold of z, as NumPy's partition is five times slower over the many zeros of relu(z).
+        t = kth_largest(z.detach(), k).clamp(min=0).unsqueeze(-1)
         kept = torch.ge(values, t, out=torch.empty_like(values))
         if not ((kept.count_nonzero(-1) > k) & (t.squeeze(-1) > 0)).any():
             return kept.mul_(values)

@@ -317,7 +317,7 @@ def test_memory_that_runs_out_while_probing_is_an_error(monkeypatch):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["distinct", "ties", "few positive", "zeros"])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "few positive", "zeros", "negative"])
 @pytest.mark.parametrize("shape", [(40,), (6, 40)])
 def test_keep_top_k_keeps_k(kind, shape):
     """The k largest positive values, also with ties at the k-th; their gradient is 1 and that of the others 0."""
@@ -329,9 +329,11 @@ def test_keep_top_k_keeps_k(kind, shape):
         values[..., 3:] = 0
     elif kind == "zeros":
         values[:] = 0
+    elif kind == "negative":
+        values -= 0.9  # fewer than 7 are positive in a row
     values.requires_grad_()
     kept = sparse_ops.keep_top_k(values, 7)
-    expected = values.detach().topk(7, dim=-1).values
+    expected = values.detach().clamp(min=0).topk(7, dim=-1).values
     assert torch.equal(kept.detach().topk(8, dim=-1).values, torch.nn.functional.pad(expected, (0, 1)))
     assert ((kept == values) | (kept == 0)).all()
     kept.sum().backward()
