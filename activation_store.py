@@ -57,7 +57,7 @@ class ActivationsStore:
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
         distributed.from_first(self.check_length)
-        self.interruptible = lambda read: read()  # training.train_steps may set it
+        self.interruptible = lambda read: read()  # calls a function that reads text; a signal may interrupt it
         rows = cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * self.seq_len
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)
         self.storage = torch.empty(rows, self.act_size, dtype=getattr(torch, cfg["activation_dtype"]))
@@ -159,7 +159,9 @@ class ActivationsStore:
             if distributed.rank() < len(batches):
                 tokens = batches[distributed.rank()][1]
                 acts = self.get_activations(tokens).to(self.storage.dtype)
-                own = acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
+                own = (
+                    acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
+                ).contiguous()
             for source, (position, tokens) in enumerate(batches):
                 kept = int(self.kept(tokens).sum())
                 rows = own if source == distributed.rank() else self.storage.new_empty(kept, self.act_size)
@@ -195,8 +197,8 @@ class ActivationsStore:
             self.carry = None
         else:
             next_start = self.harvest_rows(start, buffer)
-            if self.cache:
-                self.cache.write(start["buffer"], buffer, next_start)
+            if self.cfg["activation_cache"]:
+                distributed.from_first(lambda: self.cache.write(start["buffer"], buffer, next_start))
         # One generator per buffer, so that its order does not depend on the buffers before it.
         order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
         self.order = torch.from_numpy(order).to(buffer.device)

@@ -13,9 +13,10 @@ What the ranks exchange, and when:
 Nothing else is exchanged: no gradient and no weight. So an SAE's arithmetic does not depend on the number of ranks, and
 its bits are the same for any number. A checkpoint can be resumed with another number.
 
-A rank that fails prints its line and exits. The others then lose their connection to it, and exit without a line
-(RankLost). torchrun ends those that do not. All resume from the last checkpoint. Without torchrun there is one rank,
-and every function here returns at once.
+The first rank that fails prints its line and exits. The others then lose their connection to it, and exit without a
+line (RankLost). torchrun ends those that do not. All resume from the last checkpoint.
+
+Without torchrun there is one rank, and every function here returns at once.
 """
 
 import hashlib
@@ -31,11 +32,10 @@ import torch
 import torch.distributed as dist
 
 import console
-from console import InputError
+from console import InputError, one_line, out_of_memory
 
-TIMEOUT = timedelta(
-    minutes=30
-)  # a rank that is silent for longer is lost; an evaluation or the hub's retries take less
+# A rank that is silent for longer is lost. The evaluation of another rank may take hours on a CPU.
+TIMEOUT = timedelta(hours=6)
 
 
 class RankLost(RuntimeError):
@@ -45,10 +45,10 @@ class RankLost(RuntimeError):
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun has started. Each CUDA rank uses the GPU of its number on its machine.
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun has started. On a machine with GPUs, a rank uses that of its local number.
 
-    Raises InputError if the device, the number of GPUs or torch's build do not allow it.
+    Raises InputError if torch's build does not allow it.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
@@ -56,16 +56,7 @@ def process_group(device: str) -> Iterator[None]:
     backend, local_rank = "gloo", int(os.environ["LOCAL_RANK"])
     if not dist.is_gloo_available():
         raise InputError("torchrun needs a build of torch with gloo")
-    if device.startswith("cuda"):
-        if device != "cuda":
-            raise InputError(
-                f"device = {device!r} is not allowed under torchrun, which gives each rank a GPU: use 'cuda'"
-            )
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} is not allowed: this machine has "
-                f"{torch.cuda.device_count()} GPUs"
-            )
+    if local_rank < torch.cuda.device_count():
         if not dist.is_nccl_available():
             raise InputError("torchrun on GPUs needs a build of torch with NCCL")
         torch.cuda.set_device(local_rank)
@@ -80,9 +71,23 @@ def process_group(device: str) -> Iterator[None]:
         with suppress(RuntimeError):
             console.another_rank_prints = store.add("failed", 1) > 1
         raise
-    finally:
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def check_device(device: str) -> None:
+    """Raises InputError if a config's device cannot be that of every rank."""
+    if size() == 1:
+        return
+    if device not in ("cuda", "cpu"):
+        raise InputError(
+            f"device = {device!r} is not allowed: under torchrun it must be cuda, one GPU per rank, or cpu"
+        )
+    if device == "cuda":
+        if local_size() > torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node {local_size()} is not allowed: this machine has {torch.cuda.device_count()} GPUs"
+            )
+        broadcast(torch.zeros(1, device=device), 0)  # NCCL allocates its memory now, before free memory is measured
 
 
 @contextmanager
@@ -91,7 +96,9 @@ def connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost("another rank has ended or does not respond: this one ends too") from error
+        if out_of_memory(error):
+            raise
+        raise RankLost(f"another rank has ended or does not respond ({one_line(error)})") from error
 
 
 def size() -> int:
@@ -156,9 +163,7 @@ def any_rank(*flags: bool) -> list[bool]:
 
 
 def on_all(function: Callable) -> None:
-    """function() on every rank. The first error that is an OSError or ends the program with an exit code is raised on
-    every rank.
-    """
+    """function() on every rank. The first error that is_expected is raised on every rank."""
     error = None
     try:
         function()
@@ -166,19 +171,14 @@ def on_all(function: Callable) -> None:
         if size() == 1 or not is_expected(raised):
             raise
         error = raised
-    raise_together(error)
+    for raised in gather(error):
+        if raised is not None:
+            raise raised
 
 
 def is_expected(error: BaseException) -> bool:
     """Whether the program reports an error in one line."""
     return hasattr(error, "exit_code") or isinstance(error, OSError | KeyboardInterrupt)
-
-
-def raise_together(error: BaseException | None) -> None:
-    """Raise the error of the first rank that has one, on every rank. `error` is this rank's, or None."""
-    for raised in gather(error):
-        if raised is not None:
-            raise raised
 
 
 def broadcast(rows: torch.Tensor, source: int) -> torch.Tensor:
@@ -191,25 +191,31 @@ def broadcast(rows: torch.Tensor, source: int) -> torch.Tensor:
 
 def check_ranks(made_with: dict, folder: Path) -> None:
     """Raises InputError if ranks differ in their code or in what determines results (`made_with`, logs.provenance), or
-    if they do not share the disk that holds `folder`.
+    if `folder` cannot be written to or is not on a disk that they share.
     """
     if size() == 1:
         return
-    made_with = made_with | made_with["versions"] | {"versions": None, "code": code_fingerprint()}
-    of_ranks = gather(made_with)
+    of_ranks = gather(made_with | made_with["versions"] | {"versions": None, "code": code_fingerprint()})
     for i, values in enumerate(of_ranks):
         differs = [f"{k} is {v!r}, not {of_ranks[0].get(k)!r}" for k, v in values.items() if v != of_ranks[0].get(k)]
         if differs:
-            raise_together(InputError(f"rank {i} differs from rank 0: {'; '.join(differs)}"))
+            raise InputError(f"rank {i} differs from rank 0: {'; '.join(differs)}")
     mark = folder / f".ranks-{from_first(lambda: secrets.token_hex(4))}"
-    from_first(lambda: mark.parent.mkdir(parents=True, exist_ok=True) or mark.touch())
+
+    def write_mark():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise InputError(f"output_dir: {folder} cannot be written to: {error.strerror or error}") from error
+
+    from_first(write_mark)
     missing = [i for i, found in enumerate(gather(mark.exists())) if not found]
     if rank() == 0:
         mark.unlink()
     if missing:
-        raise_together(
-            InputError(f"output_dir must be on a disk that all ranks share: rank {missing[0]} has no {folder}")
-        )
+        reason = f"rank {missing[0]} does not see {folder} as rank 0 does"
+        raise InputError(f"output_dir must be on a disk that all ranks share: {reason}")
 
 
 def code_fingerprint() -> str:

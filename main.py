@@ -70,16 +70,17 @@ def main(argv: list[str]) -> None:
         "--resume-anyway", action="store_true", help="resume even if versions, data or threads have changed"
     )
     args = parser.parse_intermixed_args(argv)
-    sweep, overrides, seeds = parse_words(args.words, args.seeds)
-    cfgs = sweep_configs(sweep, overrides, seeds)
-    if args.list:
-        for cfg in cfgs:
-            print(cfg["name"])
-        return
-    with distributed.process_group(cfgs[0]["device"]):
+    with distributed.process_group():
+        sweep, overrides, seeds = parse_words(args.words, args.seeds)
+        cfgs = sweep_configs(sweep, overrides, seeds)
+        if args.list:
+            if RANK == 0:
+                print(*(cfg["name"] for cfg in cfgs), sep="\n")
+            return
+        distributed.check_device(cfgs[0]["device"])
         todo = distributed.from_first(lambda: report(cfgs))
         failed = train(todo, args.force, args.resume_anyway) if todo else []
-    if RANK == 0:
+    if RANK == 0:  # the other ranks end without an error, which would make torchrun end this one
         finish(sweep, cfgs, failed)
 
 

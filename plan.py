@@ -25,8 +25,8 @@ MAX_DAYS = 30  # a group that would take longer on this machine is not started
 
 
 def plan_group(group: list[dict], model, steps_done: int, force: bool, available: int) -> list[list[dict]]:
-    """Print the memory estimate of a group of completed configs. Returns the group, or groups that fit into the memory:
-    `available` bytes for each rank.
+    """Print the memory estimate of a group of completed configs. Returns the group, or groups that fit into
+    `available` bytes per rank.
 
     Raises InputError, unless `force`, if a single SAE needs more memory than is free, or if the encoder products of the
     steps after `steps_done` alone take more than MAX_DAYS.
@@ -149,7 +149,8 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     acts, keep = store.get_activations(tokens), kept(store, tokens)
     predict(store, tokens, acts)
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
-    own = list(range(distributed.rank(), len(group), ranks))
+    by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
+    own = [i for i, owner in enumerate(by_size) if owner == distributed.rank()]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
     step, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_first(lambda: (harvest, forward))
@@ -192,8 +193,8 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
 
 
 def assign(group: list[dict], seconds: list[float], model, available: int) -> list[int]:
-    """The rank of each SAE: the slowest first, each to the rank with the least work that has the memory for it. If this
-    leaves one without a rank, SAEs are packed by memory alone.
+    """The rank of each SAE: the slowest first, each to the rank with the least work that has the memory for it. If an
+    SAE then fits on no rank, they are packed by memory alone.
     """
     ranks = distributed.size()
     parts, work, owners = [[] for _ in range(ranks)], [0.0] * ranks, [0] * len(group)
@@ -218,17 +219,20 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
         if hasattr(sae, "batches_until_sparse"):
             sae.batches_until_sparse.zero_()  # the first steps of training are dense
         runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
-    if not runs:
-        return []
-    outputs, seconds = [], []
+    outputs, seconds = [[] for _ in runs], []
     warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps record CUDA graphs
     for _ in range(warm_up + 2):
-        seconds.append([time_call(partial(group_step, [run], x, outputs, {}), cfg["device"]) for run in runs])
-    fastest = [min(times) for times in zip(*seconds[warm_up:])]
-    if any(isinstance(output, FloatingPointError) for output in outputs):
-        return [(0.0, 0.0)] * len(runs)  # training will report it
-    with torch.no_grad():
-        return [(best, time_call(partial(run.sae.reconstruct, x), cfg["device"])) for best, run in zip(fastest, runs)]
+        steps = [partial(group_step, [run], x, output, {}) for run, output in zip(runs, outputs)]
+        seconds.append([time_call(step, run.cfg["device"]) for step, run in zip(steps, runs)])
+    found = []
+    for i, run in enumerate(runs):
+        if any(isinstance(output, FloatingPointError) for output in outputs[i]):
+            found.append((0.0, 0.0))  # training will report it
+            continue
+        with torch.no_grad():
+            reconstruction = time_call(partial(run.sae.reconstruct, x), run.cfg["device"])
+        found.append((min(times[i] for times in seconds[warm_up:]), reconstruction))
+    return found
 
 
 def time_call(function, device: str) -> float:

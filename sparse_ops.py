@@ -229,7 +229,7 @@ def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
         return torch.where(triton_ops.row_topk_mask(values.detach(), k), values, 0)
     if values.device.type == "cpu":  # a threshold is several times as fast there, unless values tie with it
         # The threshold of z, as NumPy's partition is five times slower over the many zeros of relu(z).
-        t = kth_largest(z.detach(), k).clamp(min=0).unsqueeze(-1)
+        t = kth_largest(z.detach(), k).unsqueeze(-1)
         kept = torch.ge(values, t, out=torch.empty_like(values))
         if not ((kept.count_nonzero(-1) > k) & (t.squeeze(-1) > 0)).any():
             return kept.mul_(values)

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -98,7 +99,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     bar = TrainingBar(f"training {num_saes} SAEs", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"])
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
-    bar.seconds_per_context = baseline["seconds_per_context"] * evaluation_cost([run.sae for run in runs])
+    cost = max(distributed.gather(evaluation_cost([run.sae for run in runs])))
+    bar.seconds_per_context = baseline["seconds_per_context"] * cost
     with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as memory:
         for step in range(checkpoints.step + 1, last_step + 1):
             # The step
@@ -108,12 +110,12 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
                 if step == 1:
-                    signals.harvesting(
-                        activation_store, lambda: initialize_b_dec([r.sae for r in runs], activation_store)
-                    )
+                    initialize = partial(initialize_b_dec, [run.sae for run in runs], activation_store)
+                    signals.harvesting(activation_store, partial(distributed.on_all, initialize))
                 x = signals.harvesting(activation_store, activation_store.next_batch)
                 group_step(runs, x, outputs, checkpoints.ahead)
-                if any(isinstance(output, FloatingPointError) for output in outputs) and not x.isfinite().all():
+                failures = any(isinstance(output, FloatingPointError) for output in outputs)
+                if (failures or not runs) and not x.isfinite().all():  # then every rank raises it
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
             except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
@@ -138,12 +140,14 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
-                bar.set_postfix_str(summary(distributed.gather_lists(metrics)))
+                if of_all_ranks := distributed.gather_lists(metrics):
+                    bar.set_postfix_str(summary(of_all_ranks))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
                 with bar.evaluating(eval_contexts):
                     evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
-                rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
-                tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
+                    rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
+                if rows:
+                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
                 for values, more in zip(metrics, evaluated):
                     values |= more
             memory.position = None  # from here on nothing changes an SAE
@@ -163,6 +167,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 break
             if stop or due or step == last_step:
                 checkpoints.save(step, activation_store.state_dict())
+                (stop,) = distributed.any_rank(signals.asked)
             if stop:
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
@@ -302,13 +307,14 @@ def initialize_b_dec(saes: list, activation_store) -> None:
         if key not in moments:
             mean, std = mean_and_std(sae, rows)
             moments[key] = mean, (mean.norm() / std.norm()).item()
-            tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {moments[key][1]:.2f}")
         mean, gamma = moments[key]
         at_risk += sae.cfg["b_dec_init"] == "zero" and gamma > MAX_GAMMA
         if sae.cfg["b_dec_init"] == "mean" and not sae.b_dec.any():
             if not mean.isfinite().all():
                 raise InputError(f"NaN or infinity in the activations of {sae.cfg['model_name']}")
             sae.b_dec.copy_(mean)
+    for gamma in sorted({f"{gamma:.2f}" for _, gamma in moments.values()}):
+        tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {gamma}")
     if at_risk:
         tell(f"warning: γ above {MAX_GAMMA} means that many features of {at_risk} SAEs may die: set b_dec_init=mean")
 

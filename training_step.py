@@ -20,7 +20,7 @@ class Run:
     log: RunLog
 
     def __post_init__(self):
-        self.graphs = StepGraphs(self)
+        self.graphs = StepGraphs(self.sae, self.optimizer, self.cfg)
 
 
 def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
@@ -91,12 +91,13 @@ class StepGraphs:
     memory = None  # memory pool for the intermediate results of all graphs; no two run at the same time
     streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 
-    def __init__(self, run: Run):
-        self.run, self.seen, self.recorded = run, {}, {}
+    def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
+        self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
+        self.seen, self.recorded = {}, {}
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""
-        sae, optimizer, cfg = self.run.sae, self.run.optimizer, self.run.cfg
+        sae, optimizer, cfg = self.sae, self.optimizer, self.cfg
         if not sae.W_enc.is_cuda:
             return scalars(start_step(sae, optimizer, x, cfg, wait))
         if x.device not in self.streams:
@@ -125,7 +126,7 @@ class StepGraphs:
 
         The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
         """
-        sae, group = self.run.sae, self.run.optimizer.param_groups[0]
+        sae, group = self.sae, self.optimizer.param_groups[0]
         graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
         output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
@@ -133,7 +134,7 @@ class StepGraphs:
         group["lr"] = lr
         try:
             with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
-                written = scalars(start_step(sae, self.run.optimizer, x, self.run.cfg))
+                written = scalars(start_step(sae, self.optimizer, x, self.cfg))
                 torch._foreach_copy_(list(output.values()), [written[key] for key in output])
         except RuntimeError as error:
             StepGraphs.memory = None  # the pool is unusable after a failure

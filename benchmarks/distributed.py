@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        with distributed.process_group("cpu"):
+        with distributed.process_group():
             found = measure()
             if distributed.rank() == 0:
                 print(json.dumps(found))

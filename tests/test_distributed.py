@@ -19,6 +19,7 @@ import pytest
 import torch
 from helpers import OFTEN, REPO, SAES, SEQ_LEN, counted_batches, figures, lines_of, same_bits, stream_cfg
 
+import activation_cache
 import checkpoint
 import console
 import distributed
@@ -48,7 +49,7 @@ def run_ranks(size: int, function, timeout: int = 120) -> list[tuple]:
 
         def command(_):
             nonlocal result
-            with distributed.process_group("cpu"):
+            with distributed.process_group():
                 result = function()
 
         with contextlib.redirect_stderr(stderr):
@@ -98,7 +99,7 @@ def only_line(ranks: list[tuple]) -> str:
 @pytest.mark.fast
 def test_one_rank_is_no_group():
     """Without torchrun nothing is started, and the functions return at once."""
-    with distributed.process_group("cpu"):
+    with distributed.process_group():
         assert (distributed.size(), distributed.rank(), distributed.local_size()) == (1, 0, 1)
         assert distributed.from_first(lambda: 3) == 3 and distributed.gather(4) == [4]
         assert distributed.any_rank(True, False) == [True, False] and distributed.gather_lists([5]) == [5]
@@ -216,6 +217,36 @@ def test_the_cache_is_that_of_one_process(model, counted, tmp_path):
         path.write_bytes(path.read_bytes()[:-1] + b"x")  # corrupt: harvested again by all ranks
     for found in results_of(run_ranks(2, lambda: batches("two"))):
         assert torch.equal(found, expected)
+
+
+def test_a_cache_that_cannot_be_written_ends_all_ranks(model, training_cfg, tmp_path, monkeypatch):
+    """When the second buffer is harvested, in step 4, on rank 0 alone."""
+    cfgs = [training_cfg(**changes, activation_cache=str(tmp_path / "cache")) for changes in SAES]
+    real = activation_cache.write_json
+
+    def write_json(path, content):
+        if len(content["buffers"]) == 2:
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(activation_cache, "write_json", write_json)
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs), timeout=60)
+    assert [code for code, *_ in ranks] == [2, 2] and "No space left on device" in only_line(ranks)
+    assert {newest_checkpoint(cfg).name for cfg in cfgs} == {"step_000000003"}
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "cuda"])
+def test_a_device_that_not_every_rank_can_have(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    ranks = run_ranks(2, lambda: distributed.check_device(device))
+    expected = "--nproc-per-node 2 is not allowed: this machine has 0 GPUs" if device == "cuda" else "device = 'cuda:1'"
+    assert [code for code, *_ in ranks] == [2, 2] and expected in only_line(ranks)
+
+
+def test_an_output_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    ranks = run_ranks(2, lambda: distributed.check_ranks({"versions": {}}, tmp_path / "file" / "sweep"))
+    assert [code for code, *_ in ranks] == [2, 2] and "cannot be written to" in only_line(ranks)
 
 
 def test_the_end_of_the_data_is_one_line(model, counted, monkeypatch):
@@ -392,6 +423,28 @@ def test_nan_stops_one_sae(model, training_cfg, uninterrupted, owner):
     saes, results, lines = uninterrupted
     of_rest = [saes[i] for i in rest], [results[i] for i in rest], [lines[i] for i in rest]
     assert_as_one_process([cfgs[i] for i in rest], of_rest)
+
+
+@pytest.mark.parametrize("b_dec_init", ["zero", "mean"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_nan_in_the_activations_ends_all_ranks(model, training_cfg, monkeypatch, b_dec_init, batch):
+    """Also those without an SAE, or whose SAEs do not need the mean of the first buffer."""
+    cfgs = [training_cfg(sae_type="topk", top_k=2 + i, b_dec_init=b_dec_init if i else "zero") for i in range(2)]
+    real = ActivationsStore.fill_buffer
+
+    def fill_buffer(self):
+        real(self)
+        self.buffer[self.order[batch * self.cfg["batch_size"] - 1]] = torch.nan
+
+    monkeypatch.setattr(ActivationsStore, "fill_buffer", fill_buffer)
+    ranks = run_ranks(3, lambda: train_shared(model, cfgs), timeout=60)
+    assert [code for code, *_ in ranks] == [2] * 3 and "NaN or infinity in the activations" in only_line(ranks)
+
+
+def test_all_saes_stop_at_a_logged_step(model, training_cfg):
+    cfgs = [training_cfg(sae_type="topk", top_k=2 + i, log_freq=1, perf_log_freq=2, lr=1e30) for i in range(2)]
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs))
+    assert [code for code, *_ in ranks] == [2, 2] and "2 of 2 SAEs were stopped" in only_line(ranks)
 
 
 def test_a_silent_rank_is_given_up(monkeypatch):

@@ -1,10 +1,12 @@
 """Estimates of memory and time hold, groups that exceed the memory are split, and estimating changes nothing."""
 
+import gc
 import re
 import statistics
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -189,6 +191,20 @@ def test_a_sweep_that_takes_too_long_is_refused(training_cfg, model, monkeypatch
 
 
 def test_nan_in_the_measured_steps_is_ignored(training_cfg, model):
-    """Training reports it, with the name of the SAE."""
-    cfg = training_cfg(sae_type="topk", top_k=4)
-    assert plan.step_times([cfg], torch.full((64, 128), torch.nan)) == [(0, 0)]
+    """Training reports it, with the name of the SAE. The other SAEs have their times."""
+    cfgs = [training_cfg(sae_type="topk", top_k=4, lr=lr) for lr in (1e-3, 1e30)]
+    assert plan.step_times(cfgs, torch.full((64, 128), torch.nan)) == [(0, 0)] * 2
+    (step, reconstruction), unstable = plan.step_times(cfgs, torch.randn(64, 128))
+    assert step > 0 and reconstruction > 0 and unstable == (0, 0)
+
+
+def test_discarded_saes_are_freed(training_cfg, monkeypatch):
+    """Without waiting for the garbage collector: the real ones are created next."""
+    saes, real = [], plan.make_optimizer
+    monkeypatch.setattr(plan, "make_optimizer", lambda sae, cfg: saes.append(weakref.ref(sae)) or real(sae, cfg))
+    gc.disable()
+    try:
+        plan.step_times([training_cfg(sae_type="topk", top_k=4)], torch.randn(64, 128))
+        assert [sae() for sae in saes] == [None]
+    finally:
+        gc.enable()

@@ -26,7 +26,7 @@ import main
 import training
 import training_step
 from activation_store import ActivationsStore
-from checkpoint import SaveError, groups_folder, load_sae, newest_checkpoint
+from checkpoint import Checkpoints, SaveError, groups_folder, load_sae, newest_checkpoint
 from console import InputError, run_command
 from hub import StreamError
 from logs import RunLog, is_finished, is_over, run_folder, why_stopped
@@ -464,6 +464,20 @@ def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(training.Stopped):
         patch.setattr(training_step, "start_step", signalled)
+        train(model, [cfg])
+    assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
+
+
+def test_a_stop_while_the_last_checkpoint_is_saved_is_a_stop(model, training_cfg, monkeypatch):
+    cfg = training_cfg(**SAES[1], checkpoint_freq=1000)
+    save = Checkpoints.save
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(Checkpoints, "save", signalled)
+    with pytest.raises(training.Stopped):
         train(model, [cfg])
     assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
 
