@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one run of about 6 minutes: the kernels' tests on the card, runs that are killed and
+# Everything that needs a GPU, in one run of about 8 minutes: the kernels' tests on the card, runs that are killed and
 # resumed to the bit, the step against the published one, the paper's sweep, and a profile.
 #     bash benchmarks/gpu.sh [FOLDER]      writes what it prints to FOLDER (default: runs/gpu), a file each
 set -u
@@ -16,6 +16,8 @@ run() {
 run resume python tests/kill_and_resume.py --kills 3 --others 0 dict_size=1024 &
 run tests python -m pytest -q -n 8 tests/test_triton_ops.py
 wait
+# Under torchrun with one rank per GPU, killed and compared with a single process.
+run ranks python tests/kill_and_resume.py --kills 1 --others 1 --ranks "$(nvidia-smi -L | wc -l)" dict_size=1024
 run step python benchmarks/step.py --rounds 3 --json "$folder/step.json"
 run sweep python benchmarks/sweep.py --only gpt2
 run profile python benchmarks/profile_step.py
