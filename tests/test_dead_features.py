@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import same_bits, train
+from helpers import same_bits, stopping_store, train
 
 import evaluation
 import main
@@ -107,19 +107,10 @@ def test_in_a_group_alone_from_a_cache_and_in_a_loop_of_ones_own(model, training
 
 @pytest.mark.parametrize("stop_in", [1, 2, 5])
 def test_a_resumed_run_is_not_initialised_again(model, training_cfg, stop_in):
-    class Stopping(ActivationsStore):
-        batches = 0
-
-        def next_batch(self):
-            self.batches += 1
-            if self.batches == stop_in:
-                raise Stopped
-            return super().next_batch()
-
     whole, _ = train(model, [training_cfg("whole", **changes) for changes in GROUP])
     cfgs = [training_cfg("cut", **changes) for changes in GROUP]
     with pytest.raises(Stopped):
-        train(model, cfgs, Stopping)
+        train(model, cfgs, stopping_store(stop_in, Stopped()))
     resumed, _ = train(model, cfgs)
     for sae, other in zip(whole, resumed, strict=True):
         assert same_bits(sae, other)
