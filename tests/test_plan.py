@@ -143,9 +143,8 @@ def test_the_announced_step_is_that_of_training(model, training_cfg, capsys):
     cfgs = [training_cfg(**sizes, top_k=4, **kind) for kind in kinds]
     plan.plan_time(cfgs, ActivationsStore(model, cfgs[0]), 0, False, 2**40)
     step, harvest = map(float, re.search(r"of ([\d.e-]+) s \(([\d.e-]+) s", capsys.readouterr().err).groups())
-    runs = [Run(cfg, SAE_CLASSES[cfg["sae_type"]](cfg), None, None) for cfg in cfgs]
-    for run in runs:
-        run.optimizer = make_optimizer(run.sae, run.cfg)
+    saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+    runs = [Run(cfg, sae, make_optimizer(sae, cfg), None) for cfg, sae in zip(cfgs, saes)]
     store, seconds = ActivationsStore(model, cfgs[0]), []
     for _ in range(25):
         x = store.next_batch()
