@@ -213,9 +213,8 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
         for unfinished in folder.glob("step_*.tmp"):
             shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
-        if not (
-            folder / "runs.json"
-        ).exists():  # tells whose checkpoints these are, even if their own files are corrupt
+        # This file tells whose checkpoints these are, even if their own files are corrupt.
+        if not (folder / "runs.json").exists():
             write_json(folder / "runs.json", {"runs": state["runs"]})
 
     def write_runs():

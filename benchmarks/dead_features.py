@@ -29,7 +29,8 @@ from main import SWEEPS, parse_override  # noqa: E402
 from plan import time_call  # noqa: E402
 from results import STYLES, plt  # noqa: E402
 from sae import SAE_CLASSES  # noqa: E402
-from training import make_optimizer, mean_and_std, train_sae_group, training_step  # noqa: E402
+from training import mean_and_std, train_sae_group  # noqa: E402
+from training_step import make_optimizer, training_step  # noqa: E402
 
 DEAD_TOKENS, STEPS = 102_400, 4
 HIGH, MEAN, PATIENT = dict(lr=1e-3), dict(b_dec_init="mean"), dict(n_batches_to_dead=50)
