@@ -110,7 +110,7 @@ def draw(points: pd.DataFrame, path: Path) -> None:
     """Dead features, NMSE and the time of a step of each set, at the dictionary size, k and length of most runs."""
     here = ["dict_size", "top_k", "num_tokens"]
     most = points[here].value_counts().index[0]
-    points = points[(points[here] == most).all(axis=1)]
+    points = points[(points[here] == list(most)).all(axis=1)]
     sets = [name for name in SETS if name in set(points["set"])][::-1]
     figure, axes = plt.subplots(1, 3, figsize=(6.8, 0.9 + 0.25 * len(sets)), sharey=True, layout="constrained")
     for axis, key, label in zip(axes, ("dead", "nmse", "step_seconds"), ("Dead features (%)", "NMSE", "Step (s)")):

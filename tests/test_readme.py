@@ -2,6 +2,8 @@
 their links lead somewhere.
 """
 
+import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -158,3 +160,13 @@ def test_first_two_shell_blocks_are_the_demo_and_the_tests():
     """.ci/run takes them for its two commands."""
     blocks = re.findall(r"^```sh\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
     assert [block.partition(" && ")[2] for block in blocks] == ["python main.py demo", "python -m pytest"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("script", sorted(REPO.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_what_exists(script):
+    """A name that has moved to another module would be noticed only when the benchmark is run."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (REPO / f"{node.module}.py").exists():
+            module = importlib.import_module(node.module)
+            assert not [name.name for name in node.names if not hasattr(module, name.name)]
