@@ -6,31 +6,40 @@ A checkpoint holds everything that a group of runs needs to resume with bit-iden
                                                               state.json         step, stream, runs, provenance
                                                               manifest.json      SHA-256 of the others; written last
 
+With feature_shards = 4, each rank writes its slice of a run: 00.0.safetensors to 00.3.safetensors.
+
 Everything is written under a temporary name, flushed, and renamed: after a kill, the old or the new version is there.
 """
 
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
+import struct
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import psutil
 import safetensors.torch
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import distributed
 from config import post_init_cfg
-from console import InputError, one_line, tell, tell_once
-from sae import SAE_CLASSES, BaseAutoencoder
+from console import InputError, gib, one_line, tell, tell_once
+from sae import FEATURE_DIM, SAE_CLASSES, BaseAutoencoder
 
 # Keys of state.json; logged: the last step in each run's metrics.jsonl; stream: the store's state.
 STATE = {"step": int, "seconds": float, "stream": dict, "logged": dict, "runs": list, "provenance": dict}
 # Buffers that older SAE files lack. They do not affect the SAE's output and keep their initial values.
 ADDED_LATER = ("batches_until_sparse",)
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 WEIGHTS_SHA256 = "weights_sha256"  # the only key of sae/cfg.json that is not part of the config
 MAX_CHECKPOINT_INTERVAL = 900  # seconds, unless writing is slow
 
@@ -45,19 +54,70 @@ class SaveError(RuntimeError):
 
 
 def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
-    """Write sae_weights.safetensors and cfg.json with its SHA-256 to `folder`; a kill leaves the old or the new SAE."""
-    temporary, old = Path(f"{folder}.tmp"), backup_path(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights, cfg = serialized(sae, sae.cfg)
-    write(temporary / "sae_weights.safetensors", weights)
-    write_json(temporary / "cfg.json", cfg)
-    if folder.exists():
+    """Write sae_weights.safetensors and cfg.json with its SHA-256 to `folder`; a kill leaves the old or the new SAE.
+
+    The ranks that share an SAE write one file together, without gathering it in memory. Raises OSError on each of them.
+    """
+    temporary, old, shards = Path(f"{folder}.tmp"), backup_path(folder), sae.shards
+    file = temporary / "sae_weights.safetensors"
+
+    def begin():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        if shards.count > 1:
+            header, _, size = layout(sae)
+            with open(file, "wb") as created:
+                created.write(header)
+                created.truncate(size)
+
+    def finish():
+        if shards.count > 1:
+            cfg = sae.cfg | {WEIGHTS_SHA256: sha256_of(file)}
+        else:
+            weights, cfg = serialized(sae, sae.cfg)
+            write(file, weights)
+        write_json(temporary / "cfg.json", cfg)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)  # if killed before the next line, saved_sae finds the SAE there
+        temporary.rename(folder)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)  # if killed before the next line, saved_sae finds the SAE there
-    temporary.rename(folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+    shards.on_first(begin)
+    if shards.count > 1:
+        shards.on_all(lambda: write_slices(sae, file))
+    shards.on_first(finish)
+
+
+def layout(sae: BaseAutoencoder) -> tuple[bytes, dict, int]:
+    """The safetensors file of a sharded SAE: its header, where each tensor begins, and its size."""
+    entries, end = {}, 0
+    for name, tensor in sae.state_dict().items():
+        shape, dim = list(tensor.shape), FEATURE_DIM.get(name)
+        if dim is not None:
+            shape[dim] = sae.cfg["dict_size"]
+        begin, end = end, end + tensor.itemsize * math.prod(shape)
+        entries[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header = struct.pack("<Q", len(header)) + header
+    return header, {name: len(header) + e["data_offsets"][0] for name, e in entries.items()}, len(header) + end
+
+
+def write_slices(sae: BaseAutoencoder, file: Path) -> None:
+    """Write this rank's slice of each tensor to its place in the file. The first rank writes what all have."""
+    shards, (_, places, _) = sae.shards, layout(sae)
+    with open(file, "r+b") as out:
+        for name, tensor in sae.state_dict().items():
+            dim = FEATURE_DIM.get(name)
+            if dim is None and shards.index > 0:
+                continue
+            outer, count = (tensor.shape[0] if dim == 1 else 1), (1 if dim is None else shards.count)
+            rows = tensor.detach().cpu().reshape(outer, -1).numpy()  # W_enc [d, F] has one in each of its d rows
+            for i, row in enumerate(rows):
+                out.seek(places[name] + (i * count + shards.index) * row.nbytes)
+                out.write(np.ascontiguousarray(row))
+    sync(file)
 
 
 def serialized(sae: BaseAutoencoder, cfg: dict) -> tuple[bytes, dict]:
@@ -79,8 +139,8 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU).
 
     Raises InputError if the folder holds no SAE, the weights do not fit its config, or their SHA-256 differs from that
-    in cfg.json (older files have none). Memory use is bounded by the size of the weights file, whatever the config
-    says.
+    in cfg.json (older files have none), or the device has too little memory. Memory use is bounded by the size of the
+    weights file, whatever the config says.
     """
     folder = saved_sae(Path(folder) / "sae") or saved_sae(Path(folder)) or Path(folder)
     weights = folder / "sae_weights.safetensors"
@@ -93,6 +153,7 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
         if recorded is not None and recorded != sha256_of(weights):
             raise InputError(f"{weights} is corrupt: its SHA-256 differs from that in {folder / 'cfg.json'}")
         cfg = post_init_cfg(cfg | {"device": device or "cpu"})
+        check_memory(weights, cfg["device"])
         tensors = load_file(weights)
         # Before an SAE of that size is allocated.
         check_tensor("W_dec", describe(tensors.get("W_dec")), f"{cfg['dtype']} {[cfg['dict_size'], cfg['act_size']]}")
@@ -103,6 +164,13 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     except Exception as error:
         raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return sae.eval()
+
+
+def check_memory(weights: Path, device: str) -> None:
+    cuda = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if (size := weights.stat().st_size) > free:
+        raise InputError(f"{weights} does not fit on {device}: it needs {gib(size)}, and {gib(free)} are free")
 
 
 def load_weights(sae: BaseAutoencoder, tensors: dict) -> None:
@@ -157,7 +225,7 @@ class Checkpoints:
 
         Raises SaveError if it cannot be written and save_errors is "stop".
         """
-        logged = dict(distributed.gather_lists([(run.cfg["name"], run.log.last_step) for run in self.runs]))
+        logged = dict(distributed.gather_lists([(run.cfg["name"], run.log.last_step) for run in self.runs if run.log]))
         if step <= self.step or not logged:
             return
         started_at = time.time()
@@ -219,8 +287,9 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
 
     def write_runs():
         for run in runs:
-            run.log.sync()
-            file = temporary / file_of(run, state)
+            if run.log:
+                run.log.sync()
+            file = temporary / file_of(state, run.cfg["name"], run.sae.shards.index)
             digests[file.name] = write(file, safetensors.torch.save(tensors_of(run)))
             if sha256_of(file) != digests[file.name]:
                 raise OSError(f"{file} was written, but its SHA-256 differs")
@@ -243,8 +312,14 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     distributed.from_first(finish)
 
 
-def file_of(run, state: dict) -> str:
-    return f"{state['runs'].index(run.cfg['name']):02}.safetensors"
+def shards_of(state: dict) -> int:
+    return state["provenance"].get("feature_shards", 1)
+
+
+def file_of(state: dict, name: str, shard: int) -> str:
+    """The file of a run, or of one of its shards, in a checkpoint."""
+    number = f"{state['runs'].index(name):02}"
+    return f"{number}.safetensors" if shards_of(state) == 1 else f"{number}.{shard}.safetensors"
 
 
 def remove(path: Path) -> None:
@@ -267,7 +342,7 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
     """Load each run's SAE and optimizer; `state` is the content of the checkpoint's state.json."""
     for run in runs:
         try:
-            tensors = load_file(path / file_of(run, state))
+            tensors = load_slice(path, state, run)
             load_weights(run.sae, with_prefix(tensors, "sae"))
             run.optimizer.load_state_dict({
                 "state": adam_state(tensors, run.optimizer.param_groups[0]["params"]),
@@ -275,6 +350,33 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
             })  # fmt: skip
         except Exception as error:
             raise InputError(f"{path} does not fit {run.cfg['name']}: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_slice(path: Path, state: dict, run) -> dict:
+    """The tensors of a run's checkpoint; of an SAE with shards, its slice, whatever the number of shards then."""
+    shards, count, name = run.sae.shards, shards_of(state), run.cfg["name"]
+    if count == shards.count:
+        return load_file(path / file_of(state, name, shards.index))
+    own, size, parts = shards.features(run.cfg["dict_size"]), run.cfg["dict_size"] // count, {}
+    for shard in range(own.start // size, -(-own.stop // size)):
+        wanted = slice(max(own.start - shard * size, 0), own.stop - shard * size)
+        with safe_open(path / file_of(state, name, shard), "pt") as file:
+            for key in file.keys():
+                dim, tensor = feature_dim(key, run.sae), file.get_slice(key)
+                part = file.get_tensor(key) if dim is None else tensor[wanted] if dim == 0 else tensor[:, wanted]
+                parts.setdefault(key, []).append(part)
+    dims = {key: feature_dim(key, run.sae) for key in parts}
+    return {key: parts[key][0] if dim is None else torch.cat(parts[key], dim) for key, dim in dims.items()}
+
+
+def feature_dim(key: str, sae: BaseAutoencoder) -> int | None:
+    """The dimension of features in a tensor of a checkpoint (tensors_of); None if all shards have the same."""
+    kind, name = key.split(".", 1)
+    if kind == "sae":
+        return FEATURE_DIM.get(name)
+    i, moment = name.split(".")
+    parameter = [name for name, _ in sae.named_parameters()][int(i)]
+    return None if parameter == "b_dec" or moment == "step" else 0
 
 
 def adam_state(tensors: dict, parameters: list) -> dict:
@@ -366,7 +468,7 @@ def find_corruption_in_files(path: Path, files: tuple) -> str | None:
         for key, kind in STATE.items():
             if not isinstance(state[key], kind):
                 return f"{key} in state.json is not of type {kind.__name__}"
-        if not {f"{i:02}.safetensors" for i in range(len(state["runs"]))} <= set(digests):
+        if not {file_of(state, run, i) for run in state["runs"] for i in range(shards_of(state))} <= set(digests):
             return "the weights of some of its runs are missing"
     except OSError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
@@ -377,7 +479,7 @@ def find_corruption_in_files(path: Path, files: tuple) -> str | None:
 
 def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -> None:
     """Raise InputError if a checkpoint's provenance differs from the current one; with resume_anyway, report it."""
-    before, now = (made_with | made_with["versions"] for made_with in (before, now))
+    before, now = ({"feature_shards": 1} | made_with | made_with["versions"] for made_with in (before, now))
     changed = [
         f"{key} was {before.get(key)} and is {now[key]}" for key in now
         if key not in ("versions", "commit", "python") and before.get(key) != now[key]

@@ -66,6 +66,8 @@ TABLE = (  # the keys under the titles of their sections
     OfSAE("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
         above=0, types=("jumprelu",)),
     OfSAE("n_batches_to_dead", 5, "a feature inactive for this many batches is dead", at_least=1),
+    NoResult("feature_shards", 1, "ranks of torchrun that share an SAE, each with a slice of its features", at_least=1,
+        added_later=True, portable=False),
     OfSAE("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1"),
     OfSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
     "Its training",
@@ -176,6 +178,10 @@ def post_init_cfg(cfg: dict) -> dict:
         raise InputError(
             f"matryoshka_sizes = {sizes} is not allowed: it must end at dict_size = {cfg['dict_size']}, the whole "
             f"dictionary"
+        )
+    if cfg["dict_size"] % cfg["feature_shards"]:
+        raise InputError(
+            f"feature_shards = {cfg['feature_shards']} is not allowed: it must divide dict_size = {cfg['dict_size']}"
         )
     if cfg["eval_skip_positions"] > cfg["seq_len"] - 2:
         raise InputError(

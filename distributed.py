@@ -11,7 +11,8 @@ What the ranks exchange, and when:
     checkpoints   every rank writes its SAEs; rank 0 writes the manifest when all have verified theirs
 
 Nothing else is exchanged: no gradient and no weight. So an SAE's arithmetic does not depend on the number of ranks, and
-its bits are the same for any number. A checkpoint can be resumed with another number.
+its bits are the same for any number. A checkpoint can be resumed with another number. An SAE that is too large for one
+device is split over several ranks, which exchange more: shards.py.
 
 The first rank that fails prints its line and exits. The others then lose their connection to it, and exit without a
 line (RankLost). torchrun ends those that do not. All resume from the last checkpoint.
@@ -137,13 +138,13 @@ def from_first(function: Callable):
     return result
 
 
-def gather(value) -> list:
-    """The value of each rank, on every rank."""
+def gather(value, group=None) -> list:
+    """The value of each rank of a group (default: all), on every one of them."""
     if size() == 1:
         return [value]
-    values = [None] * size()
+    values = [None] * dist.get_world_size(group)
     with connection():
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
     return values
 
 
@@ -162,8 +163,8 @@ def any_rank(*flags: bool) -> list[bool]:
     return tensor.bool().tolist()
 
 
-def on_all(function: Callable) -> None:
-    """function() on every rank. The first error that is_expected is raised on every rank."""
+def on_all(function: Callable, group=None) -> None:
+    """function() on every rank of a group. The first error that is_expected is raised on every one of them."""
     error = None
     try:
         function()
@@ -171,7 +172,7 @@ def on_all(function: Callable) -> None:
         if size() == 1 or not is_expected(raised):
             raise
         error = raised
-    for raised in gather(error):
+    for raised in gather(error, group):
         if raised is not None:
             raise raised
 

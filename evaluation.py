@@ -12,7 +12,8 @@ of them. With x an activation and r its reconstruction, both in the units of the
     l0              mean number of active features per token
     dead_fraction   fraction of features that are never active on the held-out set
     dense_fraction  fraction of features that are active on more than DENSE of its tokens
-    decoder_similarity  mean over pairs of features of |cosine| of their decoder rows (c_dec of arXiv 2508.16560)
+    decoder_similarity  mean over pairs of features of |cosine| of their decoder rows (c_dec of arXiv 2508.16560); not
+                    while feature_shards is more than 1
     ce_original, ce_reconstructed, ce_zero_ablated, ce_mean_ablated
                     cross-entropy in nats per token: of the model, and with x replaced by r, by 0, by x_mean
     ce_degradation  ce_reconstructed − ce_original: 0 is perfect, larger is worse
@@ -60,6 +61,7 @@ from config import BATCH_TOP_K_TYPES, best_device, prefix_sizes
 from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
+from shards import Shards
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
@@ -137,13 +139,13 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             i, _, training, size = variant
             reconstruction, features = in_mode(saes[i], training, saes[i].reconstruct, x)
             if size is not None:
-                features = features[:, :size]
+                features = features[:, : saes[i].shards.start_of(size, saes[i].cfg["dict_size"])]
                 reconstruction = saes[i].decode(features, like=x)
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)
             active = features > 0
             del features
-            l0 = active.sum(1)
+            l0 = saes[i].shards.sum(active.sum(1))
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
@@ -175,14 +177,14 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             metrics[i] |= ratio_with_error(key + suffix, a, b)
         if num_contexts is None:
             tokens_in_part = part.new_zeros(min(contexts, MAX_PARTS)).index_add_(0, part, keep.sum(1))
-            metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part)
+            metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part, saes[i].shards)
             if not suffix:
                 l0 = torch.cat(token_l0[variant])
-                metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0))
+                metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0), saes[i].shards)
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
             values |= ratio_with_error(key, ce, predictions)
-        if num_contexts is None and sae.cfg["dict_size"] > 1:
+        if num_contexts is None and sae.cfg["dict_size"] > 1 and sae.shards.count == 1:
             values["decoder_similarity"] = decoder_similarity(sae.W_dec)
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
             values["threshold"] = sae.threshold.item()
@@ -219,7 +221,7 @@ def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
     return values
 
 
-def fractions_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch.Tensor) -> dict:
+def fractions_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch.Tensor, shards: Shards) -> dict:
     """dead_fraction and dense_fraction with jackknife standard errors, from the counts `times_active` [parts, F] and
     the number of tokens in each part [parts].
     """
@@ -227,24 +229,27 @@ def fractions_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch
     num_tokens = torch.stack([tokens.sum(), *(tokens.sum() - tokens)])  # of the set, and without each part
     counts = torch.cat([total[None], total - times_active])
     dense = counts > DENSE * num_tokens.double()[:, None]
+    num_features = shards.sum(torch.tensor(counts.shape[1], device=counts.device))
     for key, features in [("dead_fraction", counts == 0), ("dense_fraction", dense)]:
-        fraction = features.double().mean(1)
+        fraction = shards.sum(features.sum(1)) / num_features.double()
         values[key + suffix] = fraction[0].item()
         if n > 1:
             values[f"{key}{suffix}_se"] = (fraction[1:].std() * (n - 1) / n**0.5).item()
     return values
 
 
-def histograms(token_l0: torch.Tensor, times_active: torch.Tensor) -> dict:
+def histograms(token_l0: torch.Tensor, times_active: torch.Tensor, shards: Shards) -> dict:
     """The histograms above, as lists, from the L0 of each token [n] and the number of active tokens per feature [F]."""
     ever = times_active[times_active > 0].double().cpu()
     edges = torch.tensor(DENSITY_EDGES, dtype=torch.float64)
     log10_density = (ever / len(token_l0)).log10().clamp(min=DENSITY_EDGES[0])
+    counts = torch.histogram(log10_density, edges).hist.int()
+    *counts, never = shards.sum(torch.cat([counts, counts.new_tensor([len(times_active) - len(ever)])])).tolist()
     return {
         "l0": token_l0.cpu().bincount().tolist(),
-        "log10_density": torch.histogram(log10_density, edges).hist.int().tolist(),
+        "log10_density": counts,
         "log10_density_edges": DENSITY_EDGES,
-        "never_active": len(times_active) - len(ever),
+        "never_active": never,
     }
 
 

@@ -262,6 +262,7 @@ def provenance(model, activation_store) -> dict:
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "commit": commit,
         "device": activation_store.cfg["device"],
+        "feature_shards": activation_store.cfg["feature_shards"],
         "model_sha256": model_fingerprint(model),
         "heldout_tokens_sha256": activation_store.fingerprint(),
         **hardware(activation_store.cfg["device"]),

@@ -29,6 +29,7 @@ from logs import has_ended, is_finished, is_over, read_json, run_folder, why_sto
 from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES
+from shards import team
 from text_stream import DocumentReader
 from training import NotFinite, train_sae_group
 
@@ -199,6 +200,7 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     groups = distributed.from_first(lambda: group_runs(cfgs))
     models, planned, failed = {}, [], []
     for _, group in groups:  # load all models before measuring the free memory
+        team(group[0]["feature_shards"])
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         if loaded_as(group[0]) not in models:
             models[loaded_as(group[0])] = load_model(group[0])
@@ -243,8 +245,9 @@ def loaded_as(cfg: dict) -> tuple:
 def train_planned(group: list[dict], model, steps_done: int, available: int, force: bool, resume_anyway: bool) -> None:
     """Train one group. A separate function, so that its SAEs and stream are freed before the next group."""
     store = ActivationsStore(model, group[0])
+    shards = team(group[0]["feature_shards"])
     owners = plan_time(group, store, steps_done, force, available)
-    saes = [SAE_CLASSES[c["sae_type"]](c) if owner == distributed.rank() else None for c, owner in zip(group, owners)]
+    saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.number else None for c, o in zip(group, owners)]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)
     tell(f"Trained and evaluated {len(group)} SAEs in {duration(time.time() - started)}")

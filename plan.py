@@ -18,6 +18,7 @@ from config import num_steps
 from console import InputError, gib, tell
 from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
+from shards import team
 from sparse_ops import screen_dtype
 from training_step import Run, group_step, make_optimizer
 
@@ -32,6 +33,7 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
     steps after `steps_done` alone take more than MAX_DAYS.
     """
     cfg, features, ranks = group[0], sum(cfg["dict_size"] for cfg in group), distributed.size()
+    teams = ranks // cfg["feature_shards"]
     needed = memory_needed(group, model)
     where, free = (f"{ranks} × {cfg['device']}", "for each") if ranks > 1 else (cfg["device"], "free")
     tell(
@@ -48,8 +50,9 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
     for part in parts:
         if (needed := memory_needed(part, model)) > available and not force:
             name = part[0]["name"]
-            raise too_small(f"{name} alone needs about {gib(needed)} of memory, and {gib(available)} are free")
-    groups = [sum(parts[i : i + ranks], []) for i in range(0, len(parts), ranks)]
+            reason = f"{name} alone needs about {gib(needed)} of memory, and {gib(available)} are free"
+            raise too_small(f"{reason}{shards_that_fit(part[0], model, available)}")
+    groups = [sum(parts[i : i + teams], []) for i in range(0, len(parts), teams)]
     if len(groups) > 1:
         sizes = " + ".join(str(len(part)) for part in groups)
         tell(f"The memory is too small for all at once: training {sizes} SAEs in separate groups, on the same tokens")
@@ -61,6 +64,16 @@ def too_small(reason: str) -> InputError:
         f"this machine is too small for the sweep: {reason}. `python main.py demo` runs in minutes, num_tokens=… makes "
         f"a sweep shorter, --force starts it anyway"
     )
+
+
+def shards_that_fit(cfg: dict, model, available: int) -> str:
+    """A clause that proposes feature_shards for an SAE that does not fit; empty if none would help."""
+    for count in (2**i for i in range(1, 11)):
+        if cfg["dict_size"] % count == 0 and count > cfg["feature_shards"]:
+            needed = memory_needed([cfg | {"feature_shards": count}], model)
+            if needed <= available:
+                return f" (with feature_shards={count} about {gib(needed)} on each of {count} ranks of torchrun)"
+    return ""
 
 
 def split(group: list[dict], model, available: int) -> list[list[dict]]:
@@ -76,12 +89,13 @@ def split(group: list[dict], model, available: int) -> list[list[dict]]:
 
 
 def memory_needed(group: list[dict], model) -> int:
-    """Peak memory of training the group in bytes, without the language model's weights."""
+    """Peak memory on a rank of training the group in bytes, without the language model's weights."""
     cfg, size = group[0], max(getattr(torch, cfg["dtype"]).itemsize for cfg in group)
-    d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group)
+    shards = cfg["feature_shards"]
+    d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group) // shards
     # Held permanently: libraries and allocator; W_enc and W_dec with Adam's two moments; the activation buffer; the
     # output of a step's screen.
-    held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] for cfg in group)
+    held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] // shards for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
     held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer
@@ -132,11 +146,12 @@ def matmul_flops(device: str) -> float:
 
 def plan_time(group: list[dict], store, steps_done: int, force: bool, available: int) -> list[int]:
     """Print how long training and evaluation will take, estimated from a few steps of new SAEs on held-out activations.
-    Returns the rank of each SAE.
+    Returns the number of each SAE's team; without feature_shards a team is a rank.
 
     Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS.
     """
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
+    teams = ranks // cfg["feature_shards"]
     tokens = eval_batches(store)[0]
     heldout_activations(store, tokens)  # warm-up
     x = heldout_activations(store, tokens).flatten(0, 1)
@@ -150,15 +165,16 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     predict(store, tokens, acts)
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
-    own = [i for i, owner in enumerate(by_size) if owner == distributed.rank()]
+    shards = team(cfg["feature_shards"])
+    own = [i for i, owner in enumerate(by_size) if owner == shards.number]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
     step, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_first(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
     def slowest(of_saes: list[float]) -> float:
-        """The seconds of the rank whose SAEs take longest."""
-        return max(sum(s for s, owner in zip(of_saes, owners) if owner == rank) for rank in range(ranks))
+        """The seconds of the team whose SAEs take longest."""
+        return max(sum(s for s, owner in zip(of_saes, owners) if owner == t) for t in range(teams))
 
     def evaluation(whole: bool) -> float:
         passes = [len(variants_of(run_cfg, whole)) for run_cfg in group]
@@ -173,13 +189,14 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     evaluating = periodic * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
-        parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == rank] for rank in range(ranks)]
+        parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == t] for t in range(teams)]
         needed = max(memory_needed(part, store.model) for part in parts if part)
         numbers, speedup = ", ".join(str(len(part)) for part in parts), (sum(step) + harvest) / seconds
+        who = "rank" if teams == ranks else f"team of {shards.count} ranks"
         tell(
-            f"SAEs per rank: {numbers} (a rank without an SAE runs the language model for the others); at most "
-            f"{gib(needed)} of memory for each; {received / 2**20:.1f} MiB received per rank and step; expected "
-            f"speed-up over one rank {speedup:.1f}"
+            f"SAEs per {who}: {numbers} (ranks without an SAE run the language model for the others); at most "
+            f"{gib(needed)} of memory for each rank; {received / 2**20:.1f} MiB of activations received per rank and "
+            f"step; expected speed-up over one {who} {speedup:.1f}"
         )
     tell(
         f"Estimated time: {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "
@@ -193,17 +210,17 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
 
 
 def assign(group: list[dict], seconds: list[float], model, available: int) -> list[int]:
-    """The rank of each SAE: the slowest first, each to the rank with the least work that has the memory for it. If an
-    SAE then fits on no rank, they are packed by memory alone.
+    """The team of each SAE: the slowest first, each to the team with the least work that has the memory for it. If an
+    SAE then fits on no team, they are packed by memory alone.
     """
-    ranks = distributed.size()
-    parts, work, owners = [[] for _ in range(ranks)], [0.0] * ranks, [0] * len(group)
+    teams = distributed.size() // group[0]["feature_shards"]
+    parts, work, owners = [[] for _ in range(teams)], [0.0] * teams, [0] * len(group)
     for i in sorted(range(len(group)), key=lambda i: -seconds[i]):
-        fits = [r for r in range(ranks) if ranks == 1 or memory_needed([*parts[r], group[i]], model) <= available]
+        fits = [t for t in range(teams) if teams == 1 or memory_needed([*parts[t], group[i]], model) <= available]
         if not fits:
             parts = split(group, model, available)
-            return [next(r for r, part in enumerate(parts) if cfg in part) % ranks for cfg in group]
-        owners[i] = min(fits, key=lambda r: work[r])
+            return [next(t for t, part in enumerate(parts) if cfg in part) % teams for cfg in group]
+        owners[i] = min(fits, key=lambda t: work[t])
         parts[owners[i]].append(group[i])
         work[owners[i]] += seconds[i]
     return owners
@@ -215,7 +232,7 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
     """
     runs = []
     for cfg in cfgs:
-        sae = SAE_CLASSES[cfg["sae_type"]](cfg)
+        sae = SAE_CLASSES[cfg["sae_type"]](cfg, team(cfg["feature_shards"]))
         if hasattr(sae, "batches_until_sparse"):
             sae.batches_until_sparse.zero_()  # the first steps of training are dense
         runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))

@@ -11,6 +11,9 @@ A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activa
 Pre-activations z and activations f have two forms: dense [B, F], or a vector [n] of the values at the places of a
 `pattern` (sparse_ops.py), which are all places where f can be positive. `select` returns the pattern if the sparse form
 is cheaper, else None.
+
+With feature_shards, an SAE holds a slice of the features, and F is its length (shards.py). All ranks of its team must
+then call the same methods. Reconstructions and the numbers in the output are those of the whole SAE.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 
 import sparse_ops
 from config import prefix_sizes
+from shards import WHOLE, Shards
 from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, keep_top_k, sae_arithmetic
 
 
@@ -35,19 +39,24 @@ class BaseAutoencoder(nn.Module):
     """x̂ = (x − μ)/(σ + 1e-5);  f = activation(pre_activation(x̂));  reconstruction = f W_dec + b_dec.
 
     `cfg` is a completed config (config.post_init_cfg). The initial weights are drawn from a generator seeded with
-    cfg["seed"]; torch's global generator is neither read nor set.
+    cfg["seed"]; torch's global generator is neither read nor set. `shards` says which features this rank holds.
     """
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: dict, shards: Shards = WHOLE):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.shards = cfg, shards
         d, dict_size, dtype = cfg["act_size"], cfg["dict_size"], getattr(torch, cfg["dtype"])
         if d is None:
             raise ValueError("act_size is None: set it to the width of the activations before building an SAE")
         # The published code's Kaiming initialisation of a [d, F] matrix uses F as the fan-in: U(±√(6/F)).
         bound = (6 / dict_size) ** 0.5
         generator = torch.Generator().manual_seed(cfg["seed"])
-        features = ((torch.rand(d, dict_size, generator=generator, dtype=dtype) * 2 - 1) * bound).T.contiguous()
+        own = shards.features(dict_size)
+        features = torch.empty(d, own.stop - own.start, dtype=dtype)
+        for row in features:  # never the weights of all shards at once
+            row.copy_(torch.rand(dict_size, generator=generator, dtype=dtype)[own])
+        features = ((features * 2 - 1) * bound).T.contiguous()
+        dict_size = len(features)
         self.W_enc = nn.Parameter(features.T)  # shape [d, F], feature-major in memory: the sparse form reads columns
         self.W_dec = nn.Parameter(F.normalize(features, dim=-1))
         self.b_enc = nn.Parameter(torch.zeros(dict_size, dtype=dtype))
@@ -79,7 +88,7 @@ class BaseAutoencoder(nn.Module):
 
     def reconstructions(self, acts: torch.Tensor, pattern: SparsityPattern | None) -> list[torch.Tensor]:
         """Those [B, d] whose mean squared errors the loss averages. The last one is of all features."""
-        return [sparse_ops.decode(acts, self.W_dec, pattern) + self.b_dec]
+        return [self.shards.add(sparse_ops.decode(acts, self.W_dec, pattern)) + self.b_dec]
 
     aux_loss_on_dead_features = False
 
@@ -121,7 +130,8 @@ class BaseAutoencoder(nn.Module):
         vectors [..., d] that were encoded, it is rescaled with their mean and standard deviation to their units.
         """
         tokens = acts.reshape(-1, acts.shape[-1])
-        reconstruction = (sparse_ops.decode(tokens, self.W_dec) + self.b_dec).view(*acts.shape[:-1], -1)
+        reconstruction = self.shards.add(sparse_ops.decode(tokens, self.W_dec)) + self.b_dec
+        reconstruction = reconstruction.view(*acts.shape[:-1], -1)
         return (
             reconstruction
             if like is None
@@ -176,7 +186,7 @@ class BaseAutoencoder(nn.Module):
         scalar `failure`. If it is not 0, the rest is invalid (triton_ops.py).
         """
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
-        wait = wait or not sparse_ops.uses_kernels(tokens)
+        wait = wait or not sparse_ops.uses_kernels(tokens) or self.shards.count > 1
         if wait:
             self.known_counts = None
         pattern = self.select(tokens, wait)
@@ -189,16 +199,16 @@ class BaseAutoencoder(nn.Module):
         if wait and not loss.isfinite():
             where = "the loss" if tokens.isfinite().all() else "the activations"
             raise FloatingPointError(f"NaN or infinity in {where}")
-        l1_loss = self.cfg["l1_coeff"] * self.sparsity(z, acts, pattern) / len(tokens)
+        l1_loss = self.cfg["l1_coeff"] * self.shards.add(self.sparsity(z, acts, pattern)) / len(tokens)
         loss = loss + l1_loss
         with torch.no_grad():
             active = acts > 0
             not_active = torch.where(sparse_ops.active_features(active, pattern), 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
-                "l0_norm": active.count_nonzero().to(acts.dtype) / len(tokens),
-                "l1_norm": acts.sum() / len(tokens),
-                "num_dead_features": dead.sum(),
+                "l0_norm": self.shards.sum(active.count_nonzero()).to(acts.dtype) / len(tokens),
+                "l1_norm": self.shards.sum(acts.sum()) / len(tokens),
+                "num_dead_features": self.shards.sum(dead.sum()),
                 "num_batches_not_active": not_active,
             }
         if not wait:
@@ -224,19 +234,22 @@ class BaseAutoencoder(nn.Module):
         features of each row (the paper, section 2, after arXiv 2406.04093). As published, e is not detached.
         index: the dead features (sparse_ops.dead_index).
         """
-        if len(index) == 0:
+        if not self.shards.any(len(index) > 0):
             return residual.new_zeros(())
-        k, pattern = min(self.cfg["top_k_aux"], len(index)), None
+        k, pattern = self.cfg["top_k_aux"], None
         W_dec = sparse_ops.take(self.W_dec, index, 0)
         if z is not None:
-            acts = keep_top_k(sparse_ops.take(z, index, 1), k)
+            acts = self.shards.keep_largest(keep_top_k(sparse_ops.take(z, index, 1), k), k, per_row=True)
         else:
+            b_dec = self.shards.copy(self.b_dec)
             W_enc = sparse_ops.take(self.W_enc.T, index, 0).T
-            acts = keep_top_k(sparse_ops.encode(x, self.b_dec, W_enc), k)
+            acts = keep_top_k(sparse_ops.encode(x, b_dec, W_enc), k)
+            acts = self.shards.keep_largest(acts, k, per_row=True)
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)
-                acts = sparse_ops.encode(x, self.b_dec, W_enc, pattern)
-        return self.cfg["aux_penalty"] * F.mse_loss(sparse_ops.decode(acts, W_dec, pattern), residual)
+                acts = sparse_ops.encode(x, b_dec, W_enc, pattern)
+        reconstruction = self.shards.add(sparse_ops.decode(acts, W_dec, pattern))
+        return self.cfg["aux_penalty"] * F.mse_loss(reconstruction, residual)
 
     known_counts = None  # set by training_step when it has read them
 
@@ -285,8 +298,8 @@ class AdaptiveSparseSAE(BaseAutoencoder):
     on counts alone and is saved with the weights.
     """
 
-    def __init__(self, cfg: dict):
-        super().__init__(cfg)
+    def __init__(self, cfg: dict, shards: Shards = WHOLE):
+        super().__init__(cfg, shards)
         self.register_buffer("batches_until_sparse", torch.tensor(10, device=self.W_enc.device))
 
     @torch.no_grad()
@@ -309,10 +322,12 @@ class VanillaSAE(AdaptiveSparseSAE):
     def select(self, x, wait):
         if not self.is_sparse():
             return None
-        return sparse_ops.select_above(x - self.b_dec, self.W_enc, self.b_enc, theta=0, margin=0, wait=wait)
+        x = x - self.b_dec
+        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, 0, 0, wait))
 
     def pre_activation(self, x, pattern=None):
-        return sparse_ops.encode(x, self.b_dec, self.W_enc, pattern) + at_features(self.b_enc, pattern)
+        z = sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
+        return z + at_features(self.b_enc, pattern)
 
     def activation(self, z, pattern=None):
         return F.relu(z)
@@ -326,15 +341,20 @@ class TopKSAE(BaseAutoencoder):
 
     def select(self, x, wait):
         k = self.cfg["top_k"]
-        if not sparse_ops.sparse_is_cheaper(self.cfg["dict_size"], k, x.device):
+        if not sparse_ops.sparse_is_cheaper(len(self.W_dec), k, x.device):
             return None
-        return sparse_ops.select_topk(x - self.b_dec, self.W_enc, k, self.per_row, wait)
+        x = x - self.b_dec
+        pattern = self.shards.select(lambda: sparse_ops.select_topk(x, self.W_enc, k, self.per_row, wait))
+        if pattern is None or self.shards.count == 1:
+            return pattern
+        return pattern.select(self.shards.largest(pattern.products, pattern.rows, len(x), k, self.per_row))
 
     def pre_activation(self, x, pattern=None):
-        return sparse_ops.encode(x, self.b_dec, self.W_enc, pattern)
+        return sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
 
     def activation(self, z, pattern=None):
-        return keep_top_k(z, self.cfg["top_k"]) if pattern is None else z
+        k = self.cfg["top_k"]
+        return self.shards.keep_largest(keep_top_k(z, k), k, per_row=True) if pattern is None else z
 
 
 class BatchTopKSAE(TopKSAE):
@@ -347,8 +367,8 @@ class BatchTopKSAE(TopKSAE):
 
     per_row = False
 
-    def __init__(self, cfg: dict):
-        super().__init__(cfg)
+    def __init__(self, cfg: dict, shards: Shards = WHOLE):
+        super().__init__(cfg, shards)
         self.register_buffer("threshold", torch.zeros((), dtype=self.W_enc.dtype, device=self.W_enc.device))
         self.register_buffer("threshold_num_batches", torch.zeros((), dtype=torch.int64, device=self.W_enc.device))
 
@@ -359,7 +379,9 @@ class BatchTopKSAE(TopKSAE):
         if pattern is not None:
             return z
         if self.training:
-            return keep_top_k(z.flatten(), self.cfg["top_k"] * len(z)).view_as(z)
+            k = self.cfg["top_k"]
+            acts = keep_top_k(z.flatten(), k * len(z)).view_as(z)
+            return self.shards.keep_largest(acts, k, per_row=False)
         if self.threshold_num_batches == 0:
             raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
         return keep_above(z, z, self.threshold)
@@ -369,7 +391,7 @@ class BatchTopKSAE(TopKSAE):
         super().update_statistics(output)
         acts = output["feature_acts"].detach()
         acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # padded because there may be no values
-        smallest = torch.where(acts > 0, acts, torch.inf).min()
+        smallest = self.shards.minimum(torch.where(acts > 0, acts, torch.inf).min())
         found = smallest.isfinite()  # a batch without positive activations does not count
         self.threshold_num_batches += found
         weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
@@ -389,12 +411,13 @@ class MatryoshkaSAE(BatchTopKSAE):
     """
 
     def reconstructions(self, acts, pattern):
-        parts = sparse_ops.decode_groups(acts, self.W_dec, prefix_sizes(self.cfg), pattern)
+        ends = [self.shards.start_of(size, self.cfg["dict_size"]) for size in prefix_sizes(self.cfg)]
+        parts = map(self.shards.add, sparse_ops.decode_groups(acts, self.W_dec, ends, pattern))
         return list(accumulate(parts, initial=self.b_dec))[1:]
 
     def decode(self, acts, like=None):
         """As BaseAutoencoder.decode, or the reconstruction by the first m features from acts [..., m]."""
-        return super().decode(F.pad(acts, (0, self.cfg["dict_size"] - acts.shape[-1])), like)
+        return super().decode(F.pad(acts, (0, len(self.W_dec) - acts.shape[-1])), like)
 
 
 class JumpReLUSAE(AdaptiveSparseSAE):
@@ -403,8 +426,8 @@ class JumpReLUSAE(AdaptiveSparseSAE):
     Gradients with respect to θ are the pseudo-derivatives of arXiv 2407.14435 (eqs. 11, 12).
     """
 
-    def __init__(self, cfg: dict):
-        super().__init__(cfg)
+    def __init__(self, cfg: dict, shards: Shards = WHOLE):
+        super().__init__(cfg, shards)
         self.jumprelu = nn.Module()  # gives the parameter its published name, jumprelu.log_threshold
         self.jumprelu.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
@@ -413,7 +436,7 @@ class JumpReLUSAE(AdaptiveSparseSAE):
             return None
         # θ has a gradient down to half a bandwidth below θ, where f is 0.
         theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2
-        return sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait)
+        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait))
 
     def pre_activation(self, x, pattern=None):
         return sparse_ops.encode(x, None, self.W_enc, pattern) + at_features(self.b_enc, pattern)
@@ -475,6 +498,9 @@ class NumActive(torch.autograd.Function):
         count = near(z, threshold, ctx.bandwidth).sum_to_size(threshold.shape)
         return None, count * (-grad / ctx.bandwidth), None
 
+
+# The dimension of features in each parameter and buffer that has one.
+FEATURE_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "jumprelu.log_threshold": 0, "num_batches_not_active": 0}
 
 SAE_CLASSES = {
     "vanilla": VanillaSAE, "topk": TopKSAE, "batchtopk": BatchTopKSAE, "jumprelu": JumpReLUSAE,

@@ -223,6 +223,8 @@ def not_finite(number: torch.Tensor) -> torch.Tensor:
 def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
     """relu(z), z [n] or [B, n], with all but the k largest of the last dimension set to 0."""
     values = torch.relu(z)
+    if k >= values.shape[-1]:
+        return values
     if values.ndim == 2 and uses_kernels(values):
         import triton_ops
 

@@ -63,11 +63,11 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         for sae, cfg in zip(saes, cfgs):
             if sae is not None:
                 sae.cfg = cfg
-                log = stack.enter_context(closing(RunLog(cfg, made_with)))
+                log = stack.enter_context(closing(RunLog(cfg, made_with))) if sae.shards.index == 0 else None
                 runs.append(Run(cfg, sae.train(), make_optimizer(sae, cfg), log))
         checkpoints = Checkpoints(cfgs, runs, made_with, resume_anyway)
         activation_store.load_state_dict(checkpoints.stream or activation_store.beginning)
-        for run in runs:
+        for run in recorded(runs):
             run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
         baseline = heldout_baseline(activation_store)
 
@@ -78,11 +78,12 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         results = evaluate([run.sae for run in runs], activation_store, baseline)
         with handle_save_errors("stop", "the SAEs"):
             for run in runs:
-                save_sae(run.sae, run.log.folder / "sae")
+                save_sae(run.sae, run_folder(run.cfg) / "sae")
         for run, result in zip(runs, results):
             result |= {"tokens": num_tokens, "steps": num_tokens // run.cfg["batch_size"], "seconds": seconds}
-            with handle_save_errors("stop", f"{run.log.folder}"):
-                run.log.finish(result)
+            if run.log:
+                with handle_save_errors("stop", f"{run.log.folder}"):
+                    run.log.finish(result)
         finished = dict(distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results)]))
         distributed.from_first(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
     if failed:
@@ -95,7 +96,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
-    failed, warned, num_saes = [], set(), sum(distributed.gather(len(runs)))
+    failed, warned, num_saes = [], set(), sum(distributed.gather(len(recorded(runs))))
     bar = TrainingBar(f"training {num_saes} SAEs", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"])
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
@@ -122,25 +123,27 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 if isinstance(error, InputError) and step > 1:
                     with handle_save_errors(cfg["save_errors"], "the SAEs"):
                         for run in runs:
-                            save_sae(run.sae, run.log.folder / "sae")
+                            save_sae(run.sae, run_folder(run.cfg) / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
             for run, output in list(zip(runs, outputs)):
                 if isinstance(output, FloatingPointError):  # raised before the weights change
                     runs.remove(run)
                     outputs.remove(output)
-                    failed.append(f"{run.cfg['name']}: step {step}: {output}")
-                    tell(failed[-1], any_rank=True)
-                    with handle_save_errors(cfg["save_errors"], f"{run.log.folder}"):
-                        save_sae(run.sae, run.log.folder / "sae")
-                        run.log.stop(step, str(output))
+                    if run.log:
+                        failed.append(f"{run.cfg['name']}: step {step}: {output}")
+                        tell(failed[-1], any_rank=True)
+                    with handle_save_errors(cfg["save_errors"], f"{run_folder(run.cfg)}"):
+                        save_sae(run.sae, run_folder(run.cfg) / "sae")
+                        if run.log:
+                            run.log.stop(step, str(output))
             bar.update(len(x))
 
             # Records. Apart from group_step's failures, numbers are read from the device only here.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
-                if of_all_ranks := distributed.gather_lists(metrics):
+                if of_all_ranks := distributed.gather_lists([m for run, m in zip(runs, metrics) if run.log]):
                     bar.set_postfix_str(summary(of_all_ranks))
             if step % cfg["perf_log_freq"] == 0 and step < last_step:
                 with bar.evaluating(eval_contexts):
@@ -152,12 +155,12 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     values |= more
             memory.position = None  # from here on nothing changes an SAE
             for run, values in zip(runs, metrics):
-                if values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
+                if run.log and values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
                     where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
                     hint = "so hardly any feature is active: lr or l1_coeff may be too high"
                     tell(f"warning: {where}, {hint}", any_rank=True)
-                if values:
+                if run.log and values:
                     with handle_save_errors(cfg["save_errors"], f"{run.log.folder}/metrics.jsonl"):
                         run.log.log(step, step * cfg["batch_size"], values)
 
@@ -172,6 +175,11 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return distributed.gather_lists(failed)
+
+
+def recorded(runs: list[Run]) -> list[Run]:
+    """The runs whose record this rank keeps."""
+    return [run for run in runs if run.log]
 
 
 class TrainingBar(tqdm):
@@ -335,6 +343,8 @@ def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -
     """Per SAE: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
     rows = []
     for run, output, values in zip(runs, outputs, evaluated):
+        if not run.log:
+            continue
         dead = output["num_dead_features"].item() / run.cfg["dict_size"]
         row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
         rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))

@@ -17,7 +17,7 @@ class Run:
     cfg: dict
     sae: BaseAutoencoder
     optimizer: torch.optim.Optimizer
-    log: RunLog
+    log: RunLog | None  # None if another shard of the SAE keeps the record
 
     def __post_init__(self):
         self.graphs = StepGraphs(self.sae, self.optimizer, self.cfg)
@@ -98,7 +98,7 @@ class StepGraphs:
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""
         sae, optimizer, cfg = self.sae, self.optimizer, self.cfg
-        if not sae.W_enc.is_cuda:
+        if not sae.W_enc.is_cuda or sae.shards.count > 1:
             return scalars(start_step(sae, optimizer, x, cfg, wait))
         if x.device not in self.streams:
             self.streams[x.device] = torch.cuda.Stream(x.device)
@@ -151,7 +151,7 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
     """
     output = sae(x, wait=wait)
     output["loss"].backward()
-    if sparse_ops.uses_kernels(sae.W_enc):
+    if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
         update_on_device(sae, optimizer, cfg, output)
     else:
         update_weights(sae, optimizer, cfg)
@@ -166,7 +166,8 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
 
 def update_weights(sae, optimizer, cfg: dict) -> None:
     """Clip the gradient, remove its part parallel to the decoder rows, take Adam's step, normalise the rows."""
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), cfg["max_grad_norm"])
+    norm = gradient_norm(sae)
+    torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
     if not norm.isfinite():
         sae.zero_grad()
         raise FloatingPointError("NaN or infinity in the gradient")
@@ -175,6 +176,14 @@ def update_weights(sae, optimizer, cfg: dict) -> None:
     share_gradients(sae, optimizer)
     optimizer.step()
     sae.normalize_decoder()
+
+
+def gradient_norm(sae) -> torch.Tensor:
+    """The norm [] of the gradient of all parameters, those on other shards included."""
+    if sae.shards.count == 1:
+        return torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    own = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p is not sae.b_dec and p.grad is not None])
+    return (sae.shards.sum(own**2) + sae.b_dec.grad.norm() ** 2).sqrt()
 
 
 def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:

@@ -590,6 +590,16 @@ class PaddedPattern:
         pattern.is_padded = False
         return pattern
 
+    def select(self, keep: torch.Tensor) -> "PaddedPattern":
+        """The places where the mask keep [n] is True. Waits for the device."""
+        index = keep.nonzero().squeeze(-1)
+        rows, numbers = self.rows[index], torch.arange(len(self.row_offsets), dtype=torch.int32, device=keep.device)
+        row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
+        arrays = rows, self.cols[index], row_offsets, self.shape, self.products[index]
+        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
+        pattern.is_padded = False
+        return pattern
+
     def by_group(self, ends: list[int]) -> "PaddedPattern":
         """As SparsityPattern.by_group. Unused places have row B·P."""
         (B, num_features), P = self.shape, len(ends)

@@ -2,20 +2,29 @@
 
     python benchmarks/distributed.py [--ranks 1 2 4] [--plot FILE]
     python benchmarks/distributed.py --computed [--harvest-ms 4.05] [--bandwidth 20] [--sync-ms 0.3] [--plot FILE]
+    python benchmarks/distributed.py --shards [--ranks 1 2 4]
+    python benchmarks/distributed.py --million-here
+    python benchmarks/distributed.py --million [--bandwidth 200]
 
 The first measures what the ranks exchange, for batches of the paper's size, between processes on this machine. The
 second computes the time of a batch for 1 to 64 GPUs. The steps of the SAEs and the harvest of a batch were measured on
 one H200 (RESULTS.md). The bandwidth in GB/s at which a rank receives activations and the time to exchange the flags
 after a step are assumed. Nothing is taken to overlap.
+
+The third measures a step of one SAE with so many feature_shards, and its exchanges. The fourth trains 2^20 features of
+width 256 for a few steps in 4 processes, and compares their memory with the plan's estimate. The last computes memory
+and time for 2^20 features of width 4096 on GPUs, from assumed speeds.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -25,6 +34,11 @@ sys.path.insert(0, str(ROOT))
 from machine import cpu_name  # noqa: E402
 
 import distributed  # noqa: E402
+import plan  # noqa: E402
+import shards  # noqa: E402
+from config import get_default_cfg, post_init_cfg  # noqa: E402
+from sae import BatchTopKSAE  # noqa: E402
+from training_step import make_optimizer, training_step  # noqa: E402
 
 B, D, FORWARD, SEQ_LEN = 4096, 768, 65_536, 128  # the paper's batch, width and tokens of a forward pass
 # Milliseconds of a step on an H200 (RESULTS.md), for the 15 SAEs of the paper's sweep.
@@ -52,15 +66,118 @@ def measure(repeats: int = 7) -> dict:
     return found
 
 
+def measure_shards(steps: int = 5) -> dict:
+    """Median milliseconds of a BatchTopK step and of its exchanges, by dictionary size; bytes received per step."""
+    team, found, seconds = shards.team(distributed.size()), {}, {}
+
+    def timed(name, function):
+        def call(self, *args):
+            started = time.perf_counter()
+            result = function(self, *args)
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - started
+            return result
+
+        return call
+
+    received = 0
+    real_gather, real_swap = shards.dist.all_gather, shards.dist.all_to_all_single
+
+    def gather(found, tensor, **options):
+        nonlocal received
+        received += tensor.nbytes * (team.count - 1)
+        return real_gather(found, tensor, **options)
+
+    def swap(to, tensor, **options):
+        nonlocal received
+        received += tensor.nbytes * (team.count - 1) // team.count
+        return real_swap(to, tensor, **options)
+
+    shards.dist.all_gather, shards.dist.all_to_all_single = gather, swap
+    shards.Shards.largest = timed("selection", shards.Shards.largest)
+    shards.Shards.add = timed("sum of reconstructions", shards.Shards.add)
+    for dict_size in (16_384, 65_536):
+        cfg = get_default_cfg() | dict(act_size=256, dict_size=dict_size, batch_size=1024, device="cpu")
+        cfg = post_init_cfg(cfg | {"feature_shards": team.count})
+        sae = BatchTopKSAE(cfg, team)
+        optimizer, x, times = make_optimizer(sae, cfg), torch.randn(1024, 256), []
+        for _ in range(steps + 1):
+            seconds.clear()
+            received = 0
+            started = time.perf_counter()
+            training_step(sae, optimizer, x, cfg)
+            times.append({"step": time.perf_counter() - started} | seconds)
+        found[dict_size] = {key: 1000 * statistics.median(t[key] for t in times[1:]) for key in times[0]}
+        found[dict_size]["received, MiB"] = received / 2**20
+    return found
+
+
+def measure_million() -> dict:
+    """Loss in each step, milliseconds of the last, and memory in GiB of 2^20 features of width 256 on the ranks."""
+    cfg = get_default_cfg() | dict(act_size=256, dict_size=2**20, batch_size=512, device="cpu", top_k=16)
+    cfg |= dict(model_batch_size=4, num_batches_in_buffer=1, feature_shards=distributed.size())
+    cfg = post_init_cfg(cfg)
+    no_model = SimpleNamespace(cfg=SimpleNamespace(d_mlp=0, d_vocab=0))
+    estimate = plan.memory_needed([cfg], no_model)
+    sae = BatchTopKSAE(cfg, shards.team(distributed.size()))
+    optimizer, losses = make_optimizer(sae, cfg), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randn(512, 256, generator=generator)
+        started = time.perf_counter()
+        losses.append(training_step(sae, optimizer, x, cfg)["loss"].item())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "losses": losses, "ms of a step": round(1000 * (time.perf_counter() - started)),
+        "GiB estimated for a rank": round(estimate / 2**30, 2),
+        "GiB at most, by rank": [round(each / 2**30, 2) for each in distributed.gather(peak)],
+    }  # fmt: skip
+
+
+def million_table(counts: list[int], bandwidth: float) -> None:
+    """Computed memory and time of a step with 2^20 features, d 4096, B 4096, k 32."""
+    flops, memory_speed, latency = 500e12, 3e12, 50e-6
+    F, d, B = 2**20, 4096, 4096
+    speeds = f"{flops / 1e12:.0f} TFLOP/s in the screen, {memory_speed / 1e12:.0f} TB/s of memory"
+    print(f"Computed, not measured: {speeds}, {bandwidth:g} GB/s between GPUs, {latency * 1e6:.0f} µs per exchange")
+    print("| GPUs | GiB per GPU: weights and Adam | gradients | screen | ms a step | of it screen | exchange |")
+    print("|---|---|---|---|---|---|---|")
+    for count in counts:
+        own = F // count
+        weights, gradients, screened = 24 * own * d, 8 * own * d, 2 * own * (B + d)
+        screen = 2 * B * own * d / flops
+        # Adam reads and writes the weights, its moments and the gradients; then the rows and the screen's operand.
+        update = (28 * 2 + 8 + 8 + 6) * own * d / memory_speed + 3 * 2 * B * own / memory_speed
+        received = 2 * (count - 1) / count * (4 * B * d + 3 * 8 * 2**11 + 4 * d)
+        exchange = received / (bandwidth * 1e9) + 20 * latency
+        gib = [f"{size / 2**30:.1f}" for size in (weights, gradients, screened)]
+        total = 1000 * (screen + update + exchange)
+        print(f"| {count} | {' | '.join(gib)} | {total:.1f} | {1000 * screen:.1f} | {1000 * exchange:.1f} |")
+
+
+def run_workers(size: int, option: str) -> dict:
+    """What this script prints with an option as its last line, as one of `size` ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    done = subprocess.run([*launcher, __file__, "--worker", option], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shards_table(sizes: list[int]) -> None:
+    print(f"{cpu_name()}, torch {torch.__version__}, gloo, medians in ms, B 1024, d 256, k 32")
+    print("| F | shards | step | selection | sum of reconstructions | received per rank and step, MiB |")
+    print("|---|---|---|---|---|---|")
+    for size in sizes:
+        for dict_size, found in run_workers(size, "--shards").items():
+            step, select, add, received = (
+                found.get(k, 0.0) for k in ("step", "selection", "sum of reconstructions", "received, MiB")
+            )
+            print(f"| {dict_size} | {size} | {step:.0f} | {select:.1f} | {add:.1f} | {received:.2f} |")
+
+
 def measured_table(sizes: list[int]) -> None:
     print(f"{cpu_name()}, torch {torch.__version__}, gloo, medians in ms")
-    results = {}
-    for size in sizes:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        done = subprocess.run([*launcher, __file__, "--worker"], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        results[size] = json.loads(done.stdout.splitlines()[-1])
+    results = {size: run_workers(size, "--ranks=1") for size in sizes}
     print(f"| ranks | {' | '.join(results[sizes[0]])} | received per rank and step, MiB |")
     print("|---" * (len(results[sizes[0]]) + 2) + "|")
     for size, found in results.items():
@@ -119,13 +236,22 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=20.0, help="GB/s that a rank receives")
     parser.add_argument("--sync-ms", type=float, default=0.3, help="the exchange of flags after a step")
     parser.add_argument("--plot", type=Path, help="where to draw the computed speed-ups")
+    parser.add_argument("--shards", action="store_true", help="measure an SAE split over the ranks")
+    parser.add_argument("--million-here", action="store_true", help="train 2^20 features in 4 processes")
+    parser.add_argument("--million", action="store_true", help="compute a table for 2^20 features")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         with distributed.process_group():
-            found = measure()
+            found = measure_million() if args.million_here else measure_shards() if args.shards else measure()
             if distributed.rank() == 0:
                 print(json.dumps(found))
+    elif args.shards:
+        shards_table(args.ranks)
+    elif args.million_here:
+        print(f"{cpu_name()}, torch {torch.__version__}, gloo, 4 processes: {run_workers(4, '--million-here')}")
+    elif args.million:
+        million_table([4, 8, 16], args.bandwidth)
     elif args.computed:
         computed_table(args)
     else:

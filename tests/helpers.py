@@ -1,14 +1,21 @@
 """What several test files use. Fixtures are in conftest.py."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
+import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import console
+import distributed
 from activation_store import ActivationsStore
 from checkpoint import load_sae
 from config import get_default_cfg, post_init_cfg
@@ -16,6 +23,7 @@ from console import InputError
 from language_model import load_model, run_bridge_to_hook
 from logs import run_folder
 from sae import SAE_CLASSES
+from shards import team
 from training import train_sae_group
 from training_step import make_optimizer, training_step
 
@@ -279,6 +287,79 @@ def corrupt(path: Path, how: str) -> None:
     else:
         content[len(content) // 2] ^= 4
     file.write_bytes(content)
+
+
+# Ranks, each a fork of the test process, joined by gloo
+
+
+def run_ranks(size: int, function, timeout: int = 120) -> list[tuple]:
+    """function() on each of `size` ranks. For each: exit code of a command that calls it, its stderr, the result."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    env |= dict(TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")
+    fork = multiprocessing.get_context("fork")
+
+    def rank_process(rank, pipe):
+        os.environ.update({key: str(value) for key, value in (env | dict(RANK=rank, LOCAL_RANK=rank)).items()})
+        console.RANK, console.another_rank_prints = rank, rank > 0
+        result, code, stderr = None, 0, io.StringIO()
+
+        def command(_):
+            nonlocal result
+            with distributed.process_group():
+                result = function()
+
+        with contextlib.redirect_stderr(stderr):
+            try:
+                console.run_command(command)
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException as error:
+                code = repr(error)
+        pipe.send_bytes(pickle.dumps((code, stderr.getvalue(), result)))
+        os._exit(0)
+
+    ranks = []
+    for rank in range(size):
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=rank_process, args=(rank, there))
+        process.start()
+        there.close()
+        ranks.append((process, here))
+    ended = []
+    for process, pipe in ranks:
+        assert pipe.poll(timeout), "a rank hangs"
+        try:
+            ended.append(pickle.loads(pipe.recv_bytes()))
+        except EOFError:
+            process.join()
+            ended.append((process.exitcode, "", None))
+        process.kill()
+        process.join()
+    return ended
+
+
+def results_of(ranks: list[tuple]) -> list:
+    assert [code for code, *_ in ranks] == [0] * len(ranks), [(code, stderr) for code, stderr, _ in ranks]
+    return [result for *_, result in ranks]
+
+
+def only_line(ranks: list[tuple]) -> str:
+    """The one line with "error:" that all ranks together printed."""
+    (line,) = [line for _, stderr, _ in ranks for line in stderr.splitlines() if "error: " in line]
+    return line
+
+
+def train_shared(model, cfgs, owner=None, before=lambda: None):
+    """Train a group of which each team of ranks owns some SAEs (without feature_shards, a team is a rank)."""
+    before()
+    shards = team(cfgs[0]["feature_shards"])
+    teams = distributed.size() // shards.count
+    owners = [owner(i) if owner else i % teams for i in range(len(cfgs))]
+    saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.number else None for c, o in zip(cfgs, owners)]
+    return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
 
 
 # Exports

@@ -3,25 +3,33 @@
 Each rank is a fork of the test process, joined by torch.distributed's gloo. test_resume.test_real_kills runs torchrun.
 """
 
-import contextlib
-import io
 import json
-import multiprocessing
 import os
-import pickle
 import re
 import signal
-import socket
 import time
 from datetime import timedelta
 
 import pytest
 import torch
-from helpers import OFTEN, REPO, SAES, SEQ_LEN, counted_batches, figures, lines_of, same_bits, stream_cfg
+from helpers import (
+    OFTEN,
+    REPO,
+    SAES,
+    SEQ_LEN,
+    counted_batches,
+    figures,
+    lines_of,
+    only_line,
+    results_of,
+    run_ranks,
+    same_bits,
+    stream_cfg,
+    train_shared,
+)  # fmt: skip
 
 import activation_cache
 import checkpoint
-import console
 import distributed
 import plan
 import training
@@ -29,69 +37,7 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, newest_checkpoint
 from console import InputError
 from logs import RunLog, run_folder
-from sae import SAE_CLASSES
-from training import NotFinite, train_sae_group
-
-
-def run_ranks(size: int, function, timeout: int = 120) -> list[tuple]:
-    """function() on each of `size` ranks. For each: exit code of a command that calls it, its stderr, the result."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-    env |= dict(TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo")
-    fork = multiprocessing.get_context("fork")
-
-    def rank_process(rank, pipe):
-        os.environ.update({key: str(value) for key, value in (env | dict(RANK=rank, LOCAL_RANK=rank)).items()})
-        console.RANK, console.another_rank_prints = rank, rank > 0
-        result, code, stderr = None, 0, io.StringIO()
-
-        def command(_):
-            nonlocal result
-            with distributed.process_group():
-                result = function()
-
-        with contextlib.redirect_stderr(stderr):
-            try:
-                console.run_command(command)
-            except SystemExit as ended:
-                code = ended.code
-            except BaseException as error:
-                code = repr(error)
-        pipe.send_bytes(pickle.dumps((code, stderr.getvalue(), result)))
-        os._exit(0)
-
-    ranks = []
-    for rank in range(size):
-        here, there = fork.Pipe(duplex=False)
-        process = fork.Process(target=rank_process, args=(rank, there))
-        process.start()
-        there.close()
-        ranks.append((process, here))
-    ended = []
-    for process, pipe in ranks:
-        assert pipe.poll(timeout), "a rank hangs"
-        try:
-            ended.append(pickle.loads(pipe.recv_bytes()))
-        except EOFError:
-            process.join()
-            ended.append((process.exitcode, "", None))
-        process.kill()
-        process.join()
-    return ended
-
-
-def results_of(ranks: list[tuple]) -> list:
-    assert [code for code, *_ in ranks] == [0] * len(ranks), [(code, stderr) for code, stderr, _ in ranks]
-    return [result for *_, result in ranks]
-
-
-def only_line(ranks: list[tuple]) -> str:
-    """The one line with "error:" that all ranks together printed."""
-    (line,) = [line for _, stderr, _ in ranks for line in stderr.splitlines() if "error: " in line]
-    return line
-
+from training import NotFinite
 
 # What they exchange
 
@@ -263,13 +209,6 @@ def test_the_end_of_the_data_is_one_line(model, counted, monkeypatch):
 
 
 # Training
-
-
-def train_shared(model, cfgs, owner=lambda i: i % distributed.size(), before=lambda: None):
-    """Train a group of which each rank owns some SAEs."""
-    before()
-    saes = [SAE_CLASSES[c["sae_type"]](c) if owner(i) == distributed.rank() else None for i, c in enumerate(cfgs)]
-    return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
 
 
 def assert_as_one_process(cfgs, uninterrupted, results=None):

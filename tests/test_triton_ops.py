@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import KINDS, feature_major, hard_input, make_sae, make_x, sae_cfg, state
+from helpers import KINDS, feature_major, hard_input, make_sae, make_x, results_of, run_ranks, sae_cfg, state
 
+import distributed
 import sparse_ops
-from sae import SAE_CLASSES, Counts
+from sae import FEATURE_DIM, SAE_CLASSES, Counts
+from shards import team
 from training import SaveOnError
 from training_step import Run, group_step, make_optimizer, start_step, training_step
 
@@ -281,6 +283,36 @@ def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch, t
     for held, other in zip(optimizer.param_groups[0]["params"], expected_optimizer.param_groups[0]["params"]):
         for key, value in expected_optimizer.state[other].items():
             torch.testing.assert_close(optimizer.state[held][key], value, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="two ranks on one GPU")
+def test_shards(monkeypatch):
+    """An SAE split over two ranks takes the step of a whole one, which uses torch's products."""
+    make_whole, kind = make_sae, "batchtopk"
+
+    def make_slice(*args, **changes):
+        sae = make_whole(*args, **changes)
+        own = SAE_CLASSES[kind](sae.cfg, team(2))
+        parts = {name: tensor.chunk(2, FEATURE_DIM[name])[distributed.rank()] for name, tensor in state(sae).items()
+                 if name in FEATURE_DIM}  # fmt: skip
+        own.load_state_dict(state(sae) | parts)
+        return own
+
+    def steps():
+        monkeypatch.setitem(globals(), "make_sae", make_slice)
+        sae, _, outputs = trained(kind, True, monkeypatch)
+        assert all(output["feature_acts"].is_sparse for output in outputs)
+        return state(sae), [{key: v.item() for key, v in output.items() if v.ndim == 0} for output in outputs]
+
+    sae, _, outputs = trained(kind, False, monkeypatch)
+    ranks = results_of(run_ranks(2, steps))
+    for _, found in ranks:
+        for values, output in zip(found, outputs):
+            assert values == pytest.approx({key: output[key].item() for key in values}, rel=1e-3, abs=1e-5)
+    for name, value in state(sae).items():
+        parts = [own[name] for own, _ in ranks]
+        found = torch.cat(parts, FEATURE_DIM[name]) if name in FEATURE_DIM else parts[0]
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
