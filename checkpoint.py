@@ -21,6 +21,7 @@ import struct
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,20 +87,22 @@ def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
 
     shards.on_first(begin)
     if shards.count > 1:
-        shards.on_all(lambda: write_slices(sae, file))
+        for turn in range(shards.count):  # not at once: slices share pages, which NFS writes as a whole
+            shards.on_all(partial(write_slices, sae, file) if shards.index == turn else lambda: None)
     shards.on_first(finish)
 
 
 def layout(sae: BaseAutoencoder) -> tuple[bytes, dict, int]:
     """The safetensors file of a sharded SAE: its header, where each tensor begins, and its size."""
     entries, end = {}, 0
-    for name, tensor in sae.state_dict().items():
+    for name, tensor in sorted(sae.state_dict().items(), key=lambda item: -item[1].itemsize):  # keeps them aligned
         shape, dim = list(tensor.shape), FEATURE_DIM.get(name)
         if dim is not None:
             shape[dim] = sae.cfg["dict_size"]
         begin, end = end, end + tensor.itemsize * math.prod(shape)
         entries[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
     header = struct.pack("<Q", len(header)) + header
     return header, {name: len(header) + e["data_offsets"][0] for name, e in entries.items()}, len(header) + end
 
@@ -107,7 +110,7 @@ def layout(sae: BaseAutoencoder) -> tuple[bytes, dict, int]:
 def write_slices(sae: BaseAutoencoder, file: Path) -> None:
     """Write this rank's slice of each tensor to its place in the file. The first rank writes what all have."""
     shards, (_, places, _) = sae.shards, layout(sae)
-    with open(file, "r+b") as out:
+    with open(file, "wb", opener=lambda path, _: os.open(path, os.O_WRONLY)) as out:  # "wb" alone would empty it
         for name, tensor in sae.state_dict().items():
             dim = FEATURE_DIM.get(name)
             if dim is None and shards.index > 0:
@@ -167,8 +170,10 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
 
 
 def check_memory(weights: Path, device: str) -> None:
-    cuda = device.startswith("cuda")
-    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if device.startswith("cuda"):  # torch also has memory that it no longer uses
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
     if (size := weights.stat().st_size) > free:
         raise InputError(f"{weights} does not fit on {device}: it needs {gib(size)}, and {gib(free)} are free")
 

@@ -139,7 +139,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             i, _, training, size = variant
             reconstruction, features = in_mode(saes[i], training, saes[i].reconstruct, x)
             if size is not None:
-                features = features[:, : saes[i].shards.start_of(size, saes[i].cfg["dict_size"])]
+                features = features[:, : saes[i].shards.num_before(size, saes[i].cfg["dict_size"])]
                 reconstruction = saes[i].decode(features, like=x)
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)

@@ -16,6 +16,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
+
 import distributed
 import features
 from activation_store import ActivationsStore
@@ -200,7 +202,8 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     groups = distributed.from_first(lambda: group_runs(cfgs))
     models, planned, failed = {}, [], []
     for _, group in groups:  # load all models before measuring the free memory
-        team(group[0]["feature_shards"])
+        shards = team(group[0]["feature_shards"])
+        shards.sum(torch.zeros(1, device=group[0]["device"]))  # NCCL allocates its memory
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
         if loaded_as(group[0]) not in models:
             models[loaded_as(group[0])] = load_model(group[0])

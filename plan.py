@@ -72,7 +72,7 @@ def shards_that_fit(cfg: dict, model, available: int) -> str:
         if cfg["dict_size"] % count == 0 and count > cfg["feature_shards"]:
             needed = memory_needed([cfg | {"feature_shards": count}], model)
             if needed <= available:
-                return f" (with feature_shards={count} about {gib(needed)} on each of {count} ranks of torchrun)"
+                return f" (with feature_shards={count} about {gib(needed)} on each of {count} GPUs or machines)"
     return ""
 
 
@@ -191,7 +191,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
         parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == t] for t in range(teams)]
         needed = max(memory_needed(part, store.model) for part in parts if part)
-        numbers, speedup = ", ".join(str(len(part)) for part in parts), (sum(step) + harvest) / seconds
+        numbers, speedup = ", ".join(str(len(part)) for part in parts), (sum(step) + harvest / shards.count) / seconds
         who = "rank" if teams == ranks else f"team of {shards.count} ranks"
         tell(
             f"SAEs per {who}: {numbers} (ranks without an SAE run the language model for the others); at most "

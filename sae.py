@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import sparse_ops
 from config import prefix_sizes
 from shards import WHOLE, Shards
-from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, keep_top_k, sae_arithmetic
+from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, sae_arithmetic
 
 
 class Counts(NamedTuple):
@@ -239,12 +239,11 @@ class BaseAutoencoder(nn.Module):
         k, pattern = self.cfg["top_k_aux"], None
         W_dec = sparse_ops.take(self.W_dec, index, 0)
         if z is not None:
-            acts = self.shards.keep_largest(keep_top_k(sparse_ops.take(z, index, 1), k), k, per_row=True)
+            acts = self.shards.keep_top_k(sparse_ops.take(z, index, 1), k, per_row=True)
         else:
             b_dec = self.shards.copy(self.b_dec)
             W_enc = sparse_ops.take(self.W_enc.T, index, 0).T
-            acts = keep_top_k(sparse_ops.encode(x, b_dec, W_enc), k)
-            acts = self.shards.keep_largest(acts, k, per_row=True)
+            acts = self.shards.keep_top_k(sparse_ops.encode(x, b_dec, W_enc), k, per_row=True)
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)
                 acts = sparse_ops.encode(x, b_dec, W_enc, pattern)
@@ -353,8 +352,7 @@ class TopKSAE(BaseAutoencoder):
         return sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
 
     def activation(self, z, pattern=None):
-        k = self.cfg["top_k"]
-        return self.shards.keep_largest(keep_top_k(z, k), k, per_row=True) if pattern is None else z
+        return self.shards.keep_top_k(z, self.cfg["top_k"], self.per_row) if pattern is None else z
 
 
 class BatchTopKSAE(TopKSAE):
@@ -379,9 +377,7 @@ class BatchTopKSAE(TopKSAE):
         if pattern is not None:
             return z
         if self.training:
-            k = self.cfg["top_k"]
-            acts = keep_top_k(z.flatten(), k * len(z)).view_as(z)
-            return self.shards.keep_largest(acts, k, per_row=False)
+            return super().activation(z)
         if self.threshold_num_batches == 0:
             raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
         return keep_above(z, z, self.threshold)
@@ -411,7 +407,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     """
 
     def reconstructions(self, acts, pattern):
-        ends = [self.shards.start_of(size, self.cfg["dict_size"]) for size in prefix_sizes(self.cfg)]
+        ends = [self.shards.num_before(size, self.cfg["dict_size"]) for size in prefix_sizes(self.cfg)]
         parts = map(self.shards.add, sparse_ops.decode_groups(acts, self.W_dec, ends, pattern))
         return list(accumulate(parts, initial=self.b_dec))[1:]
 

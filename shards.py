@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import distributed
 from console import InputError
+from sparse_ops import keep_top_k
 
 MAX_COUNTS = 2**16  # numbers in the histograms of a round, of all rows together
 
@@ -43,12 +44,13 @@ class Shards:
         """The number of the team."""
         return distributed.rank() // self.count
 
-    def start_of(self, feature: int, dict_size: int) -> int:
-        """Where the features from `feature` on begin in this rank's slice: 0 to its length."""
+    def num_before(self, feature: int, dict_size: int) -> int:
+        """How many of this rank's features come before `feature`."""
         size = dict_size // self.count
         return min(max(feature - self.index * size, 0), size)
 
     def features(self, dict_size: int) -> slice:
+        """This rank's features."""
         size = dict_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
 
@@ -117,8 +119,11 @@ class Shards:
 
     # Selection
 
-    def keep_largest(self, acts: torch.Tensor, k: int, per_row: bool) -> torch.Tensor:
-        """acts [B, F] ≥ 0 with all but the k largest of each row, or B·k of the batch, set to 0: of all shards."""
+    def keep_top_k(self, z: torch.Tensor, k: int, per_row: bool) -> torch.Tensor:
+        """relu(z) [B, F] with all but the k largest of each row, or the B·k of the batch, set to 0: counted over all
+        shards.
+        """
+        acts = keep_top_k(z, k) if per_row else keep_top_k(z.flatten(), k * len(z)).view_as(z)
         if self.count == 1:
             return acts
         rows, cols = acts.detach().nonzero(as_tuple=True)
@@ -144,7 +149,7 @@ class Shards:
         bits = values.view({4: torch.int32, 8: torch.int64}[values.itemsize]).long()
         kth = torch.zeros_like(wanted)  # the bits found so far
         left = 8 * values.itemsize - 1  # without the sign
-        digit = min(11, max(1, (MAX_COUNTS // num_groups).bit_length() - 1))
+        digit = min(11, max(1, (MAX_COUNTS // max(num_groups, 1)).bit_length() - 1))
         while left:
             digit, last = min(digit, left), left
             left -= digit
@@ -181,8 +186,8 @@ def team(count: int) -> Shards:
         return WHOLE
     if distributed.size() % count:
         raise InputError(
-            f"feature_shards = {count} is not allowed: the number of torchrun's ranks (--nproc-per-node) is "
-            f"{distributed.size()}, and must be a multiple of it"
+            f"feature_shards = {count} is not allowed with {distributed.size()} of torchrun's ranks: their number must "
+            f"be a multiple of it (torchrun --nproc-per-node {count})"
         )
     firsts = range(0, distributed.size(), count)
     with distributed.connection():

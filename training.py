@@ -63,6 +63,11 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
         for sae, cfg in zip(saes, cfgs):
             if sae is not None:
                 sae.cfg = cfg
+                if sae.shards.count != cfg["feature_shards"]:
+                    raise InputError(
+                        f"feature_shards = {cfg['feature_shards']}, but the SAE of {cfg['name']} was built for "
+                        f"{sae.shards.count}: pass shards.team({cfg['feature_shards']}) to its constructor"
+                    )
                 log = stack.enter_context(closing(RunLog(cfg, made_with))) if sae.shards.index == 0 else None
                 runs.append(Run(cfg, sae.train(), make_optimizer(sae, cfg), log))
         checkpoints = Checkpoints(cfgs, runs, made_with, resume_anyway)
@@ -84,7 +89,9 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
             if run.log:
                 with handle_save_errors("stop", f"{run.log.folder}"):
                     run.log.finish(result)
-        finished = dict(distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results)]))
+        finished = dict(
+            distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results) if run.log])
+        )
         distributed.from_first(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
@@ -121,8 +128,8 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
             except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
-                    with handle_save_errors(cfg["save_errors"], "the SAEs"):
-                        for run in runs:
+                    for run in runs:
+                        with handle_save_errors(cfg["save_errors"], "the SAE", any_rank=bool(run.log)):
                             save_sae(run.sae, run_folder(run.cfg) / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
@@ -133,7 +140,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     if run.log:
                         failed.append(f"{run.cfg['name']}: step {step}: {output}")
                         tell(failed[-1], any_rank=True)
-                    with handle_save_errors(cfg["save_errors"], f"{run_folder(run.cfg)}"):
+                    with handle_save_errors(cfg["save_errors"], f"{run_folder(run.cfg)}", any_rank=bool(run.log)):
                         save_sae(run.sae, run_folder(run.cfg) / "sae")
                         if run.log:
                             run.log.stop(step, str(output))

@@ -352,14 +352,14 @@ def only_line(ranks: list[tuple]) -> str:
     return line
 
 
-def train_shared(model, cfgs, owner=None, before=lambda: None):
+def train_shared(model, cfgs, owner=None, before=lambda: None, **options):
     """Train a group of which each team of ranks owns some SAEs (without feature_shards, a team is a rank)."""
     before()
     shards = team(cfgs[0]["feature_shards"])
     teams = distributed.size() // shards.count
     owners = [owner(i) if owner else i % teams for i in range(len(cfgs))]
     saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.number else None for c, o in zip(cfgs, owners)]
-    return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
+    return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs, **options)
 
 
 # Exports

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,15 +122,16 @@ def test_steps_are_those_of_one_process(size, dict_size):
     cfg = get_default_cfg() | dict(act_size=24, device="cpu", top_k_aux=3, n_batches_to_dead=2, max_grad_norm=1e-3)
     own = dict(dict_size=dict_size, dtype="float64", bandwidth=0.03, feature_shards=size)
     cfgs = [post_init_cfg(cfg | changes | own) for changes in ALL_TYPES]
+    cfgs[-1] = post_init_cfg(cfgs[-1] | {"matryoshka_sizes": [3, dict_size // 2 + 5, dict_size]})
     g = torch.Generator().manual_seed(0)
     batches = list(torch.randn(6, 32, 24, generator=g, dtype=torch.float64) + 0.3)
     ranks = results_of(run_ranks(size, lambda: [steps_of(cfg, batches, team(size)) for cfg in cfgs]))
     for i, cfg in enumerate(cfgs):
         expected, state, active, _ = steps_of(cfg, batches)
-        for numbers, own, _, of_rank in (of_rank[i] for of_rank in ranks):
+        for numbers, own, _, forms in (of_rank[i] for of_rank in ranks):
             assert numbers == ranks[0][i][0]  # to the bit
             assert all(name in FEATURE_DIM or torch.equal(own[name], ranks[0][i][1][name]) for name in own)
-            assert of_rank == [dict_size == 768] * 6
+            assert forms == [dict_size == 768] * 6
             for step, values in zip(expected, numbers):
                 assert values == pytest.approx(step, rel=1e-9, abs=1e-12), cfg["name"]
         for step, places in enumerate(active):
@@ -137,6 +139,45 @@ def test_steps_are_those_of_one_process(size, dict_size):
         found = whole([of_rank[i][1] for of_rank in ranks])
         for name, tensor in state.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-8, atol=1e-11, msg=f"{cfg['name']}: {name}")
+
+
+def test_dense_ties_go_to_the_first_of_all_shards():
+    """In float32 on integers, as in one process, and as a stable sort has them."""
+    g = torch.Generator().manual_seed(2)
+    x, W = torch.randint(-1, 2, (9, 8), generator=g).float(), torch.randint(-1, 2, (8, 48), generator=g).float()
+    cfg = dict(act_size=8, dict_size=48, top_k=5, device="cpu", input_unit_norm=False)
+    cfgs = [post_init_cfg(cfg | {"sae_type": kind, "feature_shards": 2}) for kind in ("topk", "batchtopk")]
+
+    def active(shards=WHOLE):
+        found = []
+        for cfg in cfgs:
+            sae = SAE_CLASSES[cfg["sae_type"]](cfg, shards)
+            sae.W_enc.data.copy_(W[:, shards.features(48)])
+            found.append(sae(x)["feature_acts"].detach() > 0)
+        return found
+
+    ranks = results_of(run_ranks(2, lambda: active(team(2))))
+    for i, of_one in enumerate(active()):
+        z = (x @ W).relu()
+        rows = z if i == 0 else z.flatten()[None]
+        order = rows.sort(dim=-1, descending=True, stable=True).indices[:, : 5 if i == 0 else 45]
+        expected = torch.zeros_like(rows).scatter(1, order, 1.0).view(z.shape) * z > 0
+        assert torch.equal(of_one, expected) and torch.equal(torch.cat([of_rank[i] for of_rank in ranks], 1), expected)
+
+
+def test_one_rank_that_needs_the_dense_form():
+    """Then all take it: a vanilla SAE has too many active features in the first slice alone."""
+    cfg = post_init_cfg(
+        dict(sae_type="vanilla", l1_coeff=0.1, act_size=24, dict_size=768, device="cpu", feature_shards=2)
+    )
+
+    def form():
+        sae = SAE_CLASSES["vanilla"](cfg, team(2))
+        sae.batches_until_sparse.zero_()
+        sae.b_enc.data.fill_(5.0 if distributed.rank() == 0 else -1.0)
+        return sae(torch.randn(32, 24, generator=torch.Generator().manual_seed(0)))["feature_acts"].is_sparse
+
+    assert results_of(run_ranks(2, form)) == [False, False]
 
 
 def test_initial_weights_are_those_of_one_process():
@@ -271,6 +312,23 @@ def test_resumed_with_another_number_of_shards(model, training_cfg, monkeypatch)
     again = [cfg | {"feature_shards": 4} for cfg in cfgs]
     line = only_line(run_ranks(4, lambda: train_shared(model, again)))
     assert "cannot resume" in line and "feature_shards was 2 and is 4" in line
+    ranks = run_ranks(4, lambda: train_shared(model, again, resume_anyway=True))
+    assert results_of(ranks) and "resuming anyway" in ranks[0][1] and all(map(is_over, again))
+
+
+def test_checkpoints_of_before_there_were_shards():
+    before, now, path = {"versions": {}}, {"versions": {}, "feature_shards": 1}, Path("step_1")
+    checkpoint.check_provenance(before, now, path, resume_anyway=False)
+    with pytest.raises(InputError, match="feature_shards was 1 and is 2"):
+        checkpoint.check_provenance(before, now | {"feature_shards": 2}, path, resume_anyway=False)
+    assert checkpoint.file_of({"provenance": before, "runs": ["a", "b"]}, "b", 0) == "01.safetensors"
+
+
+def test_an_sae_without_its_shards_is_one_line(model, training_cfg):
+    """From Python: train_sae of a whole SAE."""
+    cfgs = sharded_cfgs(training_cfg, 2)[:1]
+    with pytest.raises(InputError, match=r"feature_shards = 2, but the SAE of .* pass shards.team\(2\)"):
+        train(model, cfgs)
 
 
 def test_teams_of_shards(model, training_cfg, sharded):
@@ -283,21 +341,30 @@ def test_teams_of_shards(model, training_cfg, sharded):
         assert lines_of(run_folder(cfg)) == lines_of(run_folder(of_one_team))
 
 
-def test_nan_in_one_shard_stops_the_sae_on_all(model, training_cfg):
-    cfgs = sharded_cfgs(training_cfg, 2)
+def test_nan_in_one_shard_stops_the_sae_on_all(model, training_cfg, monkeypatch):
+    """In the dense form and in the sparse. What cannot be saved (save_errors) is reported once."""
+    cfgs, real = sharded_cfgs(training_cfg, 2, save_errors="go_on"), checkpoint.write_slices
+
+    def write_slices(sae, file):
+        if distributed.rank() == 1 and "stopped.json" not in os.listdir(file.parent.parent) and sae.cfg == cfgs[5]:
+            raise OSError(28, "No space left on device")
+        real(sae, file)
+
+    monkeypatch.setattr(checkpoint, "write_slices", write_slices)
 
     def train_with_nan():
         shards = team(2)
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg, shards) for cfg in cfgs]
         if shards.index == 1:
-            saes[1].W_enc.data[0, 0] = torch.nan
+            saes[1].W_enc.data[0, 0] = saes[5].W_enc.data[0, 0] = torch.nan
         return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
 
     ranks = run_ranks(2, train_with_nan)
-    assert [code for code, *_ in ranks] == [2, 2] and "1 of 7 SAEs were stopped" in only_line(ranks)
+    assert [code for code, *_ in ranks] == [2, 2] and "2 of 7 SAEs were stopped" in only_line(ranks)
+    assert sum(stderr.count("No space left on device; training continues") for _, stderr, _ in ranks) == 1
     stopped = json.loads((run_folder(cfgs[1]) / "stopped.json").read_text())
     assert stopped["step"] == 1 and "NaN" in stopped["reason"]
-    assert load_sae(run_folder(cfgs[1])).W_enc[0, 32].isnan() and all(map(is_over, cfgs))
+    assert load_sae(run_folder(cfgs[1])).W_enc[0, 32].isnan() and all(map(is_over, cfgs[:5] + cfgs[6:]))
 
 
 def test_a_full_disk_is_one_line(model, training_cfg, monkeypatch):
@@ -320,7 +387,7 @@ def test_a_full_disk_is_one_line(model, training_cfg, monkeypatch):
 @pytest.mark.parametrize("ranks, shards", [(1, 2), (3, 2), (2, 4)])
 def test_ranks_that_do_not_fit_are_one_line(model, training_cfg, ranks, shards):
     cfgs = sharded_cfgs(training_cfg, shards)
-    expected = f"feature_shards = {shards} is not allowed: the number of torchrun's ranks (--nproc-per-node) is {ranks}"
+    expected = f"feature_shards = {shards} is not allowed with {ranks} of torchrun's ranks"
     assert expected in only_line(run_ranks(ranks, lambda: main.train(cfgs, force=True, resume_anyway=False)))
 
 
@@ -335,7 +402,7 @@ def test_the_plan_proposes_shards(model, training_cfg):
     """For an SAE that does not fit on a rank; an SAE that fits nowhere is refused with its numbers alone."""
     cfg = training_cfg(dict_size=2**16)
     needed, of_quarter = (plan.memory_needed([cfg | {"feature_shards": n}], model) for n in (1, 4))
-    with pytest.raises(InputError, match=r"alone needs about .* are free \(with feature_shards=4 about .* of 4 ranks"):
+    with pytest.raises(InputError, match=r"alone needs about .* are free \(with feature_shards=4 about .* of 4 GPUs"):
         plan.plan_group([cfg], model, 0, False, of_quarter)
     with pytest.raises(InputError, match=r"are free\. `python main.py demo`"):
         plan.plan_group([cfg], model, 0, False, 2**20)

@@ -233,11 +233,11 @@ def test_products_over_a_pattern(d):
     assert pattern.trimmed().sparse_tensor(pattern.trimmed().products).is_coalesced()
 
 
-def trained(kind, triton, monkeypatch, steps=2, **changes):
-    """An SAE after a few steps, half of its features dead at first; and the steps' outputs."""
+def trained(kind, triton, monkeypatch, steps=2, dead=slice(None, None, 2), **changes):
+    """An SAE after a few steps, half of its features (or `dead`) dead at first; and the steps' outputs."""
     use_triton(monkeypatch, triton)
     sae = make_sae(kind, d=12, F=24, k=3, dtype="float32", top_k_aux=5, lr=0.01, **changes).to(DEVICE)
-    sae.num_batches_not_active[::2] = 10
+    sae.num_batches_not_active[dead] = 10
     if hasattr(sae, "batches_until_sparse"):
         sae.batches_until_sparse.fill_(0)
     optimizer, outputs = make_optimizer(sae, sae.cfg), []
@@ -287,8 +287,15 @@ def test_training_steps_equal_the_torch_path(kind, max_grad_norm, monkeypatch, t
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two ranks on one GPU")
 def test_shards(monkeypatch):
-    """An SAE split over two ranks takes the step of a whole one, which uses torch's products."""
+    """An SAE split over two ranks, only one with dead features, takes the step of a whole one with torch's products."""
     make_whole, kind = make_sae, "batchtopk"
+
+    def make_alive(*args, **changes):
+        sae = make_whole(*args, **changes)
+        sae.num_batches_not_active.zero_()
+        return sae
+
+    monkeypatch.setitem(globals(), "make_sae", make_alive)
 
     def make_slice(*args, **changes):
         sae = make_whole(*args, **changes)
@@ -296,15 +303,18 @@ def test_shards(monkeypatch):
         parts = {name: tensor.chunk(2, FEATURE_DIM[name])[distributed.rank()] for name, tensor in state(sae).items()
                  if name in FEATURE_DIM}  # fmt: skip
         own.load_state_dict(state(sae) | parts)
+        own.num_batches_not_active.zero_()
         return own
 
     def steps():
         monkeypatch.setitem(globals(), "make_sae", make_slice)
-        sae, _, outputs = trained(kind, True, monkeypatch)
+        dead = slice(0, 12, 2) if distributed.rank() == 0 else slice(0)
+        sae, _, outputs = trained(kind, True, monkeypatch, dead=dead)
         assert all(output["feature_acts"].is_sparse for output in outputs)
         return state(sae), [{key: v.item() for key, v in output.items() if v.ndim == 0} for output in outputs]
 
-    sae, _, outputs = trained(kind, False, monkeypatch)
+    sae, _, outputs = trained(kind, False, monkeypatch, dead=slice(0, 12, 2))
+    assert outputs[0]["aux_loss"] > 0
     ranks = results_of(run_ranks(2, steps))
     for _, found in ranks:
         for values, output in zip(found, outputs):
