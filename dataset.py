@@ -27,7 +27,7 @@ from fsspec.utils import glob_translate
 from pandas.errors import ParserWarning
 
 from console import InputError, one_line, tell
-from hub import offline_hint
+from hub import is_hub_name, offline_hint
 
 COLUMNS = ("tokens", "input_ids", "text")  # the columns to read if dataset_column is None, in order of preference
 BUILDERS = {
@@ -61,7 +61,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
             builder, names = local_builder(cfg, path)
             dataset, column = one_column(builder, "train", cfg)
             commit = None
-        elif file_kind(path) or cfg["dataset_path"].count("/") > 1 or cfg["dataset_path"].startswith((".", "/", "~")):
+        elif file_kind(path) or not is_hub_name(cfg["dataset_path"]):
             raise InputError(f"{where}: no such file or folder, and not a hub name")
         else:
             builder = hub_builder(cfg)

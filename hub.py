@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 import datasets
 import huggingface_hub
-from huggingface_hub.utils import _http, httpx  # the httpx whose errors it raises
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import _http, httpx, validate_repo_id  # the httpx whose errors it raises
 
 
 class StreamError(RuntimeError):
@@ -73,6 +74,15 @@ def is_transient(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a hub name. The hub is not queried."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def stay_offline_without_network(*names: str) -> None:

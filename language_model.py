@@ -20,7 +20,7 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from config import post_init_cfg
 from console import InputError, one_line, tell
-from hub import StreamError, is_transient, offline_hint, set_timeouts
+from hub import StreamError, is_hub_name, is_transient, offline_hint, set_timeouts
 from sparse_ops import full_precision, screen_dtype
 
 
@@ -43,7 +43,7 @@ def load_model(cfg: dict) -> TransformerBridge:
             for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
         ):
             raise InputError(f"{where}: this folder has no tokenizer (tokenizer.json)")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+    elif not is_hub_name(name):
         raise InputError(f"{where}: no such folder, and not a hub name")
     else:
         set_timeouts()
