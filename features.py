@@ -115,9 +115,10 @@ def rank_features(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> lis
 def logit_effects(model, directions: torch.Tensor) -> torch.Tensor:
     """Directions [n, d] in the residual stream -> logit effects [n, d_vocab] (see the module docstring)."""
     directions = directions / directions.pow(2).mean(-1, keepdim=True).sqrt()
-    both = torch.cat([directions, torch.zeros_like(directions[:1])])  # 0: effect of the biases
-    logits = model.unembed(model.ln_final(both[None].to(model.cfg.dtype)))[0].float()
-    return (logits[:-1] - logits[-1]) - (logits[:-1] - logits[-1]).mean(-1, keepdim=True)
+    with_zero = F.pad(directions, (0, 0, 0, 1))  # the last row, 0, gives the effect of the biases
+    logits = model.unembed(model.ln_final(with_zero[None].to(model.cfg.dtype)))[0].float()
+    effects = logits[:-1] - logits[-1]
+    return effects - effects.mean(-1, keepdim=True)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
