@@ -92,7 +92,7 @@ def stay_offline_without_network(*names: str) -> None:
 
 
 def offline_hint(name: str) -> str:
-    """What to do if the hub is unreachable; empty if it is reachable or `name` is local."""
+    """Advice for an error message if the hub is unreachable; empty if it is reachable or `name` is local."""
     if Path(name).exists() or hub_reachable():
         return ""
     return ". Without a network, try `python main.py demo`, or name a local model_name and dataset_path"
