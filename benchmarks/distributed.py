@@ -1,12 +1,12 @@
-"""What training with several ranks costs: measured here with gloo, and computed for GPUs.
+"""Cost of training with several ranks: measured on this machine with gloo, and computed for GPUs.
 
     python benchmarks/distributed.py [--ranks 1 2 4] [--plot FILE]
     python benchmarks/distributed.py --computed [--harvest-ms 4.05] [--bandwidth 20] [--sync-ms 0.3] [--plot FILE]
 
 The first measures what the ranks exchange, for batches of the paper's size, between processes on this machine. The
 second computes the time of a batch for 1 to 64 GPUs. The steps of the SAEs and the harvest of a batch were measured on
-one H200 (RESULTS.md). The bandwidth in GB/s at which a rank receives activations and the time to exchange the flags
-after a step are assumed. Nothing is taken to overlap.
+one H200 (RESULTS.md). Assumptions: the bandwidth in GB/s at which a rank receives activations, the time to exchange
+the flags after a step, and that nothing overlaps.
 """
 
 import argparse
@@ -18,13 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from common import machine, markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from machine import cpu_name  # noqa: E402
-
-import distributed  # noqa: E402
+import distributed
 
 B, D, FORWARD, SEQ_LEN = 4096, 768, 65_536, 128  # the paper's batch, width and tokens of a forward pass
 # Milliseconds of a step on an H200 (RESULTS.md), for the 15 SAEs of the paper's sweep.
@@ -53,7 +49,7 @@ def measure(repeats: int = 7) -> dict:
 
 
 def measured_table(sizes: list[int]) -> None:
-    print(f"{cpu_name()}, torch {torch.__version__}, gloo, medians in ms")
+    print(f"{machine()}, gloo, medians in ms")
     results = {}
     for size in sizes:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
@@ -61,11 +57,11 @@ def measured_table(sizes: list[int]) -> None:
         if done.returncode:
             sys.exit(done.stderr)
         results[size] = json.loads(done.stdout.splitlines()[-1])
-    print(f"| ranks | {' | '.join(results[sizes[0]])} | received per rank and step, MiB |")
-    print("|---" * (len(results[sizes[0]]) + 2) + "|")
+    rows = []
     for size, found in results.items():
         received = B * D * 4 * (size - 1) / size / 2**20
-        print(f"| {size} | {' | '.join(f'{ms:.3g}' for ms in found.values())} | {received:.1f} |")
+        rows.append([size, *(f"{ms:.3g}" for ms in found.values()), f"{received:.1f}"])
+    print(markdown_table(["ranks", *results[sizes[0]], "received per rank and step, MiB"], *rows))
 
 
 def batch_ms(steps: list[float], ranks: int, harvest: float, bandwidth: float, sync: float) -> tuple[float, float]:
@@ -79,10 +75,7 @@ def batch_ms(steps: list[float], ranks: int, harvest: float, bandwidth: float, s
 
 def computed_table(args) -> None:
     sweeps = {"the paper's 15 SAEs": PAPER_STEPS, "200 SAEs of 12288 features": [1.45] * 200}
-    print("Computed, not measured:")
-    print("| GPUs | sweep | ms a batch | exchange in it | speed-up | hours for 1e9 tokens |")
-    print("|---|---|---|---|---|---|")
-    speedups = {}
+    rows, speedups = [], {}
     for name, steps in sweeps.items():
         alone, _ = batch_ms(steps, 1, args.harvest_ms, args.bandwidth, args.sync_ms)
         for ranks in (1, 2, 4, 8, 16, 32, 64):
@@ -90,7 +83,9 @@ def computed_table(args) -> None:
             speedups.setdefault(name, []).append((ranks, alone / ms))
             if ranks in (1, 8, 64):
                 hours = ms * 1e9 / B / 3.6e6
-                print(f"| {ranks} | {name} | {ms:.2f} | {exchange:.2f} | {alone / ms:.1f} | {hours:.2f} |")
+                rows.append([ranks, name, f"{ms:.2f}", f"{exchange:.2f}", f"{alone / ms:.1f}", f"{hours:.2f}"])
+    head = ["GPUs", "sweep", "ms a batch", "exchange in it", "speed-up", "hours for 1e9 tokens"]
+    print(f"Computed, not measured:\n{markdown_table(head, *rows)}")
     if args.plot:
         draw(speedups, args)
 
