@@ -52,15 +52,10 @@ def load_model(cfg: dict) -> TransformerBridge:
     transformers.utils.logging.disable_progress_bar()
     if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
         tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times faster")
-    loader = Loader()
+    loader, dtype = Loader(), getattr(torch, cfg["model_dtype"])
+    options = dict(device=cfg["device"], dtype=dtype, model_class=loader, trust_remote_code=False)
     try:
-        model = TransformerBridge.boot_transformers(
-            model_source(name),
-            device=cfg["device"],
-            dtype=getattr(torch, cfg["model_dtype"]),
-            model_class=loader,
-            trust_remote_code=False,
-        )
+        model = TransformerBridge.boot_transformers(model_source(name), **options)
         tokenizer = load_tokenizer(name)
     except Exception as error:  # the libraries raise errors of any type; the user gets one line
         if "trust_remote_code" in str(error):
