@@ -10,7 +10,9 @@ import copy
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -196,9 +198,9 @@ class Harvester:
     def __init__(self, model: TransformerBridge, hook_point: str):
         self.model, self.hook_point = model, hook_point
         self.module, self.side = plain_module(model, hook_point)
-        if self.module is not None and not self.plain_matches_bridge():
+        from_bridge = partial(run_bridge_to_hook, model, hook_point=hook_point)
+        if self.module is None or not matches_bridge(model, self.run_plain, from_bridge):
             self.module = None
-        if self.module is None:
             tell(f"{hook_point} is harvested with transformer_lens' TransformerBridge, which is slower")
 
     @torch.no_grad()
@@ -214,25 +216,12 @@ class Harvester:
             raise HookReached(acts[0] if isinstance(acts, tuple) else acts)
 
         register = self.module.register_forward_hook if self.side == "out" else self.module.register_forward_pre_hook
-        handle = register(stop, with_kwargs=True)
-        try:
-            self.model.plain(tokens, use_cache=False)
-        except HookReached as reached:
-            return reached.args[0]
-        finally:
-            handle.remove()
+        with register(stop, with_kwargs=True):
+            try:
+                self.model.plain(tokens, use_cache=False)
+            except HookReached as reached:
+                return reached.args[0]
         raise RuntimeError(f"{self.hook_point} is not reached")
-
-    @torch.no_grad()
-    @full_precision("tf32")
-    def plain_matches_bridge(self) -> bool:
-        """Whether the plain model and the bridge give the same activations on sample tokens."""
-        tokens = sample_tokens(self.model)
-        try:
-            plain = self.run_plain(tokens)
-        except Exception:  # in other architectures the module may have another signature
-            return False
-        return nearly_equal(plain, run_bridge_to_hook(self.model, tokens, self.hook_point))
 
 
 class Predictor:
@@ -251,7 +240,7 @@ class Predictor:
             blocks = list(model.plain.get_submodule(model.adapter.component_mapping["blocks"].name))
             if module in blocks:
                 self.below = blocks[: blocks.index(module) + (side == "out")]
-        if self.below and not self.plain_matches_bridge():
+        if self.below and not matches_bridge(model, self.predict_own, partial(model, return_type="logits")):
             self.below = []
 
     @torch.no_grad()
@@ -272,35 +261,29 @@ class Predictor:
     def as_output(self, acts: torch.Tensor):
         return (acts,) if self.returns_tuple else acts
 
-    @torch.no_grad()
-    @full_precision("tf32")
-    def plain_matches_bridge(self) -> bool:
-        """Whether the blocks above the hook point give the bridge's logits on sample tokens."""
-        tokens = sample_tokens(self.model)
+    def predict_own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits with the bridge's own activations. Also finds out what the blocks return."""
         outputs = []
-        handle = self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
+        with self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output)):
             self.model.plain(tokens, use_cache=False)
-            self.returns_tuple = isinstance(outputs[0], tuple)
-            logits = self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
-        except Exception:  # in other architectures the blocks may have another signature
-            return False
-        finally:
-            handle.remove()
-        return nearly_equal(logits, self.model(tokens, return_type="logits"))
+        self.returns_tuple = isinstance(outputs[0], tuple)
+        return self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
 
 
-def sample_tokens(model: TransformerBridge) -> torch.Tensor:
-    """Two short contexts, to compare the plain model with the bridge."""
+@torch.no_grad()
+@full_precision("tf32")
+def matches_bridge(model: TransformerBridge, run_plain: Callable, run_bridge: Callable) -> bool:
+    """Whether two functions of tokens, the first of which runs the plain model, are equal on two short contexts, up to
+    the rounding of attention and matrix products. The relative error of a wrong module is about 1.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(16, model.cfg.n_ctx)), generator=generator)
-    return tokens.to(next(model.parameters()).device)
-
-
-def nearly_equal(plain: torch.Tensor, bridge: torch.Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of attention and matrix products. The relative error of a wrong
-    module is about 1.
-    """
+    tokens = tokens.to(next(model.parameters()).device)
+    try:
+        plain = run_plain(tokens)
+    except Exception:  # in other architectures the modules may have other signatures
+        return False
+    bridge = run_bridge(tokens)
     eps = 2.0**-10 if bridge.is_cuda and bridge.dtype == torch.float32 else torch.finfo(bridge.dtype).eps  # TF32's
     return plain.shape == bridge.shape and bool((plain - bridge).norm() <= max(1e-4, 6 * eps) * bridge.norm())
 
