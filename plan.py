@@ -16,7 +16,7 @@ import torch
 import distributed
 from config import num_steps
 from console import InputError, gib, tell
-from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses, variants_of
+from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from sparse_ops import screen_dtype
 from training_step import Run, group_step, make_optimizer
@@ -138,17 +138,18 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS.
     """
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
+    # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
+    # and for each SAE, step and reconstruction.
     tokens = eval_batches(store)[0]
-    heldout_activations(store, tokens)  # warm-up
-    x = heldout_activations(store, tokens).flatten(0, 1)
+    acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
+    x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
     contexts = tokens.repeat(-(-cfg["model_batch_size"] // len(tokens)), 1)[: cfg["model_batch_size"]]
     if per_token * contexts.numel() < 2:  # seconds: short enough to measure a whole forward pass as in training
         per_token = time_call(lambda: store.get_activations(contexts), device) / contexts.numel()
     harvest = per_token * cfg["batch_size"]
-    acts, keep = store.get_activations(tokens), kept(store, tokens)
-    predict(store, tokens, acts)
+    predict(store, tokens, acts)  # warm-up
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
     own = [i for i, owner in enumerate(by_size) if owner == distributed.rank()]
@@ -162,16 +163,17 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
         return max(sum(s for s, owner in zip(seconds, owners) if owner == rank) for rank in range(ranks))
 
     def evaluation(whole: bool) -> float:
+        """The seconds per batch of evaluating all SAEs."""
         passes = [len(variants_of(run_cfg, whole)) for run_cfg in group]
         return slowest([n * (forward + r) for n, r in zip(passes, reconstruction)]) + harvest + forward
 
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
-    periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
+    evaluations = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
     seconds = slowest(step) + harvest / ranks
     training = steps * seconds
-    baseline = 3 * forward + 2 * harvest
-    evaluating = periodic * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
+    baseline = 3 * forward + 2 * harvest  # evaluation.heldout_baseline
+    evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
         parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == rank] for rank in range(ranks)]
