@@ -293,8 +293,10 @@ def hub_builder(cfg: dict) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
 
 
-def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
-    """The `datasets` builder for a file or for one split of a folder, and its files in alphabetical order."""
+def local_files(cfg: dict, path: Path) -> tuple[str, list[str]]:
+    """The kind of the files to read (file_kind), and a file, or the files in a folder that belong to dataset_split, in
+    alphabetical order.
+    """
     files = [path] if path.is_file() else data_files(path)
     where, found = f"dataset_path = {cfg['dataset_path']!r}", {file_kind(file) for file in files}
     kinds = sorted(found.intersection(PREFERRED_KINDS) or found.difference([".json"]) or found)
@@ -317,7 +319,12 @@ def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[
     split = check_split(cfg, splits, note)
     if note:
         tell(f"{where}: {note}")
-    files = [str(file) for file in splits[split]]
+    return kind, [str(file) for file in splits[split]]
+
+
+def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The `datasets` builder for a file or for one split of a folder, and the names of its files."""
+    kind, files = local_files(cfg, path)
     options = {"sample_by": "document"} if kind.startswith(".txt") else {}
     if kind.startswith((".csv", ".tsv")):  # every value is text, also "123" and "null"
         columns = [cfg["dataset_column"]] if cfg["dataset_column"] else COLUMNS
