@@ -58,7 +58,7 @@ def load_model(cfg: dict) -> TransformerBridge:
     options = dict(device=cfg["device"], dtype=dtype, model_class=loader, trust_remote_code=False)
     try:
         model = TransformerBridge.boot_transformers(model_source(name), **options)
-        tokenizer = load_tokenizer(name)
+        tokenizer_of(model, cfg)
     except Exception as error:  # the libraries raise errors of any type; the user gets one line
         if "trust_remote_code" in str(error):
             raise InputError(f"{where} needs Python code from its repository, and such code is never run") from error
@@ -70,7 +70,6 @@ def load_model(cfg: dict) -> TransformerBridge:
     model.requires_grad_(False).eval()
     # Not a submodule: it shares the bridge's parameters.
     object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
-    object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model
 
 
@@ -79,14 +78,12 @@ def model_source(name: str) -> str:
     return os.path.join(".", name) if Path(name).is_dir() else name
 
 
-def load_tokenizer(name: str):
-    return transformers.AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=False)
-
-
 def tokenizer_of(model: TransformerBridge, cfg: dict):
-    """The model's tokenizer as saved. A bridge that is not from load_model gets that of cfg["model_name"]."""
+    """The tokenizer of cfg["model_name"] as saved, which is then `model.plain_tokenizer`."""
     if not hasattr(model, "plain_tokenizer"):
-        object.__setattr__(model, "plain_tokenizer", load_tokenizer(hub_name(cfg["model_name"])))
+        source = model_source(hub_name(cfg["model_name"]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model.plain_tokenizer
 
 
