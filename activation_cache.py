@@ -1,10 +1,10 @@
-"""Activations on disk: harvested once, then read instead of running the language model.
+"""Activations on disk, so that later runs read them instead of running the language model.
 
     <activation_cache>/<hash of the identity>/buffer_000000.bin   a buffer in text order, [rows, d]
                                               manifest.json       the identity; rows, SHA-256 and next stream position
                                                                   of every buffer
 
-A buffer is written when it is first harvested, so an interrupted run leaves its complete buffers to the next run.
+A buffer is written when it is harvested, so the next run can read the complete buffers of an interrupted run.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import sync, write_json
+from checkpoint import sha256_of, write, write_json
 from console import InputError, gib, tell
 
 
 class ActivationCache:
     """The buffers of one stream of activations.
 
-    `identity` holds everything that determines the activations; `num_rows` is how many the run needs. Reports the disk
-    space; raises InputError if there is too little of it or the folder cannot be written.
+    `identity` holds everything that determines the activations; `num_rows` is the number that the run needs. Prints the
+    disk space needed. Raises InputError if it exceeds the free space or the folder cannot be written.
     """
 
     def __init__(self, folder: str, identity: dict, buffer_rows: int, num_rows: int):
@@ -57,44 +57,36 @@ class ActivationCache:
             return []
 
     def read(self, index: int, buffer: torch.Tensor) -> dict | None:
-        """Fill `buffer` [rows, d] with cached buffer `index`; returns the next position, None if it is not cached."""
-        if index >= len(self.buffers) or self.buffers[index]["rows"] < len(buffer):  # a longer run's buffer has more
+        """Fill `buffer` [rows, d] with the rows of cached buffer `index`, which may have more (from a longer run).
+        Returns the next stream position, or None if the buffer is not cached or corrupt.
+        """
+        if index >= len(self.buffers) or self.buffers[index]["rows"] < len(buffer):
             return None
         path, entry = self.path(index), self.buffers[index]
-        problem = "it is missing"
-        if path.is_file():
-            problem = "its size is wrong"
-            size = entry["rows"] * self.width
-            if path.stat().st_size == size * self.dtype.itemsize:
-                rows = torch.from_file(str(path), shared=False, size=size, dtype=self.dtype)
-                problem = "its SHA-256 is wrong"
-                if digest(rows) == entry["sha256"]:
-                    buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
-                    return entry["next"]
-        tell(f"{path} is corrupt ({problem}): its activations are harvested again")
-        return None
+        try:
+            problem = None if sha256_of(path) == entry["sha256"] else "its SHA-256 is wrong"
+        except OSError as error:
+            problem = error.strerror
+        if problem:
+            tell(f"{path} is corrupt ({problem}): its activations are harvested again")
+            return None
+        rows = torch.from_file(str(path), shared=False, size=entry["rows"] * self.width, dtype=self.dtype)
+        buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
+        return entry["next"]
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
         """Write `buffer` [rows, d] as buffer `index`. Raises InputError if it cannot be written."""
         if index > len(self.buffers):
             return  # training began without this cache, and the manifest cannot have gaps
-        rows = buffer.cpu().view(torch.uint8).numpy()
         path = self.path(index)
         temporary = path.with_suffix(".tmp")
         try:
-            rows.tofile(temporary)
-            sync(temporary)
+            sha256 = write(temporary, buffer.cpu().flatten().view(torch.uint8).numpy())
             temporary.replace(path)
-            self.buffers[index : index + 1] = [
-                {"rows": len(buffer), "sha256": digest(torch.from_numpy(rows)), "next": next_position}
-            ]
+            self.buffers[index : index + 1] = [{"rows": len(buffer), "sha256": sha256, "next": next_position}]
             write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
         except OSError as error:
             raise InputError(f"activation_cache: {path} cannot be written: {error}") from error
 
     def path(self, index: int) -> Path:
         return self.folder / f"buffer_{index:06}.bin"
-
-
-def digest(rows: torch.Tensor) -> str:
-    return hashlib.sha256(rows.view(torch.uint8).numpy().reshape(-1)).hexdigest()

@@ -1,7 +1,7 @@
-"""Opens a dataset: its files, split and column, as one stream of rows with only this column.
+"""Opens a dataset: finds its files, split and column, and streams rows that hold only this column.
 
-`datasets` reads the files. By default it casts all columns of all files to the types of the first file. Here all other
-columns are dropped before that, so that their types cannot make the text unreadable.
+`datasets` reads the files. By default it casts all columns of all files to their types in the first file, and fails if
+one cannot be cast. Here the other columns are dropped before the cast.
 """
 
 import codecs
@@ -27,7 +27,7 @@ from fsspec.utils import glob_translate
 from pandas.errors import ParserWarning
 
 from console import InputError, one_line, tell
-from hub import offline_hint
+from hub import is_hub_name, offline_hint
 
 COLUMNS = ("tokens", "input_ids", "text")  # the columns to read if dataset_column is None, in order of preference
 BUILDERS = {
@@ -39,7 +39,6 @@ PREFERRED_KINDS = (".txt", ".jsonl", ".parquet", ".arrow")
 METADATA = (*FILES_TO_IGNORE, "state.json")  # files that `datasets` writes next to the data
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 SPACE = re.compile(r"\s*")
-COMPRESSED = ("text", "json", "csv")  # builders that support compression
 
 
 def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str | None]:
@@ -50,7 +49,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
     """
     path, where = Path(cfg["dataset_path"]), f"dataset_path = {cfg['dataset_path']!r}"
     datasets.disable_progress_bars()
-    # The libraries also raise what they log; it is reported in one line.
+    # What the libraries log they also raise, and it is then reported in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity_error()
     try:
@@ -61,12 +60,12 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
             builder, names = local_builder(cfg, path)
             dataset, column = one_column(builder, "train", cfg)
             commit = None
-        elif file_kind(path) or cfg["dataset_path"].count("/") > 1 or cfg["dataset_path"].startswith((".", "/", "~")):
+        elif file_kind(path) or not is_hub_name(cfg["dataset_path"]):
             raise InputError(f"{where}: no such file or folder, and not a hub name")
         else:
             builder = hub_builder(cfg)
             dataset, column = one_column(builder, cfg["dataset_split"], cfg)
-            # Without a network the local cache is read. Its shards differ, so it counts as other data: no commit.
+            # Without a network the local cache is read. Its shards differ, so it counts as different data: no commit.
             names, commit = [], builder.hash if builder.config.data_files else None
     except InputError:
         raise
@@ -82,7 +81,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
 
 
 def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
-    """The first row, read with a separate iterator, so that no document is lost."""
+    """The first row. A separate iterator reads it, so the dataset still begins with it."""
     try:
         row = next(iter(dataset), None)
     except Exception as error:
@@ -96,16 +95,16 @@ def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
 
 
 def choose_column(names, cfg: dict) -> str:
-    """dataset_column, or the first of COLUMNS in `names`. If there are several, reports which one is read."""
-    where, accepted = f"dataset_path = {cfg['dataset_path']!r}", COLUMNS
-    if cfg["dataset_column"] is not None:
-        accepted = (cfg["dataset_column"],)
-    found = [name for name in accepted if name in names]
-    if not found and cfg["dataset_column"] is not None:
-        raise InputError(f"{where} has no column {cfg['dataset_column']!r}: it has {', '.join(names)}")
+    """dataset_column, or the first of COLUMNS in `names`. If there are several, prints which one is read."""
+    where, column = f"dataset_path = {cfg['dataset_path']!r}", cfg["dataset_column"]
+    if column is not None:
+        if column not in names:
+            raise InputError(f"{where} has no column {column!r}: it has {', '.join(names)}")
+        return column
+    found = [name for name in COLUMNS if name in names]
     if not found:
         raise InputError(
-            f"{where} has none of the columns {', '.join(accepted)}: it has {', '.join(names)} "
+            f"{where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(names)} "
             f"(set dataset_column to the one to read)"
         )
     if len(found) > 1:
@@ -114,13 +113,13 @@ def choose_column(names, cfg: dict) -> str:
 
 
 def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
-    """The rows of a split with one column only, and its name."""
+    """The rows of a split, with only the column to read, and the name of this column."""
     if isinstance(builder, JsonBuilder) and builder.config.field is None and builder.config.encoding == "utf-8":
         return json_column(builder, split, cfg)
     dataset = builder.as_streaming_dataset(split)
-    features = builder.info.features  # None for text and CSV before they are read
+    features = builder.info.features  # None for text and CSV, until they are read
     column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
-    if not hasattr(builder, "_cast_table"):  # e.g. the local cache, where all files have the same types
+    if not hasattr(builder, "_cast_table"):  # it casts nothing, as the builder of the local cache
         return dataset, column
     cast, generate, report_missing = builder._cast_table, builder._generate_tables, reporter(column, cfg)
 
@@ -141,7 +140,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
 
     builder._generate_tables = tables
     if features:
-        all_null = features[column] == datasets.Value("null")  # in the first file
+        all_null = features[column] == datasets.Value("null")  # in the first file; others may hold text
         builder.info.features = datasets.Features({column: datasets.Value("string") if all_null else features[column]})
     return builder.as_streaming_dataset(split), column
 
@@ -154,14 +153,14 @@ def reporter(column: str, cfg: dict):
 
 
 def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
-    """one_column for JSON. It is parsed here because `datasets` types all columns and fails if some types change.
+    """one_column for JSON. It is parsed here because `datasets` infers types for all columns, and fails if they change.
 
-    Each value is passed on as JSON, so values of one column may differ in type. A file is read in the same parts as by
-    `datasets`, because positions in the stream are counted in them.
+    Each value is passed on as JSON, so values of one column may differ in type. Files are read in the same parts as in
+    `datasets`, because positions in the stream count these parts.
     """
 
     def column_names(files_iterables, allow_full_read=True, **_):
-        if not allow_full_read:  # a call to infer the column types
+        if not allow_full_read:  # `datasets` tries to infer the types of the columns
             raise FullReadDisallowed
         for file in chain.from_iterable(files_iterables):
             for rows, by_lines in json_parts(file, builder.config.chunksize):
@@ -190,7 +189,7 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
     first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
     column = choose_column(first["names"], cfg)
     report_missing = reporter(column, cfg)
-    # `datasets` infers no types from a JSON list, and its state then has another form: keep it for older checkpoints.
+    # Without types, as `datasets` reads a JSON list, the stream's state has another form, which older checkpoints hold.
     typed = bool(card_features) or first["by_lines"] or column not in COLUMNS
     if typed:
         builder.info.features = datasets.Features({column: datasets.Json()})
@@ -199,12 +198,13 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
 
 
 def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
-    """Yields the rows of a JSON file, in parts of about `size` bytes, and True; or all elements of a list, and False.
+    """Yields (rows, True) for each part, of about `size` bytes, of a file of JSON objects, or (elements, False) for a
+    file that is one JSON list.
 
     Raises ValueError, with the line number, for invalid JSON and for values that are not objects.
     """
     with xopen(file, "rb") as content:
-        line, rest = 1, b""  # the next part's first line number, and the beginning of an object that it continues
+        line, rest = 1, b""  # the line number where the next part begins, and an incomplete object before it
         while (part := content.read(size)) or rest:
             if line == 1 and not rest:  # the beginning of the file
                 part = part.removeprefix(codecs.BOM_UTF8)
@@ -224,12 +224,12 @@ def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
 
 
 def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
-    """The objects in a part of a file that begins at line number `line`, and the rest: an incomplete object."""
+    """The objects in a part of a file that begins in line `line`, and the incomplete object at its end, if any."""
     with suppress(ValueError):
         rows = [json.loads(row) for row in part.splitlines() if row.strip()]
         if all(isinstance(row, dict) for row in rows):
             return rows, b""
-    # Not one object per line, or invalid: this is slower, but has the positions of errors.
+    # Not one object per line, or invalid. This is slower, but gives the positions of errors.
     try:
         text = part.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
@@ -293,22 +293,24 @@ def hub_builder(cfg: dict) -> datasets.DatasetBuilder:
         return datasets.load_dataset_builder(name, cfg["dataset_config"], revision="refs/convert/parquet")
 
 
-def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
-    """The `datasets` builder for a file or for one split of a folder, and its files in alphabetical order."""
+def local_files(cfg: dict, path: Path) -> tuple[str, list[str]]:
+    """The kind of the files to read (file_kind), and a file, or the files in a folder that belong to dataset_split, in
+    alphabetical order.
+    """
     files = [path] if path.is_file() else data_files(path)
-    found = {file_kind(file) for file in files}
+    where, found = f"dataset_path = {cfg['dataset_path']!r}", {file_kind(file) for file in files}
     kinds = sorted(found.intersection(PREFERRED_KINDS) or found.difference([".json"]) or found)
     if len(kinds) != 1 or not kinds[0]:
         what = f"is a file of type {path.suffix or 'unknown'}" if path.is_file() else "has no such file"
         if len(kinds) > 1:
             what = "has several types: " + ", ".join(kinds)
         raise InputError(
-            f"dataset_path = {cfg['dataset_path']!r} must be a file, or a folder of files, of one of the types "
-            f"{', '.join(BUILDERS)} (text, JSON and CSV also with {', '.join(COMPRESSIONS)}), but it {what}"
+            f"{where} must be a file, or a folder of files, of one of the types {', '.join(BUILDERS)} (text, JSON and "
+            f"CSV also with {', '.join(COMPRESSIONS)}), but it {what}"
         )
     (kind,) = kinds
     if others := sorted(found.difference(kinds)):
-        tell(f"dataset_path = {cfg['dataset_path']!r}: reading its {kind} files, not its {', '.join(others)} files")
+        tell(f"{where}: reading its {kind} files, not its {', '.join(others)} files")
     files = [file for file in files if file_kind(file) == kind]
     splits = {"train": files} if path.is_file() else files_by_split(path, files)
     note = ""
@@ -316,18 +318,23 @@ def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[
         note = f"{len(rest)} of its {len(files)} files belong to no split, such as {rest[0].relative_to(path)}"
     split = check_split(cfg, splits, note)
     if note:
-        tell(f"dataset_path = {cfg['dataset_path']!r}: {note}")
-    files = [str(file) for file in splits[split]]
+        tell(f"{where}: {note}")
+    return kind, [str(file) for file in splits[split]]
+
+
+def local_builder(cfg: dict, path: Path) -> tuple[datasets.DatasetBuilder, list[str]]:
+    """The `datasets` builder for a file or for one split of a folder, and the names of its files."""
+    kind, files = local_files(cfg, path)
     options = {"sample_by": "document"} if kind.startswith(".txt") else {}
     if kind.startswith((".csv", ".tsv")):  # every value is text, also "123" and "null"
         columns = [cfg["dataset_column"]] if cfg["dataset_column"] else COLUMNS
         options = {
             "converters": dict.fromkeys(columns, str),
             "keep_default_na": False,
-            "index_col": False,  # otherwise the first field of rows longer than the header becomes an index
+            "index_col": False,  # otherwise the first field of a row that is longer than the header is its index
             "sep": "\t" if kind.startswith(".tsv") else ",",
         }
-    # A DataFilesList is used as it is; `datasets` would look up each plain name again.
+    # `datasets` uses a DataFilesList as it is, but would resolve each name in a plain list again.
     train_files = {"train": DataFilesList(files, [])}
     builder = datasets.load_dataset_builder(BUILDERS["." + kind.split(".")[1]], data_files=train_files, **options)
     if "index_col" in options:
@@ -347,32 +354,32 @@ def file_kind(path: Path) -> str:
     """The suffix of a readable file, with that of its compression (".jsonl", ".csv.gz"); "" for other files."""
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     suffix = Path(path.stem).suffix if compression else path.suffix
-    readable = BUILDERS.get(suffix) in COMPRESSED if compression else suffix in BUILDERS
+    readable = BUILDERS.get(suffix) in ("text", "json", "csv") if compression else suffix in BUILDERS
     return suffix + compression if readable else ""
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The readable files in a folder and its subfolders. As in `datasets`, hidden files, __pycache__ and metadata are
-    ignored."""
-    found = []
-    for file in folder.rglob("*"):
+    """The readable files in a folder and its subfolders. As in `datasets`, metadata and hidden files and folders are
+    ignored, and folders such as __pycache__.
+    """
+
+    def is_data(file: Path) -> bool:
         *folders, name = file.relative_to(folder).parts
         hidden = name.startswith(".") or any(part.startswith((".", "__")) for part in folders)
-        if file_kind(file) and not hidden and name not in METADATA and file.is_file():
-            found.append(file)
-    return sorted(found)
+        return bool(file_kind(file)) and not hidden and name not in METADATA and file.is_file()
+
+    return sorted(filter(is_data, folder.rglob("*")))
 
 
 def files_by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
     """The splits that `datasets` infers from the names of files and folders; one split "train" if it finds none."""
+    names = {f"data/{file.relative_to(folder).as_posix()}": file for file in files}
 
     def matching(pattern: str) -> list[str]:
         match = re.compile(glob_translate("data/" + pattern)).match
         return [name for name in names if match(name)]
 
-    names = {f"data/{file.relative_to(folder).as_posix()}": file for file in files}
-    patterns = _get_data_files_patterns(matching)
     return {
-        str(split): sorted({names[name] for pattern in patterns[split] for name in matching(pattern)})
-        for split in patterns
+        str(split): sorted({names[name] for pattern in patterns for name in matching(pattern)})
+        for split, patterns in _get_data_files_patterns(matching).items()
     }

@@ -1,4 +1,4 @@
-"""Convert SAEs to and from other libraries' formats. RUN is a run's folder; --out names a new or empty folder.
+"""Converts SAEs to and from other libraries' formats. RUN is a run's folder; --out names a new or empty folder.
 
     python export.py RUN --to saelens|dictionary_learning|published|safetensors --out DIR
     python export.py DIR --from saelens|dictionary_learning|published --out RUN
@@ -10,9 +10,9 @@
     safetensors          cfg.json, sae_weights.safetensors   the format of this program: checkpoint.load_sae(DIR)
 
 Features and reconstructions stay the same; an SAE that the format cannot express is refused. BatchTopK and Matryoshka
-are exported with their inference threshold; for SAELens they become the equivalent JumpReLU SAE, and for the published
-scripts, which have no Matryoshka, it becomes a BatchTopK. Counters of dead features are not exported.
-Importing executes no code from the files.
+are exported with their inference threshold. For SAELens both become the equivalent JumpReLU SAE. The published scripts
+have no Matryoshka, so it becomes a BatchTopK. Counters of dead features are not exported. Importing runs no code from
+the files.
 
 Each export has a model card, README.md, with the metrics of the run (model_card.py). --upload uploads such a folder to
 the Hugging Face hub. A new repository is private; an existing one keeps its visibility. Only --upload uses the network.
@@ -28,34 +28,36 @@ from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
 from checkpoint import load_sae, serialized, sync, write, write_json
 from config import BATCH_TOP_K_TYPES, KEYS, SITES, TOP_K_TYPES, num_steps, post_init_cfg, prefix_sizes
 from console import InputError, one_line, run_command
+from hub import is_hub_name
 from language_model import hub_name
 from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
 
 OUR_CONFIG = "batchtopk_config"  # the key under which our config is stored in another library's config
-DICTIONARIES = {  # of dictionary_learning: class, trainer class, names of the weights that differ (None: all are ours)
+# dictionary_learning's class, trainer class and names of weights, where these differ from LINEAR (None: all are ours).
+DICTIONARIES = {
     "vanilla": ("AutoEncoder", "StandardTrainer", {"b_dec": "bias"}),
     "topk": ("AutoEncoderTopK", "TopKTrainer", {}),
     "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
     "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
     "matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", None),
 }
-WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # every export contains one of these
 LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # weights are transposed
+WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # every export contains one of these
 
 
 def export_sae(
     sae: BaseAutoencoder, to: str, folder: str | Path, run: Path | None = None, repo: str | None = None
 ) -> None:
     """Write an SAE to a new or empty folder in the format `to` (a key of EXPORTS), with a model card. The card has the
-    metrics of the run's folder `run`, and code that loads the SAE from the hub repository `repo`.
+    metrics from the run's folder `run`, and code that loads the SAE from the hub repository `repo`.
 
     Raises InputError if the format cannot express the SAE, if the folder is not empty or cannot be written, or if a
     record of the run is corrupt.
@@ -177,7 +179,8 @@ def weights_of(sae: BaseAutoencoder) -> dict:
     return weights
 
 
-# Import: a folder -> config, tensors with our names, and whether the encoder input is x̂ − b_dec (True) or x̂
+# Import. Each function reads a folder and returns the config, the tensors under our names, and `centred`: whether the
+# encoder's input is x̂ − b_dec (True) or x̂ (False).
 
 
 def from_published(folder: Path) -> tuple[dict, dict, bool]:
@@ -256,13 +259,14 @@ EXPORTS = {
 
 def convert(cfg: dict, tensors: dict, centred: bool) -> tuple[dict, dict]:
     """Our config and state dict for an SAE with z = (x̂ − b_dec) W_enc + b_enc, or z = x̂ W_enc + b_enc if not centred.
+    Where our SAE of that type has another form of z, b_enc absorbs the difference.
 
     Raises InputError if the tensors do not match the config, or if none of our SAEs computes the same function.
     """
     d, F, sae_type = cfg["act_size"], cfg["dict_size"], cfg["sae_type"]
     shapes = {"W_enc": [d, F], "W_dec": [F, d], "b_enc": [F], "b_dec": [d]}
     if sae_type == "jumprelu":
-        shapes["threshold" if "jumprelu.log_threshold" not in tensors else "jumprelu.log_threshold"] = [F]
+        shapes["jumprelu.log_threshold" if "jumprelu.log_threshold" in tensors else "threshold"] = [F]
     if sae_type in BATCH_TOP_K_TYPES and "threshold" in tensors:
         shapes["threshold"] = []
     for name in [*shapes, *tensors]:
@@ -297,12 +301,12 @@ def check_allowed(key: str, value, *allowed) -> None:
 
 
 def read_tensors(path: Path) -> dict:
-    """The tensors of a .safetensors or .pt file. Raises InputError if it holds anything else; executes no code."""
+    """The tensors in a .safetensors or .pt file. Raises InputError if it holds anything else; runs no code from it."""
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # torch's message suggests to execute the code
+    except Exception as error:  # torch's message advises weights_only=False, which runs the code
         raise InputError(f"{path.name} is corrupt, or holds objects other than tensors: not loaded") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f"{path.name} does not hold a state dict (a dict of tensors)")
@@ -318,14 +322,13 @@ def write_folder(folder: Path, files: dict) -> None:
     Raises InputError if the folder is not empty or cannot be written.
     """
     try:
-        empty = folder.is_dir() and not any(folder.iterdir())
-        if folder.exists() and not empty:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
             raise InputError(f"{folder} is not an empty folder and is not overwritten: choose another --out")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder if empty else folder.parent, prefix=f".{folder.name}.") as temporary:
-            new = Path(temporary) / "new"
+        # The folder itself is not replaced: it may be a mount point or the working directory.
+        with TemporaryDirectory(dir=folder, prefix=".") as temporary:
             for name, content in files.items():
-                path = new / name
+                path = Path(temporary) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.suffix == ".json":
                     write_json(path, content)
@@ -335,27 +338,16 @@ def write_folder(folder: Path, files: dict) -> None:
                     tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
                     (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
                     sync(path)
-            if empty:
-                move_content(new, folder)
-            else:
-                new.rename(folder)
+            moved = []
+            try:
+                for path in list(Path(temporary).iterdir()):
+                    moved.append(path.rename(folder / path.name))
+            except BaseException:
+                for path in moved:  # TemporaryDirectory deletes them
+                    path.rename(Path(temporary) / path.name)
+                raise
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
-
-
-def move_content(source: Path, folder: Path) -> None:
-    """Move the content of `source` to an empty folder, all or nothing.
-
-    The folder itself stays: it may be a mount point or the working directory, which cannot be replaced.
-    """
-    moved = []
-    try:
-        for path in list(source.iterdir()):
-            moved.append(path.rename(folder / path.name))
-    except BaseException:
-        for path in moved:
-            path.rename(source / path.name)
-        raise
 
 
 # Upload
@@ -363,12 +355,8 @@ def move_content(source: Path, folder: Path) -> None:
 
 def check_can_upload(repo: str) -> None:
     """Raises InputError if `repo` is not a valid repository name, or if the user is not logged in to the hub."""
-    try:
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError("the namespace is missing")
-    except HFValidationError as error:
-        raise InputError(f"--upload {repo!r} must be NAMESPACE/NAME: {one_line(error)}") from error
+    if "/" not in repo or not is_hub_name(repo):
+        raise InputError(f"--upload {repo!r} must be NAMESPACE/NAME, both of letters, digits, '-', '_' and '.'")
     if not get_token():
         raise InputError("--upload needs a login to the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
 
@@ -410,16 +398,17 @@ def main(argv: list[str]) -> None:
         "--upload", metavar="NAMESPACE/NAME", help="upload the export to this repository on the Hugging Face hub"
     )
     args = parser.parse_args(argv)
-    if (args.to or args.source) is None and args.upload is None or (args.source and args.upload):
+    uploads, converts = args.upload is not None, args.to or args.source
+    if not (uploads or converts) or (uploads and args.source):
         parser.error("expected --to, --from, --upload, or --to and --upload")
-    if (args.out is None) != ((args.to or args.source) is None):
+    if (args.out is None) == bool(converts):
         parser.error("--out is required with --to and --from, and not allowed otherwise")
-    if args.upload is not None:
+    if uploads:
         check_can_upload(args.upload)  # before anything is written
     if args.to:
         run = args.folder.parent if args.folder.name == "sae" else args.folder
         export_sae(load_sae(args.folder), args.to, args.out, run, args.upload)
-    if args.upload is not None:
+    if uploads:
         print(upload(args.out or args.folder, args.upload))
     if args.source:
         sae = import_sae(args.folder, args.source)

@@ -1,17 +1,17 @@
-"""A self-contained HTML page per SAE that shows what its features respond to and which tokens they promote.
+"""Writes a self-contained HTML page that shows what an SAE's features respond to and which tokens they promote.
 
     python features.py RUN [--num N] [--features I I ...]      RUN is a run's folder, runs/<sweep>/<name>
 
-Writes RUN/features.html with the requested features I first, then the N top-ranked features. Activations are on the
-held-out tokens, in eval(). Positions and tokens that evaluation skips have none.
+RUN/features.html has the requested features I first, then the N top-ranked features. Their activations f are computed
+in eval() on the held-out tokens, and are 0 at the positions and tokens that evaluation skips.
 
-Features are ranked by energy, Σ f² ‖W_dec row‖², in the reconstructions of the held-out tokens. Those active on fewer
-than RARE tokens or on more than DENSE of all tokens are ranked last.
+Features are ranked by energy, Σ f² ‖W_dec row‖² over the held-out tokens. Those active on fewer than RARE tokens or on
+a larger fraction than DENSE come last.
 
-Logit effects are those of the decoder row alone: scaled to RMS 1, passed through the final norm and the unembedding,
-minus the mean over the vocabulary, which softmax ignores. This is the direct path: the layers between hook point and
-final norm are ignored. So is the norm of the rest of the residual stream, which scales all effects of a feature by the
-same factor. Compare effects within a feature, not between features.
+The logit effects of a feature are those of its decoder row alone: scaled to RMS 1, passed through the final norm and
+the unembedding, minus the mean over the vocabulary, which softmax ignores. This is the direct path: it ignores the
+layers between the hook point and the final norm. It also ignores the norm of the rest of the residual stream, which
+scales all effects of a feature by the same factor. So compare effects within a feature, not between features.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import SITES
 from console import InputError, run_command
@@ -34,23 +35,26 @@ EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown per context, and how many of them precede its peak
 BINS = 32  # of a feature's histogram, from 0 to the next power of 2 above its maximum
 TOKENS, NEAREST = 10, 6  # promoted and suppressed tokens, and nearest features, per feature
-RARE = 10
-CHUNK = 2**24  # maximum size of the activations [tokens, F] in memory
+RARE = 10  # tokens
+CHUNK = 2**24  # maximum number of activations [tokens, F] in memory
 TEMPLATE = Path(__file__).with_suffix(".html")
-# The characters that byte-level tokenizers use for the 256 bytes: printable bytes unchanged, others from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(byte): byte for byte in PRINTABLE}
-BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # the characters of byte-level tokenizers
 
 
 @torch.no_grad()
 def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     """Statistics from one pass over the held-out tokens, at most CHUNK activations (or one context) at a time.
 
-    active [F]: number of tokens on which a feature is active; energy [F]: Σ f² (float64); histogram [F, BINS]: of its
-    activations, from 0 to 2^exponent [F]. For the EXAMPLES contexts with the highest peaks, in descending order (ties
-    in text order): value [EXAMPLES, F], the peak (0: no such context), context, position, start, and shown [EXAMPLES,
-    window, F], the activations from start on.
+        active [F]                    number of tokens on which a feature is active
+        energy [F]                    Σ f² (float64)
+        histogram [F, BINS]           of its activations, from 0 to 2^exponent, with exponent [F]
+
+    For the EXAMPLES contexts with the highest peaks, in descending order (ties in text order):
+
+        value [EXAMPLES, F]           the peak, 0 if there are fewer such contexts
+        context, position             the numbers of the context and of the peak's position in it
+        start                         the first position shown
+        shown [EXAMPLES, window, F]   the activations from there on
     """
     contexts, skip = activation_store.eval_contexts, activation_store.cfg["eval_skip_positions"]
     seq_len, dict_size, device = contexts.shape[1], sae.cfg["dict_size"], sae.W_dec.device
@@ -99,7 +103,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
 
 
 def rank_features(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> list[int]:
-    """The features that are ever active, in the order defined in the module docstring."""
+    """The features that are ever active, in the order that the module docstring defines."""
     active = statistics["active"]
     last = (active < RARE) | (active > DENSE * num_tokens)
     energy = statistics["energy"] * W_dec.detach().double().pow(2).sum(-1)
@@ -111,13 +115,14 @@ def rank_features(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> lis
 def logit_effects(model, directions: torch.Tensor) -> torch.Tensor:
     """Directions [n, d] in the residual stream -> logit effects [n, d_vocab] (see the module docstring)."""
     directions = directions / directions.pow(2).mean(-1, keepdim=True).sqrt()
-    both = torch.cat([directions, torch.zeros_like(directions[:1])])  # 0: effect of the biases
-    logits = model.unembed(model.ln_final(both[None].to(model.cfg.dtype)))[0].float()
-    return (logits[:-1] - logits[-1]) - (logits[:-1] - logits[-1]).mean(-1, keepdim=True)
+    with_zero = F.pad(directions, (0, 0, 0, 1))  # the last row, 0, gives the effect of the biases
+    logits = model.unembed(model.ln_final(with_zero[None].to(model.cfg.dtype)))[0].float()
+    effects = logits[:-1] - logits[-1]
+    return effects - effects.mean(-1, keepdim=True)
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text of each token in printable characters: incomplete UTF-8 as \\xe2, newlines as ↵."""
+    """The text of each token in printable characters: incomplete UTF-8 as \\xe2, a newline as ↵."""
     vocabulary = tokenizer.get_vocab()
     byte_level = sum(token[0] == "Ġ" for token in vocabulary if token) > sum("▁" in token for token in vocabulary)
     texts = []
@@ -130,8 +135,8 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
             text = bytes([int(token[3:5], 16)]).decode("utf-8", "backslashreplace")
         else:
             text = token if byte_level else token.replace("▁", " ")
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text.replace("\n", "↵"))
-        texts.append(text)
+        text = text.replace("\n", "↵")
+        texts.append("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
     return texts
 
 
@@ -142,46 +147,39 @@ def rounded(values: torch.Tensor) -> list:
 
 @torch.no_grad()
 def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
-    """The data of the page for these features, as JSON values; tokens are indices into `vocab`."""
+    """The data of the page for these features, as JSON values. Tokens are ids, with their texts in `vocab`."""
     cfg, contexts = sae.cfg, activation_store.eval_contexts
     num_tokens = int(kept(activation_store, contexts).sum())
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
     unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
     pages = []
-    for chunk in torch.tensor(features, device=sae.W_dec.device).split(256) if features else ():
+    for chunk in torch.tensor(features, dtype=torch.int64, device=sae.W_dec.device).split(256):
         similarity = unit_rows[chunk] @ unit_rows.T
         similarity[torch.arange(len(chunk)), chunk] = -2  # not itself
-        near = similarity.topk(min(NEAREST, cfg["dict_size"] - 1))
+        ranked = {"near": similarity.topk(min(NEAREST, cfg["dict_size"] - 1))}
         if writes_to_residual:
             # A padded vocabulary has logits without a token.
             effects = logit_effects(model, sae.W_dec[chunk].float())[:, : len(model.tokenizer)]
-            up, down = (effects.topk(min(TOKENS, effects.shape[1]), largest=largest) for largest in (True, False))
+            for key, largest in (("up", True), ("down", False)):
+                ranked[key] = effects.topk(min(TOKENS, effects.shape[1]), largest=largest)
         for row, i in enumerate(chunk.tolist()):
             found = int((statistics["value"][:, i] > 0).sum())
-            places = [statistics[key][:found, i].tolist() for key in ("context", "start", "position")]
+            examples = zip(*(statistics[key][:found, i].tolist() for key in ("context", "start", "position")))
             page = {
                 "i": i,
                 "active": int(statistics["active"][i]),
                 "max": rounded(statistics["value"][0, i])[0],
                 "range": 2.0 ** int(statistics["exponent"][i]),
                 "histogram": statistics["histogram"][i].tolist(),
-                "examples": [[*at, rounded(statistics["shown"][n, :, i])] for n, at in enumerate(zip(*places))],
-                "near": list(zip(near.indices[row].tolist(), rounded(near.values[row]))),
+                "examples": [[*at, rounded(statistics["shown"][n, :, i])] for n, at in enumerate(examples)],
+                **{key: list(zip(top.indices[row].tolist(), rounded(top.values[row]))) for key, top in ranked.items()},
             }
-            if writes_to_residual:
-                page["up"] = list(zip(up.indices[row].tolist(), rounded(up.values[row])))
-                page["down"] = list(zip(down.indices[row].tolist(), rounded(down.values[row])))
             pages.append(page)
 
-    # Keep only the contexts and tokens that are shown, and renumber them.
-    used = sorted({example[0] for page in pages for example in page["examples"]})
+    # Only the contexts and tokens that are shown.
+    shown = {i: contexts[i].tolist() for i in sorted({example[0] for page in pages for example in page["examples"]})}
     ids = {token for page in pages for token, _ in page.get("up", []) + page.get("down", [])}
-    ids = sorted(ids | set(contexts[used].flatten().tolist()))
-    context_at, token_at = ({old: new for new, old in enumerate(kept)} for kept in (used, ids))
-    for page in pages:
-        page["examples"] = [[context_at[context], *rest] for context, *rest in page["examples"]]
-        for key in {"up", "down"} & set(page):
-            page[key] = [[token_at[token], value] for token, value in page[key]]
+    ids = sorted(ids.union(*shown.values()))
     density = statistics["active"].double().cpu().numpy() / num_tokens
     edges = np.linspace(-6, 0, 25)
     return {
@@ -190,15 +188,14 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
         "never_active": int((density == 0).sum()),
         "dense": int((density > DENSE).sum()),
         "densities": np.histogram(np.log10(density[density > 0]).clip(-6, 0), edges)[0].tolist(),
-        "vocab": token_texts(model.tokenizer, ids),
-        "context_numbers": used,
-        "contexts": [[token_at[token] for token in contexts[i].tolist()] for i in used],
+        "vocab": dict(zip(ids, token_texts(model.tokenizer, ids))),
+        "contexts": shown,
         "features": pages,
     }
 
 
 def write_page(path: Path, title: str, data: dict) -> None:
-    """Write the template with this title and data. Both are escaped, so that no text in them is parsed as HTML."""
+    """Insert the title and the data into the template. Both are escaped, so no text in them is parsed as HTML."""
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(), "DATA": content}
     page = re.sub("{{(TITLE|DATA)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
@@ -215,16 +212,18 @@ def main(argv: list[str]) -> None:
         "--features", nargs="+", type=int, default=[], metavar="I", help="show these first; without N, only these"
     )
     args = parser.parse_args(argv)
-    num = args.num if args.num is not None else 0 if args.features else 2048
+    num = args.num
+    if num is None:
+        num = 0 if args.features else 2048
     if num < 0:
         raise InputError(f"--num {num} is not allowed: it must be at least 0")
+    if num == 0 and not args.features:
+        raise InputError("--num 0 is not allowed without --features: there is nothing to show")
     result = read_record(args.run / "result.json")
     sae, model, activation_store = open_run(args.run)
     for feature in args.features:
         if not 0 <= feature < sae.cfg["dict_size"]:
             raise InputError(f"--features {feature} is not allowed: it must be 0 to {sae.cfg['dict_size'] - 1}")
-    if num == 0 and not args.features:
-        raise InputError("--num 0 is not allowed without --features: there is nothing to show")
 
     statistics = feature_statistics(sae, activation_store)
     num_tokens = int(kept(activation_store, activation_store.eval_contexts).sum())
@@ -232,11 +231,8 @@ def main(argv: list[str]) -> None:
     requested = list(dict.fromkeys(args.features))
     features = requested + [i for i in ranked if i not in requested][:num]
     data = page_data(sae, model, activation_store, statistics, features)
-    keys = ("sae_type", "model_name", "hook_point", "dataset_path")
-    data |= {
-        "cfg": {key: sae.cfg[key] for key in keys},
-        "result": {k: v for k, v in result.items() if math.isfinite(v)},
-    }
+    data["cfg"] = {key: sae.cfg[key] for key in ("sae_type", "model_name", "hook_point", "dataset_path")}
+    data["result"] = {key: value for key, value in result.items() if math.isfinite(value)}
     write_page(args.run / "features.html", sae.cfg["name"], data)
     print(f"Wrote {len(features)} of {sae.cfg['dict_size']} features to {args.run / 'features.html'}")
 

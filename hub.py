@@ -1,4 +1,4 @@
-"""The Hugging Face hub: retries, timeouts, transient errors, and work without a network."""
+"""The Hugging Face hub: limits retries and timeouts, classifies errors, and works offline without a network."""
 
 import functools
 import inspect
@@ -10,27 +10,28 @@ from urllib.parse import urlsplit
 
 import datasets
 import huggingface_hub
-from huggingface_hub.utils import _http, httpx  # the httpx whose errors it raises
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import _http, httpx, validate_repo_id  # the httpx whose errors it raises
 
 
 class StreamError(RuntimeError):
-    """A transient error stopped the stream; the same command may work later. The message is one line."""
+    """The hub could not be reached or failed; the same command may work later. The message is one line."""
 
     exit_code = 3
 
 
 def limit_retries() -> None:
-    """Limit the retries of the hub's libraries, which would multiply with ours: by default 20 of 6 requests each.
+    """Limit the retries in `datasets` (20 by default) and huggingface_hub (5), which would multiply with ours.
 
-    A failed request is sent three times, within 3 s or when the hub says, so that few faults make us reopen a file.
-    A request that times out is sent once.
+    A failed request is retried twice, within 3 s or when the hub says: most faults end there, and the file need not be
+    reopened. A request that times out is not retried.
     """
-    for layer in ("READ", "OPEN"):
-        setattr(datasets.config, f"STREAMING_{layer}_MAX_RETRIES", 1)  # counts the first try; a pause follows each
-    for pause in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
-        setattr(datasets.config, f"STREAMING_{pause}_RETRY_INTERVAL", 0)
+    for operation in ("READ", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{operation}_MAX_RETRIES", 1)  # attempts; an interval follows each of them
+    for interval in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
+        setattr(datasets.config, f"STREAMING_{interval}_RETRY_INTERVAL", 0)
     for function in (_http.http_backoff, _http.http_stream_backoff):
-        defaults = inspect.unwrap(function).__kwdefaults__  # there is no setting
+        defaults = inspect.unwrap(function).__kwdefaults__  # huggingface_hub has no setting for these
         defaults.update(max_retries=2, retry_on_exceptions=(httpx.NetworkError, httpx.RemoteProtocolError))
     set_timeouts()
 
@@ -56,7 +57,7 @@ def limit_timeout(request: httpx.Request) -> None:
 
 
 def check_length(response: httpx.Response) -> None:
-    """Raise an error for a truncated response: `datasets` would take it for the end of the file."""
+    """Raise an error for a truncated response, which `datasets` would mistake for the end of the file."""
     requested = re.fullmatch(r"bytes=(\d+)-(\d+)", response.request.headers.get("range", ""))
     if requested and response.status_code in (200, 206):
         length, found = int(requested[2]) - int(requested[1]) + 1, len(response.read())
@@ -68,12 +69,20 @@ def is_transient(error: BaseException | None) -> bool:
     """Whether an error or one of its causes is a network or server error, so that a retry may succeed."""
     while error is not None:
         if isinstance(error, huggingface_hub.errors.HfHubHTTPError):
-            status = error.response.status_code if error.response is not None else 0
-            return status == 429 or status >= 500
+            return error.response.status_code == 429 or error.response.status_code >= 500
         if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form of a hub name. The hub is not queried."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def stay_offline_without_network(*names: str) -> None:
@@ -83,7 +92,7 @@ def stay_offline_without_network(*names: str) -> None:
 
 
 def offline_hint(name: str) -> str:
-    """What to do if the hub is unreachable; empty if it is reachable or `name` is local."""
+    """Advice for an error message if the hub is unreachable; empty if it is reachable or `name` is local."""
     if Path(name).exists() or hub_reachable():
         return ""
     return ". Without a network, try `python main.py demo`, or name a local model_name and dataset_path"

@@ -1,15 +1,18 @@
-"""The language model: loaded by hub name or from a local directory, and run up to one hook point.
+"""The language model: loads it by hub name or from a local folder, and runs it up to a hook point and from there on.
 
-It exists in two forms that share their weights. transformer_lens' TransformerBridge defines the hook points, but its
-attention is not fused, so that it can be hooked. Harvesting needs one tensor only: it runs the plain transformers
-model, with fused attention, up to the module at the hook point. Evaluation runs the plain model from the hook point on.
-If the plain model has no such module, or its output there differs, the bridge is run instead.
+It exists in two forms that share their weights. transformer_lens' TransformerBridge defines the hook points, but is
+slower, because its attention is not fused. So the plain transformers model, with fused attention, is run where
+possible: up to the module at the hook point to harvest activations, and from there on for evaluation. If it has no such
+module, or its output differs from the bridge's, the bridge is run instead.
 """
 
 import copy
 import hashlib
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +23,14 @@ from transformer_lens.supported_models import MODEL_ALIASES
 
 from config import post_init_cfg
 from console import InputError, one_line, tell
-from hub import StreamError, is_transient, offline_hint, set_timeouts
+from hub import StreamError, is_hub_name, is_transient, offline_hint, set_timeouts
 from sparse_ops import full_precision, screen_dtype
+
+LOCAL_FILES = {  # a model's folder must have one file of each kind
+    "config.json": ("config.json",),
+    "weights (model.safetensors)": ("*.safetensors", "pytorch_model*.bin"),
+    "tokenizer (tokenizer.json)": ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"),
+}
 
 
 def load_model(cfg: dict) -> TransformerBridge:
@@ -34,16 +43,10 @@ def load_model(cfg: dict) -> TransformerBridge:
     name = hub_name(cfg["model_name"])
     where = f"model_name = {cfg['model_name']!r}"
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"{where}: this folder has no config.json, so it is not a Hugging Face model")
-        if not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("pytorch_model*.bin")):
-            raise InputError(f"{where}: this folder has no weights (model.safetensors)")
-        if not any(
-            (Path(name) / file).is_file()
-            for file in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-        ):
-            raise InputError(f"{where}: this folder has no tokenizer (tokenizer.json)")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        for kind, patterns in LOCAL_FILES.items():
+            if not any(any(Path(name).glob(pattern)) for pattern in patterns):
+                raise InputError(f"{where}: this folder is not a Hugging Face model: it has no {kind}")
+    elif not is_hub_name(name):
         raise InputError(f"{where}: no such folder, and not a hub name")
     else:
         set_timeouts()
@@ -51,17 +54,11 @@ def load_model(cfg: dict) -> TransformerBridge:
     transformers.utils.logging.disable_progress_bar()
     if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
         tell(f"model_dtype = {cfg['model_dtype']} is slow on this CPU, {slow}: float32 can be 4 to 70 times faster")
-    loader = Loader()
-    source = model_source(name)
+    loader, dtype = Loader(), getattr(torch, cfg["model_dtype"])
+    options = dict(device=cfg["device"], dtype=dtype, model_class=loader, trust_remote_code=False)
     try:
-        model = TransformerBridge.boot_transformers(
-            source,
-            device=cfg["device"],
-            dtype=getattr(torch, cfg["model_dtype"]),
-            model_class=loader,
-            trust_remote_code=False,
-        )
-        tokenizer = load_tokenizer(name)
+        model = TransformerBridge.boot_transformers(model_source(name), **options)
+        tokenizer_of(model, cfg)
     except Exception as error:  # the libraries raise errors of any type; the user gets one line
         if "trust_remote_code" in str(error):
             raise InputError(f"{where} needs Python code from its repository, and such code is never run") from error
@@ -73,23 +70,20 @@ def load_model(cfg: dict) -> TransformerBridge:
     model.requires_grad_(False).eval()
     # Not a submodule: it shares the bridge's parameters.
     object.__setattr__(model, "plain", loader.plain.to(cfg["device"]).requires_grad_(False).eval())
-    object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model
 
 
 def model_source(name: str) -> str:
-    """A hub name, or a folder's path with "./", so that it is not mistaken for an alias."""
+    """A hub name, or a folder's path with "./" before it, which transformer_lens cannot mistake for an alias."""
     return os.path.join(".", name) if Path(name).is_dir() else name
 
 
-def load_tokenizer(name: str):
-    return transformers.AutoTokenizer.from_pretrained(model_source(name), trust_remote_code=False)
-
-
 def tokenizer_of(model: TransformerBridge, cfg: dict):
-    """The model's tokenizer as saved: from load_model, or loaded by cfg["model_name"] for any other bridge."""
+    """The tokenizer of cfg["model_name"] as saved, which is then `model.plain_tokenizer`."""
     if not hasattr(model, "plain_tokenizer"):
-        object.__setattr__(model, "plain_tokenizer", load_tokenizer(hub_name(cfg["model_name"])))
+        source = model_source(hub_name(cfg["model_name"]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        object.__setattr__(model, "plain_tokenizer", tokenizer)
     return model.plain_tokenizer
 
 
@@ -112,9 +106,9 @@ def hub_name(model_name: str) -> str:
 
 
 def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
-    """A completed config with the values set by the model: effective seq_len and bos_per_context, exclude_tokens as a
-    list of ids, and has_bos = False if there is no BOS. `asked` keeps the original values of changed keys; the run's
-    name is still that of the original config.
+    """A completed config with the values that the model allows: of seq_len and bos_per_context, and exclude_tokens as
+    a list of ids. has_bos is False if there is no BOS. `asked` holds the requested values of the changed keys. The run
+    keeps the name of the requested config.
 
     Raises InputError if exclude_tokens contains tokens that the model does not have, or if nothing is left to evaluate.
     """
@@ -142,7 +136,9 @@ def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
 
 
 class Loader:
-    """Loads the model for the bridge, and keeps it in `plain` as it is before the bridge replaces its modules."""
+    """Loads the model for the bridge, which replaces some of its modules. `plain` is a copy with the
+    original modules and the same weights.
+    """
 
     def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
         """Raises ValueError if weights are missing: transformers would initialize them at random."""
@@ -154,10 +150,8 @@ class Loader:
             raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         self.plain = copy.deepcopy(model, shared)
-        try:
+        with suppress(ValueError):  # not supported by this architecture: the attention stays as loaded
             self.plain.set_attn_implementation("sdpa")
-        except ValueError:
-            pass  # not supported by this architecture: the attention stays as loaded
         return model
 
 
@@ -192,7 +186,7 @@ def check_hook_point(model: TransformerBridge, cfg: dict) -> int:
 
 
 class HookReached(Exception):
-    """Ends a forward pass at the hook point."""
+    """Ends a forward pass at the hook point. Its argument is the activations."""
 
 
 class Harvester:
@@ -201,9 +195,9 @@ class Harvester:
     def __init__(self, model: TransformerBridge, hook_point: str):
         self.model, self.hook_point = model, hook_point
         self.module, self.side = plain_module(model, hook_point)
-        if self.module is not None and not self.plain_matches_bridge():
+        from_bridge = partial(run_bridge_to_hook, model, hook_point=hook_point)
+        if self.module is None or not matches_bridge(model, self.run_plain, from_bridge):
             self.module = None
-        if self.module is None:
             tell(f"{hook_point} is harvested with transformer_lens' TransformerBridge, which is slower")
 
     @torch.no_grad()
@@ -214,46 +208,26 @@ class Harvester:
         return self.run_plain(tokens)
 
     def run_plain(self, tokens: torch.Tensor) -> torch.Tensor:
-        caught = []
+        def stop(module, args, kwargs, output=None):
+            acts = output if self.side == "out" else args or kwargs["hidden_states"]
+            raise HookReached(acts[0] if isinstance(acts, tuple) else acts)
 
-        def stop_before(module, args, kwargs):
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise HookReached
-
-        def stop_after(module, args, output):
-            caught.append(output[0] if isinstance(output, tuple) else output)
-            raise HookReached
-
-        if self.side == "in":
-            handle = self.module.register_forward_pre_hook(stop_before, with_kwargs=True)
-        else:
-            handle = self.module.register_forward_hook(stop_after)
-        try:
-            self.model.plain(tokens, use_cache=False)
-        except HookReached:
-            return caught[0]
-        finally:
-            handle.remove()
+        register = self.module.register_forward_hook if self.side == "out" else self.module.register_forward_pre_hook
+        with register(stop, with_kwargs=True):
+            try:
+                self.model.plain(tokens, use_cache=False)
+            except HookReached as reached:
+                return reached.args[0]
         raise RuntimeError(f"{self.hook_point} is not reached")
-
-    @torch.no_grad()
-    @full_precision("tf32")
-    def plain_matches_bridge(self) -> bool:
-        """Whether the plain model and the bridge give the same activations on sample tokens."""
-        tokens = sample_tokens(self.model)
-        try:
-            plain = self.run_plain(tokens)
-        except Exception:  # the module may have another signature in other architectures
-            return False
-        return nearly_equal(plain, run_bridge_to_hook(self.model, tokens, self.hook_point))
 
 
 class Predictor:
     """Logits with given activations at a hook point: `predictor(tokens [n, seq_len], acts [n, seq_len, d])` ->
     [n, seq_len, d_vocab].
 
-    At the residual stream before or after a block, the blocks below are replaced: each returns `acts`. At other hook
-    points, or if the plain model's logits differ, the bridge runs the whole model.
+    If the hook point is the residual stream before or after a block, the plain model is run, and each block below the
+    hook point returns `acts` instead of computing. At other hook points, or if the plain model's logits differ, the
+    bridge runs the whole model.
     """
 
     def __init__(self, model: TransformerBridge, hook_point: str):
@@ -263,7 +237,7 @@ class Predictor:
             blocks = list(model.plain.get_submodule(model.adapter.component_mapping["blocks"].name))
             if module in blocks:
                 self.below = blocks[: blocks.index(module) + (side == "out")]
-        if self.below and not self.plain_matches_bridge():
+        if self.below and not matches_bridge(model, self.predict_own, partial(model, return_type="logits")):
             self.below = []
 
     @torch.no_grad()
@@ -284,33 +258,29 @@ class Predictor:
     def as_output(self, acts: torch.Tensor):
         return (acts,) if self.returns_tuple else acts
 
-    @torch.no_grad()
-    @full_precision("tf32")
-    def plain_matches_bridge(self) -> bool:
-        """Whether the blocks above the hook point give the bridge's logits on sample tokens."""
-        tokens = sample_tokens(self.model)
+    def predict_own(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits with the bridge's own activations. Also finds out what the blocks return."""
         outputs = []
-        handle = self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
+        with self.below[-1].register_forward_hook(lambda module, args, output: outputs.append(output)):
             self.model.plain(tokens, use_cache=False)
-            self.returns_tuple = isinstance(outputs[0], tuple)
-            logits = self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
-        except Exception:  # blocks may have another signature in other architectures
-            return False
-        finally:
-            handle.remove()
-        return nearly_equal(logits, self.model(tokens, return_type="logits"))
+        self.returns_tuple = isinstance(outputs[0], tuple)
+        return self(tokens, run_bridge_to_hook(self.model, tokens, self.hook_point))
 
 
-def sample_tokens(model: TransformerBridge) -> torch.Tensor:
-    """Two short contexts, to compare the plain model with the bridge."""
+@torch.no_grad()
+@full_precision("tf32")
+def matches_bridge(model: TransformerBridge, run_plain: Callable, run_bridge: Callable) -> bool:
+    """Whether two functions of tokens, the first of which runs the plain model, are equal on two short contexts, up to
+    the rounding of attention and matrix products. The relative error of a wrong module is about 1.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(16, model.cfg.n_ctx)), generator=generator)
-    return tokens.to(next(model.parameters()).device)
-
-
-def nearly_equal(plain: torch.Tensor, bridge: torch.Tensor) -> bool:
-    """Equal up to rounding in fused attention and matrix products. The relative error at a wrong module is about 1."""
+    tokens = tokens.to(next(model.parameters()).device)
+    try:
+        plain = run_plain(tokens)
+    except Exception:  # in other architectures the modules may have other signatures
+        return False
+    bridge = run_bridge(tokens)
     eps = 2.0**-10 if bridge.is_cuda and bridge.dtype == torch.float32 else torch.finfo(bridge.dtype).eps  # TF32's
     return plain.shape == bridge.shape and bool((plain - bridge).norm() <= max(1e-4, 6 * eps) * bridge.norm())
 
@@ -319,32 +289,28 @@ def plain_module(model: TransformerBridge, hook_point: str) -> tuple[torch.nn.Mo
     """The module of model.plain whose input ("in") or output ("out") is the hook point; None if there is none."""
     # The bridge's own name, e.g. blocks.8.hook_in for blocks.8.hook_resid_pre, blocks.8.ln2.hook_in for resid_mid.
     match = re.fullmatch(r"blocks\.(\d+)\.(?:(\w+)\.)?hook_(in|out)", str(model.hook_dict[hook_point].name))
-    if match is None or not hasattr(model, "plain"):
+    if match is None:
         return None, ""
+    layer, part, side = match.groups()
     blocks = model.adapter.component_mapping["blocks"]
-    part = blocks.submodules.get(match[2]) if match[2] else None
-    if match[2] and part is None:
-        return None, ""
-    path = f"{blocks.name}.{match[1]}" + (f".{part.name}" if part else "")
     try:
-        return model.plain.get_submodule(path), match[3]
-    except AttributeError:
+        path = f"{blocks.name}.{layer}" + (f".{blocks.submodules[part].name}" if part else "")
+        return model.plain.get_submodule(path), side
+    except (KeyError, AttributeError):  # this architecture has no such module, or the bridge is not from load_model
         return None, ""
 
 
 @torch.no_grad()
 def run_bridge_to_hook(model: TransformerBridge, tokens: torch.Tensor, hook_point: str) -> torch.Tensor:
     """Activations of contexts [n, seq_len] at the hook point, from the bridge, which is stopped there."""
-    caught = []
 
     def stop(acts, hook):
-        caught.append(acts)
-        raise HookReached
+        raise HookReached(acts)
 
     try:
         model.run_with_hooks(tokens, return_type=None, fwd_hooks=[(hook_point, stop)])
-    except HookReached:
-        return caught[0]
+    except HookReached as reached:
+        return reached.args[0]
     except ValueError as error:  # the bridge rejects hook points that need one of its modes
         raise InputError(f"hook point {hook_point!r} cannot be read: {one_line(error)}") from error
     raise InputError(f"hook point {hook_point!r} is never reached in a forward pass of this model")

@@ -30,9 +30,9 @@ WANDB_TIMEOUT = 30  # seconds to wait for Weights & Biases at the end of a run
 
 
 class RunLog:
-    """The record of one run, and the lock that keeps other processes out. The OS releases it when the process ends.
+    """The record of one run, and a lock on it against other processes, which the OS releases when the process ends.
 
-    Raises InputError if the run is over or in use by another process, or if the folder cannot be written.
+    Raises InputError if the run has ended or another process trains it, or if the folder cannot be written.
     """
 
     def __init__(self, cfg: dict, provenance: dict):
@@ -53,10 +53,10 @@ class RunLog:
             raise InputError(f"{self.folder} is {over}. To train it again, change its config or move the folder")
 
     def start(self, step: int, logged: int) -> None:
-        """Resume after `step`; `logged` is the step of the last line before (0, 0: start from the beginning). Lines
-        after `step`, which is the step of the checkpoint, are removed.
+        """Resume after `step`, the step of the checkpoint: later lines are removed. `logged` is the step of the last
+        line that the run had logged by then. Both are 0 for a new run.
 
-        Raises InputError if lines before `step` are missing, or if there is an SAE but no checkpoint to resume from;
+        Raises InputError if lines up to `logged` are missing, or if there is an SAE but no checkpoint to resume from;
         SaveError if the folder cannot be written.
         """
         path = self.folder / "metrics.jsonl"
@@ -70,7 +70,7 @@ class RunLog:
         if self.last_step != logged:
             raise InputError(
                 f"{path} does not match the checkpoint after step {step}: its last valid line before is of step "
-                f"{self.last_step}, not {logged}. Restore it; or move the folder to train it again"
+                f"{self.last_step}, not {logged}. Restore the file, or move the folder to train the run again"
             )
         recorded = read_json(self.folder / "config.json").get("_provenance", {})
         # A resumed run keeps its id; two runs of the same config have different ids.
@@ -88,7 +88,7 @@ class RunLog:
             self.mirror(line)
 
     def log(self, step: int, tokens: int, metrics: dict) -> None:
-        """Raises OSError if the line cannot be written. It is kept and written with the next."""
+        """Write a line. Raises OSError if that fails; the line is then kept and written with the next one."""
         line = {"step": step, "tokens": tokens} | metrics
         self.last_step = step
         self.unwritten += as_line(line)
@@ -96,7 +96,7 @@ class RunLog:
         self.flush()
 
     def flush(self) -> None:
-        """Write complete lines or nothing. Raises OSError."""
+        """Write the lines that are not written yet, all or none. Raises OSError."""
         size = os.fstat(self.metrics.fileno()).st_size
         try:
             if self.metrics.write(self.unwritten) < len(self.unwritten):
@@ -112,12 +112,12 @@ class RunLog:
         os.fsync(self.metrics.fileno())
 
     def mirror(self, line: dict) -> None:
-        """Log a line to Weights & Biases, unless it already has it (resumed run) or has failed."""
+        """Log a line to Weights & Biases, unless it has this step already (in a resumed run) or has failed."""
         if self.wandb_run and line["step"] >= self.wandb_run.step:
             self.in_wandb(lambda run: run.log(line, step=line["step"]))
 
     def in_wandb(self, function) -> None:
-        """Call a function of the W&B run. If it fails, mirroring stops: the local record is complete."""
+        """Call a function with the W&B run. If it fails, mirroring stops; the local record stays complete."""
         try:
             if self.wandb_run:
                 function(self.wandb_run)
@@ -161,15 +161,13 @@ def as_line(content: dict) -> bytes:
 
 
 def complete_lines(content: bytes) -> list[dict]:
-    """The JSON lines before the first incomplete one."""
+    """The JSON lines before the first that is incomplete or corrupt."""
     lines = []
-    for line in content.splitlines(keepends=True):
+    for line in content.split(b"\n")[:-1]:  # a killed run may leave half a line at the end
         try:
             lines.append(json.loads(line))
         except ValueError:
             break
-        if not line.endswith(b"\n"):
-            return lines[:-1]
     return lines
 
 
@@ -185,7 +183,7 @@ def is_finished(cfg: dict) -> bool:
 
 
 def why_stopped(folder: Path) -> str | None:
-    """The step and reason, if the run in this folder was stopped for good."""
+    """The step and the reason, if NaN or infinity stopped the run in this folder."""
     stopped = read_json(folder / "stopped.json")
     return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
 
@@ -195,15 +193,15 @@ def is_over(cfg: dict) -> bool:
 
 
 def has_ended(folder: Path) -> bool:
-    """Whether the run in this folder is finished, or was stopped for good."""
+    """Whether the run in this folder is finished, or NaN or infinity stopped it."""
     return (folder / "result.json").is_file() or why_stopped(folder) is not None
 
 
 def start_wandb(cfg: dict, folder: Path, wandb_id: str):
     """The W&B run of this SAE, or None. Never prompts the user, never stops training.
 
-    An online run is resumed by its id. An offline run cannot be resumed: it is written again from its first line, and
-    the old files are renamed, so that a later `wandb sync` creates one run.
+    An online run is resumed by its id. W&B cannot resume an offline run, so it is written again from its first line,
+    and the old files are renamed, so that a later `wandb sync` creates one run.
     """
     mode = cfg["wandb_mode"] or os.environ.get("WANDB_MODE") or "online"
     if mode == "disabled" or (mode == "online" and not is_online()):
@@ -239,8 +237,9 @@ def is_online() -> bool:
 
 
 def history(recorded: dict, now: dict, step: int) -> dict:
-    """The provenance of a run resumed after `step`: `now`, with "after_step", the step from which it applies, and
-    "earlier", the list of provenances before it, each with its own "after_step". Those of discarded steps are dropped.
+    """The provenance to record for a run that is resumed after `step`: `now`, with the step after which it applies,
+    "after_step", and the list of provenances before it, "earlier", each with its own "after_step". A provenance whose
+    steps were all discarded is dropped.
     """
     earlier = [*recorded.get("earlier", []), {key: recorded[key] for key in recorded if key != "earlier"}]
     earlier = [entry for entry in earlier if entry and entry.get("after_step", 0) < step]
@@ -250,7 +249,7 @@ def history(recorded: dict, now: dict, step: int) -> dict:
 
 
 def provenance(model, activation_store) -> dict:
-    """What determines a run beside its config: versions, commit, device, fingerprints of language model and text."""
+    """What determines a run besides its config: versions, commit, device, fingerprints of language model and text."""
     packages = ("torch", "numpy", "transformer_lens", "transformers", "datasets", "tokenizers")
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

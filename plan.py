@@ -1,7 +1,7 @@
-"""Estimates of memory and time for a group of SAEs, printed before training; splits groups that exceed the memory, and
-distributes the SAEs of a group over the ranks of torchrun (distributed.py).
+"""Estimates the memory and time of a group of SAEs before training, and prints them. Splits groups that need too much
+memory, and assigns the SAEs of a group to the ranks of torchrun (distributed.py).
 
-Memory is estimated from shapes, time from a few steps whose results are discarded.
+Memory is estimated from shapes; time is measured on a few steps, whose results are discarded.
 """
 
 import math
@@ -16,21 +16,21 @@ import torch
 import distributed
 from config import num_steps
 from console import InputError, gib, tell
-from evaluation import eval_batches, heldout_activations, kept, predict, prediction_losses, variants_of
+from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from shards import team
 from sparse_ops import screen_dtype
 from training_step import Run, group_step, make_optimizer
 
-MAX_DAYS = 30  # a group that would take longer on this machine is not started
+MAX_DAYS = 30  # a group that would take longer is not started
 
 
 def plan_group(group: list[dict], model, steps_done: int, force: bool, available: int) -> list[list[dict]]:
-    """Print the memory estimate of a group of completed configs. Returns the group, or groups that fit into
-    `available` bytes per rank.
+    """Print the memory estimate of a group of completed configs. Returns a list of groups that fit into `available`
+    bytes per rank: the whole group if it fits, else parts of it.
 
-    Raises InputError, unless `force`, if a single SAE needs more memory than is free, or if the encoder products of the
-    steps after `steps_done` alone take more than MAX_DAYS.
+    Raises InputError, unless `force`, if a single SAE needs more than `available`, or if the encoder products alone of
+    the steps after `steps_done` take more than MAX_DAYS.
     """
     cfg, features, ranks = group[0], sum(cfg["dict_size"] for cfg in group), distributed.size()
     teams = ranks // cfg["feature_shards"]
@@ -77,7 +77,7 @@ def shards_that_fit(cfg: dict, model, available: int) -> str:
 
 
 def split(group: list[dict], model, available: int) -> list[list[dict]]:
-    """Groups that need at most `available` bytes each, largest SAEs first. An SAE that needs more is a group alone."""
+    """Groups that need at most `available` bytes each, largest SAEs first. A larger SAE is a group of its own."""
     parts = []
     for cfg in sorted(group, key=lambda cfg: -cfg["dict_size"]):
         fits = (part for part in parts if memory_needed([*part, cfg], model) <= available)
@@ -93,8 +93,8 @@ def memory_needed(group: list[dict], model) -> int:
     cfg, size = group[0], max(getattr(torch, cfg["dtype"]).itemsize for cfg in group)
     shards = cfg["feature_shards"]
     d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group) // shards
-    # Held permanently: libraries and allocator; W_enc and W_dec with Adam's two moments; the activation buffer; the
-    # output of a step's screen.
+    # Held permanently: 128 MiB for libraries and allocator; W_enc and W_dec with Adam's two moments; the activation
+    # buffer; the operands and output of a step's screen.
     held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] // shards for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
@@ -119,8 +119,9 @@ def free_memory(device: str) -> int:
 
 
 def memory_left_in_cgroups(groups: Path, root: Path) -> list[float]:
-    """Bytes left in each control group of the process that has a limit (container, batch job). Exceeding one kills the
-    process even if the machine has free memory. `groups` lists the groups, `root` has their folders (cgroups v1, v2).
+    """Bytes left in each of the process's control groups that has a limit (containers, batch jobs). A process
+    that exceeds its limit is killed, even if the machine has free memory. `groups` is a file that lists the groups;
+    their folders are in `root` (cgroups v1 or v2).
     """
     left = [math.inf]
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -138,31 +139,32 @@ def memory_left_in_cgroups(groups: Path, root: Path) -> list[float]:
 
 
 def matmul_flops(device: str) -> float:
-    """Measured FLOP/s of matrix products in the fastest precision in use. Takes about a second."""
+    """Measured FLOP/s of matrix products in the screen's precision, the lowest in use. Takes about a second."""
     a = torch.rand(2048, 2048, device=device, dtype=screen_dtype(torch.device(device)))
     a @ a  # warm-up
     return 5 * 2 * 2048**3 / time_call(lambda: [a @ a for _ in range(5)], device)
 
 
 def plan_time(group: list[dict], store, steps_done: int, force: bool, available: int) -> list[int]:
-    """Print how long training and evaluation will take, estimated from a few steps of new SAEs on held-out activations.
-    Returns the number of each SAE's team; without feature_shards a team is a rank.
+    """Measure a few steps of new SAEs on held-out activations, print how long training and evaluation will take, and
+    return the number of each SAE's team, which without feature_shards is its rank.
 
     Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS.
     """
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
     teams = ranks // cfg["feature_shards"]
+    # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
+    # and for each SAE, step and reconstruction.
     tokens = eval_batches(store)[0]
-    heldout_activations(store, tokens)  # warm-up
-    x = heldout_activations(store, tokens).flatten(0, 1)
+    acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
+    x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
     x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
     contexts = tokens.repeat(-(-cfg["model_batch_size"] // len(tokens)), 1)[: cfg["model_batch_size"]]
-    if per_token * contexts.numel() < 2:  # seconds; a forward pass of training may be slower by the token
+    if per_token * contexts.numel() < 2:  # seconds: short enough to measure a whole forward pass as in training
         per_token = time_call(lambda: store.get_activations(contexts), device) / contexts.numel()
     harvest = per_token * cfg["batch_size"]
-    acts, keep = store.get_activations(tokens), kept(store, tokens)
-    predict(store, tokens, acts)
+    predict(store, tokens, acts)  # warm-up
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
     shards = team(cfg["feature_shards"])
@@ -172,21 +174,22 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     harvest, forward = distributed.from_first(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
-    def slowest(of_saes: list[float]) -> float:
-        """The seconds of the team whose SAEs take longest."""
-        return max(sum(s for s, owner in zip(of_saes, owners) if owner == t) for t in range(teams))
+    def slowest(seconds: list[float]) -> float:
+        """The seconds of the slowest team, from those of each SAE."""
+        return max(sum(s for s, owner in zip(seconds, owners) if owner == t) for t in range(teams))
 
     def evaluation(whole: bool) -> float:
+        """The seconds per batch of evaluating all SAEs."""
         passes = [len(variants_of(run_cfg, whole)) for run_cfg in group]
         return slowest([n * (forward + r) for n, r in zip(passes, reconstruction)]) + harvest + forward
 
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
-    periodic = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
+    evaluations = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
     seconds = slowest(step) + harvest / ranks
     training = steps * seconds
-    baseline = 3 * forward + 2 * harvest
-    evaluating = periodic * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
+    baseline = 3 * forward + 2 * harvest  # evaluation.heldout_baseline
+    evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
         parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == t] for t in range(teams)]
@@ -210,8 +213,8 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
 
 
 def assign(group: list[dict], seconds: list[float], model, available: int) -> list[int]:
-    """The team of each SAE: the slowest first, each to the team with the least work that has the memory for it. If an
-    SAE then fits on no team, they are packed by memory alone.
+    """The team of each SAE. The slowest SAE is assigned first, each to the team with the least work among those with
+    enough memory. If one fits on no team, the times are ignored and all SAEs are assigned by memory.
     """
     teams = distributed.size() // group[0]["feature_shards"]
     parts, work, owners = [[] for _ in range(teams)], [0.0] * teams, [0] * len(group)
@@ -227,8 +230,8 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
 
 
 def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
-    """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE of each config. As in
-    training, the SAEs take steps in turn, so that none finds its weights in the cache.
+    """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE of each config; 0 for an
+    SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's weights are still in the CPU cache.
     """
     runs = []
     for cfg in cfgs:

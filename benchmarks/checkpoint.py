@@ -10,23 +10,19 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from common import machine, median_and_range
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from machine import cpu_name  # noqa: E402
-
-from checkpoint import MAX_CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint  # noqa: E402
-from config import get_default_cfg  # noqa: E402
-from main import sweep_configs  # noqa: E402
-from sae import SAE_CLASSES  # noqa: E402
-from training_step import make_optimizer, training_step  # noqa: E402
+from checkpoint import MAX_CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint
+from config import get_default_cfg
+from main import sweep_configs
+from sae import SAE_CLASSES
+from training_step import make_optimizer, training_step
 
 
 def main() -> None:
@@ -56,10 +52,8 @@ def main() -> None:
     size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
     shutil.rmtree(folder)
     took, freq = statistics.median(seconds), get_default_cfg()["checkpoint_freq"]
-    print(f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads: {len(runs)} SAEs")
-    print(
-        f"a checkpoint: {size:.2f} GiB, {took:.1f} s ({min(seconds):.1f} – {max(seconds):.1f}); loading {loading:.1f} s"
-    )
+    print(f"{machine()}: {len(runs)} SAEs")
+    print(f"a checkpoint: {size:.2f} GiB, {median_and_range(seconds, '.1f')} s; loading {loading:.1f} s")
     interval = MAX_CHECKPOINT_INTERVAL
     print(f"a step of all SAEs: {step_seconds:.1f} s. Checkpoints take", end=" ")
     print(f"{took / (freq * step_seconds + took):.3%} of the time if written every {freq:,} steps,", end=" ")

@@ -12,25 +12,23 @@ with the top k of the batch: in a short run its threshold, a running mean over t
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
+from common import markdown_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from activation_store import ActivationsStore  # noqa: E402
-from checkpoint import load_sae, run_folder, write_json  # noqa: E402
-from config import post_init_cfg  # noqa: E402
-from console import run_command  # noqa: E402
-from language_model import check_hook_point, load_model  # noqa: E402
-from logs import is_finished, read_json  # noqa: E402
-from main import SWEEPS, parse_override  # noqa: E402
-from plan import time_call  # noqa: E402
-from results import STYLES, plt  # noqa: E402
-from sae import SAE_CLASSES  # noqa: E402
-from training import mean_and_std, train_sae_group  # noqa: E402
-from training_step import make_optimizer, training_step  # noqa: E402
+from activation_store import ActivationsStore
+from checkpoint import load_sae, run_folder, write_json
+from config import post_init_cfg
+from console import run_command
+from language_model import check_hook_point, load_model
+from logs import is_finished, read_json
+from main import SWEEPS, parse_override
+from plan import time_call
+from results import STYLES, plt
+from sae import SAE_CLASSES
+from training import mean_and_std, train_sae_group
+from training_step import make_optimizer, training_step
 
 DEAD_TOKENS, STEPS = 102_400, 4
 HIGH, MEAN, PATIENT = dict(lr=1e-3), dict(b_dec_init="mean"), dict(n_batches_to_dead=50)
@@ -99,11 +97,11 @@ def row(folder: Path) -> dict | None:
 
 def table(points: pd.DataFrame) -> str:
     """Markdown, a line per point, with the means over seeds; the sets in the order of SETS."""
-    lines = ["| " + " | ".join([*POINT, "seeds", *COLUMNS]) + " |", "|---" * (len(POINT) + 1 + len(COLUMNS)) + "|"]
+    rows = []
     for point, runs in points.groupby(POINT, sort=False):
         means = (form.format(runs[key].mean()) for key, form in COLUMNS.items())
-        lines.append("| " + " | ".join([*map(str, point), str(len(runs)), *means]) + " |")
-    return "\n".join(lines)
+        rows.append([*point, len(runs), *means])
+    return markdown_table([*POINT, "seeds", *COLUMNS], *rows)
 
 
 def draw(points: pd.DataFrame, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What training with several ranks costs: measured here with gloo, and computed for GPUs.
+"""Cost of training with several ranks: measured on this machine with gloo, and computed for GPUs.
 
     python benchmarks/distributed.py [--ranks 1 2 4] [--plot FILE]
     python benchmarks/distributed.py --computed [--harvest-ms 4.05] [--bandwidth 20] [--sync-ms 0.3] [--plot FILE]
@@ -8,8 +8,8 @@
 
 The first measures what the ranks exchange, for batches of the paper's size, between processes on this machine. The
 second computes the time of a batch for 1 to 64 GPUs. The steps of the SAEs and the harvest of a batch were measured on
-one H200 (RESULTS.md). The bandwidth in GB/s at which a rank receives activations and the time to exchange the flags
-after a step are assumed. Nothing is taken to overlap.
+one H200 (RESULTS.md). Assumptions: the bandwidth in GB/s at which a rank receives activations, the time to exchange
+the flags after a step, and that nothing overlaps.
 
 The third measures a step of one SAE with so many feature_shards, and its exchanges. The fourth trains 2^20 features of
 width 256 for a few steps in 4 processes, and compares their memory with the plan's estimate. The last computes memory
@@ -27,18 +27,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from common import machine, markdown_table
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from machine import cpu_name  # noqa: E402
-
-import distributed  # noqa: E402
-import plan  # noqa: E402
-import shards  # noqa: E402
-from config import get_default_cfg, post_init_cfg  # noqa: E402
-from sae import BatchTopKSAE  # noqa: E402
-from training_step import make_optimizer, training_step  # noqa: E402
+import distributed
+import plan
+import shards
+from config import get_default_cfg, post_init_cfg
+from sae import BatchTopKSAE
+from training_step import make_optimizer, training_step
 
 B, D, FORWARD, SEQ_LEN = 4096, 768, 65_536, 128  # the paper's batch, width and tokens of a forward pass
 # Milliseconds of a step on an H200 (RESULTS.md), for the 15 SAEs of the paper's sweep.
@@ -139,8 +135,7 @@ def million_table(counts: list[int], bandwidth: float) -> None:
     F, d, B = 2**20, 4096, 4096
     speeds = f"{flops / 1e12:.0f} TFLOP/s in the screen, {memory_speed / 1e12:.0f} TB/s of memory"
     print(f"Computed, not measured: {speeds}, {bandwidth:g} GB/s between GPUs, {latency * 1e6:.0f} µs per exchange")
-    print("| GPUs | GiB per GPU: weights and Adam | gradients | screen | ms a step | of it screen | exchange |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for count in counts:
         own = F // count
         weights, gradients, screened = 24 * own * d, 8 * own * d, 2 * own * (B + d)
@@ -150,8 +145,10 @@ def million_table(counts: list[int], bandwidth: float) -> None:
         received = 2 * (count - 1) / count * (4 * B * d + 3 * 8 * 2**11 + 4 * d)
         exchange = received / (bandwidth * 1e9) + 20 * latency
         gib = [f"{size / 2**30:.1f}" for size in (weights, gradients, screened)]
-        total = 1000 * (screen + update + exchange)
-        print(f"| {count} | {' | '.join(gib)} | {total:.1f} | {1000 * screen:.1f} | {1000 * exchange:.1f} |")
+        seconds = screen + update + exchange, screen, exchange
+        rows.append([count, *gib, *(f"{1000 * each:.1f}" for each in seconds)])
+    head = ["GPUs", "GiB per GPU: weights and Adam", "gradients", "screen", "ms a step", "of it screen", "exchange"]
+    print(markdown_table(head, *rows))
 
 
 def run_workers(size: int, option: str) -> dict:
@@ -164,25 +161,24 @@ def run_workers(size: int, option: str) -> dict:
 
 
 def shards_table(sizes: list[int]) -> None:
-    print(f"{cpu_name()}, torch {torch.__version__}, gloo, medians in ms, B 1024, d 256, k 32")
-    print("| F | shards | step | selection | sum of reconstructions | received per rank and step, MiB |")
-    print("|---|---|---|---|---|---|")
+    print(f"{machine()}, gloo, medians in ms, B 1024, d 256, k 32")
+    rows = []
     for size in sizes:
         for dict_size, found in run_workers(size, "--shards").items():
-            step, select, add, received = (
-                found.get(k, 0.0) for k in ("step", "selection", "sum of reconstructions", "received, MiB")
-            )
-            print(f"| {dict_size} | {size} | {step:.0f} | {select:.1f} | {add:.1f} | {received:.2f} |")
+            ms = (f"{found.get(key, 0):.3g}" for key in ("step", "selection", "sum of reconstructions"))
+            rows.append([dict_size, size, *ms, f"{found['received, MiB']:.2f}"])
+    head = ["F", "shards", "step", "selection", "sum of reconstructions", "received per rank and step, MiB"]
+    print(markdown_table(head, *rows))
 
 
 def measured_table(sizes: list[int]) -> None:
-    print(f"{cpu_name()}, torch {torch.__version__}, gloo, medians in ms")
+    print(f"{machine()}, gloo, medians in ms")
     results = {size: run_workers(size, "--ranks=1") for size in sizes}
-    print(f"| ranks | {' | '.join(results[sizes[0]])} | received per rank and step, MiB |")
-    print("|---" * (len(results[sizes[0]]) + 2) + "|")
+    rows = []
     for size, found in results.items():
         received = B * D * 4 * (size - 1) / size / 2**20
-        print(f"| {size} | {' | '.join(f'{ms:.3g}' for ms in found.values())} | {received:.1f} |")
+        rows.append([size, *(f"{ms:.3g}" for ms in found.values()), f"{received:.1f}"])
+    print(markdown_table(["ranks", *results[sizes[0]], "received per rank and step, MiB"], *rows))
 
 
 def batch_ms(steps: list[float], ranks: int, harvest: float, bandwidth: float, sync: float) -> tuple[float, float]:
@@ -196,10 +192,7 @@ def batch_ms(steps: list[float], ranks: int, harvest: float, bandwidth: float, s
 
 def computed_table(args) -> None:
     sweeps = {"the paper's 15 SAEs": PAPER_STEPS, "200 SAEs of 12288 features": [1.45] * 200}
-    print("Computed, not measured:")
-    print("| GPUs | sweep | ms a batch | exchange in it | speed-up | hours for 1e9 tokens |")
-    print("|---|---|---|---|---|---|")
-    speedups = {}
+    rows, speedups = [], {}
     for name, steps in sweeps.items():
         alone, _ = batch_ms(steps, 1, args.harvest_ms, args.bandwidth, args.sync_ms)
         for ranks in (1, 2, 4, 8, 16, 32, 64):
@@ -207,7 +200,9 @@ def computed_table(args) -> None:
             speedups.setdefault(name, []).append((ranks, alone / ms))
             if ranks in (1, 8, 64):
                 hours = ms * 1e9 / B / 3.6e6
-                print(f"| {ranks} | {name} | {ms:.2f} | {exchange:.2f} | {alone / ms:.1f} | {hours:.2f} |")
+                rows.append([ranks, name, f"{ms:.2f}", f"{exchange:.2f}", f"{alone / ms:.1f}", f"{hours:.2f}"])
+    head = ["GPUs", "sweep", "ms a batch", "exchange in it", "speed-up", "hours for 1e9 tokens"]
+    print(f"Computed, not measured:\n{markdown_table(head, *rows)}")
     if args.plot:
         draw(speedups, args)
 
@@ -249,7 +244,7 @@ def main() -> None:
     elif args.shards:
         shards_table(args.ranks)
     elif args.million_here:
-        print(f"{cpu_name()}, torch {torch.__version__}, gloo, 4 processes: {run_workers(4, '--million-here')}")
+        print(f"{machine()}, gloo, 4 processes: {run_workers(4, '--million-here')}")
     elif args.million:
         million_table([4, 8, 16], args.bandwidth)
     elif args.computed:

@@ -8,25 +8,19 @@ transformer_lens model for every SAE. The SAEs are untrained.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from common import ROOT, machine
+from harvest import gpt2_small_shaped
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from harvest import gpt2_small_shaped  # noqa: E402
-from machine import cpu_name  # noqa: E402
-
-from activation_store import ActivationsStore  # noqa: E402
-from config import get_default_cfg, post_init_cfg  # noqa: E402
-from demo.text import write_demo_text  # noqa: E402
-from evaluation import evaluate, heldout_baseline  # noqa: E402
-from language_model import load_model  # noqa: E402
-from sae import SAE_CLASSES  # noqa: E402
+from activation_store import ActivationsStore
+from config import get_default_cfg, post_init_cfg
+from demo.text import write_demo_text
+from evaluation import evaluate, heldout_baseline
+from language_model import load_model
+from sae import SAE_CLASSES
 
 
 def main() -> None:
@@ -41,10 +35,8 @@ def main() -> None:
         model_batch_size=8, num_batches_in_buffer=1, device="cpu",
     )  # fmt: skip
     if args.gpt2:
-        types, cfg = (
-            ("topk", "batchtopk"),
-            cfg | dict(model_name=str(gpt2_small_shaped(folder / "lm")), eval_tokens=2048),
-        )
+        types = ("topk", "batchtopk")
+        cfg |= dict(model_name=str(gpt2_small_shaped(folder / "lm")), eval_tokens=2048)
     else:
         types = ("topk", "batchtopk", "jumprelu", "vanilla")
         cfg |= dict(model_name=str(ROOT / "demo/lm"), layer=2, act_size=128, dict_size=512, eval_tokens=16_384)
@@ -66,7 +58,7 @@ def main() -> None:
             evaluate(saes, store, baseline)
             if i > 0:
                 seconds.setdefault(name, []).append((between - started, time.perf_counter() - between))
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(machine())
     for name, times in seconds.items():
         parts = (" – ".join(f"{value:.2f}" for value in (min(part), max(part))) for part in zip(*times))
         print("{}: baseline {} s, evaluate {} s".format(name, *parts))

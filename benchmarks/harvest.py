@@ -19,7 +19,6 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,16 +26,12 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from common import ROOT, machine, markdown_table, median_and_range
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from machine import cpu_name  # noqa: E402
-
-from activation_store import ActivationsStore  # noqa: E402
-from config import post_init_cfg  # noqa: E402
-from demo.text import write_demo_text  # noqa: E402
-from language_model import load_model, run_bridge_to_hook  # noqa: E402
+from activation_store import ActivationsStore
+from config import post_init_cfg
+from demo.text import write_demo_text
+from language_model import load_model, run_bridge_to_hook
 
 RATES = ("tokenizing", "bare forward", "bridge", "store", "cache")
 
@@ -121,21 +116,15 @@ def same_context_fraction(contexts: torch.Tensor) -> float:
 
 
 def table(results: dict) -> str:
-    lines = ["| model | stage | tokens/s (min – max) | ratio to bare forward |", "|---|---|---|---|"]
+    rates_of = [["model", "stage", "tokens/s (min – max)", "ratio to bare forward"]]
+    buffers = [["model", "pairs from one context in a batch", "unshuffled", "buffer", "memory growth"]]
     for model, result in results.items():
         for name, rates in result["rates"].items():
             ratios = [rate / bare for rate, bare in zip(rates, result["rates"]["bare forward"])]
-            spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} – {max(rates):,.0f})"
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})"
-            lines.append(f"| {model} | {name} | {spread} | {ratio} |")
-    lines += ["", "| model | pairs from one context in a batch | unshuffled | buffer | memory growth |"]
-    lines += ["|---|---|---|---|---|"]
-    for model, result in results.items():
-        lines.append(
-            f"| {model} | {result['same_context']:.2%} | {result['same_context_unshuffled']:.2%} | "
-            f"{result['buffer_bytes'] / 2**20:.0f} MiB | {result['memory_growth_bytes'] / 2**20:.0f} MiB |"
-        )
-    return "\n".join(lines)
+            rates_of.append([model, name, median_and_range(rates, ",.0f"), median_and_range(ratios, ".2f")])
+        buffers.append([model, f"{result['same_context']:.2%}", f"{result['same_context_unshuffled']:.2%}"])
+        buffers[-1] += [f"{result[key] / 2**20:.0f} MiB" for key in ("buffer_bytes", "memory_growth_bytes")]
+    return f"{markdown_table(*rates_of)}\n\n{markdown_table(*buffers)}"
 
 
 def main() -> None:
@@ -157,8 +146,7 @@ def main() -> None:
             "GPT-2 small, layer 8": shared | gpt2 | {"model_batch_size": 16, "num_batches_in_buffer": 4},
         }
         results = {name: measure(post_init_cfg(cfg), args.rounds) for name, cfg in cfgs.items()}
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}, {args.model_dtype}\n\n{table(results)}")
+    print(f"{machine()}, transformers {transformers.__version__}, {args.model_dtype}\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

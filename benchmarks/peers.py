@@ -40,35 +40,35 @@ import time
 from functools import partial
 from pathlib import Path
 
-from machine import cpu_name
+from common import ROOT, cpu_name, markdown_table, quartiles
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS = "this project"
+B, D, F, K = 4096, 768, 12288, 32  # the paper's sizes
 
 
-def our_step(sae_type: str, size: argparse.Namespace):
+def our_step(sae_type: str, device: str):
     from config import post_init_cfg
     from sae import SAE_CLASSES
     from training_step import Run, group_step, make_optimizer
 
-    cfg = {"sae_type": sae_type, "batch_size": size.batch, "act_size": size.d, "dict_size": size.dict_size}
-    cfg = post_init_cfg(cfg | {"top_k": size.k, "n_batches_to_dead": 10**9, "device": size.device})
+    cfg = {"sae_type": sae_type, "batch_size": B, "act_size": D, "dict_size": F}
+    cfg = post_init_cfg(cfg | {"top_k": K, "n_batches_to_dead": 10**9, "device": device})
     sae = SAE_CLASSES[sae_type](cfg).train()
     run = Run(cfg, sae, make_optimizer(sae, cfg), log=None)
     return lambda x: group_step([run], x, [], {})
 
 
-def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):
+def sae_lens_step(sae_type: str, device: str, **options):
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     prefix = {"topk": "TopK", "batchtopk": "BatchTopK"}[sae_type]
-    shape = dict(d_in=size.d, d_sae=size.dict_size, k=size.k, device=size.device)
+    shape = dict(d_in=D, d_sae=F, k=K, device=device)
     cfg = getattr(sae_lens, f"{prefix}TrainingSAEConfig")(**shape, **options)
     sae = getattr(sae_lens, f"{prefix}TrainingSAE")(cfg)
-    samples = dict(total_training_samples=10**6 * size.batch, train_batch_size_samples=size.batch, lr_end=3e-4)
-    samples |= dict(device=size.device, autocast=size.device == "cuda")
+    samples = dict(total_training_samples=10**6 * B, train_batch_size_samples=B, lr_end=3e-4)
+    samples |= dict(device=device, autocast=device == "cuda")
     trainer = SAETrainer(SAETrainerConfig(**samples), sae, data_provider=None)
 
     def step(x):
@@ -78,30 +78,30 @@ def sae_lens_step(sae_type: str, size: argparse.Namespace, **options):
     return step
 
 
-def dictionary_learning_step(sae_type: str, size: argparse.Namespace):
+def dictionary_learning_step(sae_type: str, device: str):
     import torch
     from dictionary_learning import trainers
 
     Trainer = {"topk": trainers.TopKTrainer, "batchtopk": trainers.BatchTopKTrainer}[sae_type]
-    shape = dict(activation_dim=size.d, dict_size=size.dict_size, k=size.k, layer=0, lm_name="none", device=size.device)
+    shape = dict(activation_dim=D, dict_size=F, k=K, layer=0, lm_name="none", device=device)
     trainer = Trainer(steps=10**6, threshold_start_step=0, **shape)
     steps = iter(range(10**6))
 
     def step(x):
-        with torch.autocast(size.device, torch.bfloat16, enabled=size.device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             trainer.update(next(steps), x)
 
     return step
 
 
-def sparsify_step(sae_type: str, size: argparse.Namespace):
+def sparsify_step(sae_type: str, device: str):
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
     torch.backends.cuda.matmul.allow_tf32 = True
-    sae = SparseCoder(size.d, SparseCoderConfig(num_latents=size.dict_size, k=size.k), size.device, torch.float32)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (size.dict_size / 2**14) ** 0.5)
-    tokens_since_fired = torch.zeros(size.dict_size, dtype=torch.long, device=size.device)
+    sae = SparseCoder(D, SparseCoderConfig(num_latents=F, k=K), device, torch.float32)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (F / 2**14) ** 0.5)
+    tokens_since_fired = torch.zeros(F, dtype=torch.long, device=device)
 
     def step(x):
         sae.set_decoder_norm_to_unit_norm()
@@ -132,29 +132,29 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(name: str, sae_type: str, size: argparse.Namespace) -> None:
+def serve(name: str, sae_type: str, device: str) -> None:
     """Child process: first prints a JSON line about itself, then does one step per line read and prints its seconds."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # keep the output of libraries out of the answers
     try:
         import torch
 
-        if name == OURS:
-            sys.path.insert(0, str(ROOT))
+        if name != OURS:
+            sys.path.remove(str(ROOT))  # this project's modules must not shadow the library's
         _, module, build, _ = TRAINERS[name]
         importlib.import_module(module)
         imports = peak_rss()
         torch.manual_seed(0)
-        step = build(sae_type, size)
-        directions = torch.randn(size.dict_size, size.d, generator=torch.Generator().manual_seed(0)) / 40**0.5
+        step = build(sae_type, device)
+        directions = torch.randn(F, D, generator=torch.Generator().manual_seed(0)) / 40**0.5
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "imports": imports}
         print(json.dumps(about), file=answers)
         for i, _ in enumerate(sys.stdin, start=1):
             generator = torch.Generator().manual_seed(i)
-            which = (torch.rand(size.batch, 20, generator=generator) ** 2 * size.dict_size).long()
-            strength = torch.empty(size.batch, 20).exponential_(generator=generator)
+            which = (torch.rand(B, 20, generator=generator) ** 2 * F).long()
+            strength = torch.empty(B, 20).exponential_(generator=generator)
             x = torch.nn.functional.embedding_bag(which, directions, mode="sum", per_sample_weights=strength)
-            x = (x + 0.1 * torch.randn(x.shape, generator=generator)).to(size.device)
+            x = (x + 0.1 * torch.randn(x.shape, generator=generator)).to(device)
             wait = torch.cuda.synchronize if x.is_cuda else lambda: None
             wait()
             started = time.perf_counter()
@@ -216,34 +216,21 @@ def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
     return {name: child.about | {"seconds": child.seconds} for name, child in children.items()}
 
 
-def spread(values: list[float], form: str) -> str:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:{form}} ({low:{form}} – {high:{form}})"
-
-
-def table(results: dict, batch: int) -> str:
+def table(results: dict) -> str:
     rows = [["SAE", "trainer", "seconds per step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
     for sae_type, trainers in results.items():
         for name, result in trainers.items():
             ratios = [a / b for a, b in zip(result["seconds"], trainers[OURS]["seconds"])]
-            rows.append([sae_type, name, spread(result["seconds"], ".3f")])
-            rows[-1] += [f"{batch / statistics.median(result['seconds']):,.0f}", spread(ratios, ".2f")]
+            rows.append([sae_type, name, quartiles(result["seconds"], ".3f")])
+            rows[-1] += [f"{B / statistics.median(result['seconds']):,.0f}", quartiles(ratios, ".2f")]
             rows[-1] += [f"{result[key] / 2**20:,.0f} MiB" for key in ("peak_rss", "imports")]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
+    return markdown_table(*rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", choices=BOTH, default=BOTH, help="SAE types (default: both)")
-    parser.add_argument("--batch", type=int, default=4096, help="tokens per step (default: 4096)")
-    parser.add_argument("--d", type=int, default=768, help="width of the activations (default: 768)")
-    parser.add_argument("--dict-size", type=int, default=12288, help="features (default: 12288)")
-    parser.add_argument("--k", type=int, default=32, help="active features per token (default: 32)")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the trainers (default: cpu)"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the trainers (default: cpu)")
     parser.add_argument("--warmup", type=int, default=3, help="warm-up steps (default: 3)")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--python", default=sys.executable, help="Python for this project's step (default: this one)")
@@ -251,7 +238,7 @@ def main() -> None:
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(*args.serve, args)
+        return serve(*args.serve, args.device)
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
 
@@ -276,12 +263,10 @@ def main() -> None:
         print(torch.cuda.get_device_name(), end=", ")
     print(f"{cpu_name()}, Python {platform.python_version()}, {torches}")
     print(", ".join(f"{package} {version or 'absent'}" for package, version in versions.items()))
-    sizes = {key: getattr(args, key) for key in ("batch", "d", "dict_size", "k")}
-    print(f"{', '.join(f'{key} {value}' for key, value in sizes.items())}, {args.rounds} rounds")
-    print(f"\n{table(results, args.batch)}")
+    print(f"B {B}, d {D}, F {F}, k {K}, {args.rounds} rounds\n\n{table(results)}")
     if args.json:
         machine = {"cpu": cpu_name(), "python": platform.python_version(), "versions": versions}
-        args.json.write_text(json.dumps(machine | sizes | {"results": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps(machine | {"results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,10 @@ Uses the SAE and the batch of step.py.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
+from step import PAPER, Bench, label
 from torch.profiler import ProfilerActivity, profile
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from step import PAPER, Bench, label  # noqa: E402
 
 STEPS = 10
 

@@ -18,24 +18,20 @@ import gc
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
+from common import machine, markdown_table, quartiles
+from dense_reference import DenseReference
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dense_reference import DenseReference  # noqa: E402
-from machine import cpu_name  # noqa: E402
-
-from config import post_init_cfg  # noqa: E402
-from sae import SAE_CLASSES  # noqa: E402
-from sparse_ops import screen_dtype  # noqa: E402
-from training_step import Run, group_step, make_optimizer  # noqa: E402
+from config import post_init_cfg
+from sae import SAE_CLASSES
+from sparse_ops import screen_dtype
+from training_step import Run, group_step, make_optimizer
 
 CONTENDERS = (
     "ours", "dense form", "batchtopk", "published", "published, TF32", "published, bf16", "encoder product"
@@ -48,14 +44,11 @@ SETUPS += [dict(sae_type=t, top_k=k) for t in ("batchtopk", "topk") for k in (16
 SETUPS += [dict(sae_type="batchtopk", num_dead=n) for n in (500, 2000, 8000)]
 SETUPS += [dict(sae_type="topk", num_dead=2000)]
 SETUPS += [dict(sae_type="matryoshka"), dict(sae_type="matryoshka", num_dead=2000)]
-SETUPS += [dict(sae_type="jumprelu", l0=l0) for l0 in (32, 128)] + [
-    dict(sae_type="vanilla", l0=l0) for l0 in (64, 1000)
-]
+SETUPS += [dict(sae_type="jumprelu", l0=l0) for l0 in (32, 128)]
+SETUPS += [dict(sae_type="vanilla", l0=l0) for l0 in (64, 1000)]
 DEMO = dict(batch_size=1024, act_size=128)
-DEMOS = [
-    dict(DEMO, sae_type="batchtopk", dict_size=size, top_k=k)
-    for size, k in ((256, 16), (512, 8), (512, 32), (1024, 16))
-]
+SIZES = ((256, 16), (512, 8), (512, 32), (1024, 16))
+DEMOS = [dict(DEMO, sae_type="batchtopk", dict_size=size, top_k=k) for size, k in SIZES]
 DEMOS += [dict(DEMO, sae_type="topk", dict_size=512, top_k=k) for k in (8, 16)]
 DEMOS += [dict(DEMO, sae_type="matryoshka", dict_size=512, top_k=k) for k in (8, 32)]
 DEMOS += [dict(DEMO, sae_type="jumprelu", dict_size=512, l0=16), dict(DEMO, sae_type="vanilla", dict_size=512, l0=40)]
@@ -211,18 +204,15 @@ def peak_memory(setup: dict, name: str, device: str) -> int:
 def table(results: list[dict]) -> str:
     others = [name for name in CONTENDERS[1:-1] if any(name in result["seconds"] for result in results)]
     heads = ["SAE", "ours, ms (quartiles)", "tokens/s", *(f"{name} ÷ ours" for name in others)]
-    heads += ["ours ÷ encoder product", "peak MiB: ours, published"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = [[*heads, "ours ÷ encoder product", "peak MiB: ours, published"]]
     for result in results:
         seconds, peak = result["seconds"], result["peak_bytes"]
-        low, middle, high = statistics.quantiles(seconds["ours"], n=4, method="inclusive")
-        cells = [label(result["setup"]), f"{middle * 1e3:,.3g} ({low * 1e3:,.3g} – {high * 1e3:,.3g})"]
-        cells += [f"{result['setup']['batch_size'] / middle:,.0f}"]
+        cells = [label(result["setup"]), quartiles([s * 1e3 for s in seconds["ours"]], ",.3g")]
+        cells += [f"{result['setup']['batch_size'] / statistics.median(seconds['ours']):,.0f}"]
         cells += [f"{ratio(seconds, name, 'ours'):.1f}" if name in seconds else "" for name in others]
         cells += [f"{ratio(seconds, 'ours', 'encoder product'):.2f}"]
-        cells += [", ".join(f"{size / 2**20:,.0f}" for size in peak.values())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([*cells, ", ".join(f"{size / 2**20:,.0f}" for size in peak.values())])
+    return markdown_table(*rows)
 
 
 def ratio(seconds: dict, a: str, b: str) -> float:
@@ -237,23 +227,17 @@ def plot(results: list[dict], file: Path) -> None:
     plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.8), sharey=True, layout="constrained")
     styles = {"published": ("#999999", "s"), "encoder product": ("#E69F00", "^"), "ours": ("#0072B2", "o")}
-    for ax, key, name in ((axes[0], "dict_size", "dictionary size"), (axes[1], "batch_size", "batch size")):
+    for ax, key, axis_label in ((axes[0], "dict_size", "dictionary size"), (axes[1], "batch_size", "batch size")):
         other = "batch_size" if key == "dict_size" else "dict_size"
         rows = [row for row in results if row["setup"][other] == PAPER[other]]
         if key == "dict_size":  # PAPER's size is not a power of 2 and its label would overlap
             rows = [row for row in rows if row["setup"][key] != PAPER[key]]
         for contender, (colour, marker) in styles.items():
-            points = [
-                (r["setup"][key], statistics.median(r["seconds"][contender])) for r in rows if contender in r["seconds"]
-            ]
-            ax.plot(
-                *zip(*sorted(points)),
-                color=colour,
-                marker=marker,
-                markersize=4,
-                label=f"{contender}, step" if contender != "encoder product" else "encoder product alone, float32",
-            )
-        ax.set(xscale="log", yscale="log", xlabel=f"{name} ({other.replace('_', ' ')} {PAPER[other]})")
+            timed = [row for row in rows if contender in row["seconds"]]
+            points = sorted((row["setup"][key], statistics.median(row["seconds"][contender])) for row in timed)
+            name = f"{contender}, step" if contender != "encoder product" else "encoder product alone, float32"
+            ax.plot(*zip(*points), color=colour, marker=marker, markersize=4, label=name)
+        ax.set(xscale="log", yscale="log", xlabel=f"{axis_label} ({other.replace('_', ' ')} {PAPER[other]})")
         ax.set_xticks([r["setup"][key] for r in rows], [f"{r['setup'][key]:,}" for r in rows], minor=False)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -285,10 +269,8 @@ def main() -> None:
     for setup in tqdm(chosen, unit="setup"):
         results.append(measure(setup, args.rounds, args.device, memory=not args.growth))
         tqdm.write(table(results[-1:]).splitlines()[-1])
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
-    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
     screen = torch.float16 if args.device.startswith("cuda") else screen_dtype(torch.device("cpu"))  # triton_ops.py
-    print(f"screen in {screen}\n\n{table(results)}")
+    print(f"\n{machine(args.device)}, screen in {screen}\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.plot:

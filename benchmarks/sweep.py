@@ -23,30 +23,23 @@ No complete run is timed. Evaluation, logs and checkpoints are not included.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import ROOT, machine, markdown_table, median_and_range
+from dense_reference import DenseReference
+from harvest import gpt2_small_shaped
+from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dense_reference import DenseReference  # noqa: E402
-from harvest import gpt2_small_shaped  # noqa: E402
-from machine import cpu_name  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from activation_store import ActivationsStore  # noqa: E402
-from config import post_init_cfg  # noqa: E402
-from demo.text import write_demo_text  # noqa: E402
-from language_model import load_model, run_bridge_to_hook  # noqa: E402
-from main import PAPER  # noqa: E402
-from sae import SAE_CLASSES  # noqa: E402
-from training_step import Run, group_step, make_optimizer  # noqa: E402
-
-WAYS = ("one group", "single runs", "published way")
+from activation_store import ActivationsStore
+from config import post_init_cfg
+from demo.text import write_demo_text
+from language_model import load_model, run_bridge_to_hook
+from main import PAPER
+from sae import SAE_CLASSES
+from training_step import Run, group_step, make_optimizer
 
 
 def sweep(base: dict) -> list[dict]:
@@ -102,7 +95,7 @@ def timed(function, *args) -> tuple:
 
 
 def seconds_per_batch(result: dict) -> dict:
-    """For the whole sweep, for each of WAYS, a list over rounds."""
+    """For the whole sweep, a list over rounds for each way."""
     n, rounds = result["runs"], list(zip(*result["parts"].values()))
     return {
         "one group": [harvest + step for harvest, step, _, _ in rounds],
@@ -112,21 +105,17 @@ def seconds_per_batch(result: dict) -> dict:
 
 
 def table(results: dict) -> str:
-    lines = ["| model | way | seconds per batch (min – max) | tokens/s of the sweep | published way ÷ this |"]
-    lines += ["|---|---|---|---|---|"]
+    ways = [["model", "way", "seconds per batch (min – max)", "tokens/s of the sweep", "published way ÷ this"]]
+    parts = [["model", "batch", "harvest, s", "steps of all SAEs, s", "bridge, s", "dense steps, s", "dead features"]]
     for model, result in results.items():
-        ways = seconds_per_batch(result)
-        for way in WAYS:
-            seconds = statistics.median(ways[way])
-            ratio = statistics.median(p / s for p, s in zip(ways["published way"], ways[way]))
-            spread = f"{seconds:.3g} ({min(ways[way]):.3g} – {max(ways[way]):.3g})"
-            lines.append(f"| {model} | {way} | {spread} | {result['batch_size'] / seconds:,.0f} | {ratio:.1f} |")
-    lines += ["", "| model | batch | harvest, s | steps of all SAEs, s | bridge, s | dense steps, s | dead features |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for model, result in results.items():
-        medians = " | ".join(f"{statistics.median(values):.3g}" for values in result["parts"].values())
-        lines.append(f"| {model} | {result['batch_size']} | {medians} | {result['dead']:.0%} |")
-    return "\n".join(lines)
+        seconds = seconds_per_batch(result)
+        for way, values in seconds.items():
+            ratio = statistics.median(p / s for p, s in zip(seconds["published way"], values))
+            rate = result["batch_size"] / statistics.median(values)
+            ways.append([model, way, median_and_range(values, ".3g"), f"{rate:,.0f}", f"{ratio:.1f}"])
+        medians = [f"{statistics.median(values):.3g}" for values in result["parts"].values()]
+        parts.append([model, result["batch_size"], *medians, f"{result['dead']:.0%}"])
+    return f"{markdown_table(*ways)}\n\n{markdown_table(*parts)}"
 
 
 def main() -> None:
@@ -152,9 +141,7 @@ def main() -> None:
             gpt2 |= dict(batch_size=4096, num_batches_in_buffer=1)
             gpt2 |= dict(model_batch_size=32 if args.device == "cpu" else 512)
             results["GPT-2 small"] = measure(sweep(shared | gpt2), args.warmup, args.rounds)
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else cpu_name()
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, ", end="")
-    print(f"{args.rounds} rounds after {args.warmup} steps\n\n{table(results)}")
+    print(f"{machine(args.device)}, {args.rounds} rounds after {args.warmup} steps\n\n{table(results)}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
 

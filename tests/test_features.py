@@ -145,7 +145,7 @@ def test_page_data(group):
         assert [c for _, c in page["near"]] == pytest.approx(cosines[i, near].tolist(), rel=6e-3, abs=1e-6)
         for n, (context, start, position, shown) in enumerate(page["examples"]):
             original = statistics["context"][n, i]
-            assert data["context_numbers"][context] == original
+            assert context == original
             tokens = store.eval_contexts[original].tolist()
             assert [data["vocab"][token] for token in data["contexts"][context]] == [texts[t] for t in tokens]
             assert shown[position - start] == max(shown) == pytest.approx(statistics["value"][n, i].item(), rel=6e-3)
@@ -347,11 +347,11 @@ def test_page_in_a_browser(run_folder, tmp_path):
     (i,) = seen["one"]
     assert i == seen["at_first"][1]
     for example, context, peak, share in zip(pages[i]["examples"], seen["contexts"], seen["peaks"], seen["shares"]):
-        tokens = data["contexts"][example[0]]
-        shown = [data["vocab"][token] for token in tokens[example[1] : example[1] + features.WINDOW]]
+        texts = [data["vocab"][str(token)] for token in data["contexts"][str(example[0])]]
+        shown = texts[example[1] : example[1] + features.WINDOW]
         assert context.removeprefix("…").removesuffix("…") == "".join(shown).removeprefix("…").removesuffix("…")
         value = example[3][example[2] - example[1]]
-        assert [data["vocab"][tokens[example[2]]], value] == [peak[0], float(peak[1])]
+        assert [texts[example[2]], value] == [peak[0], float(peak[1])]
         assert float(share) == pytest.approx(0.12 + 0.78 * value / pages[i]["max"], abs=0.006)
     assert len(seen["contexts"]) == len(seen["peaks"]) == len(pages[i]["examples"]) > 0
     assert seen["links"] == [f"#{j}" for j, _ in pages[i]["near"] if j in pages]
