@@ -1,9 +1,11 @@
 """Metrics on held-out tokens, for all SAEs of a group at once.
 
-    python evaluation.py RUN [--eval-tokens N]      RUN is a run's folder, runs/<sweep>/<name>
+    python evaluation.py RUN [--eval-tokens N] [--dataset-path TEXT]
 
-prints the metrics as a table and writes them to RUN/evaluation.json. It uses the run's held-out tokens, or the first N
-of them. With x an activation and r its reconstruction, both in the units of the residual stream:
+prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a run's folder, runs/<sweep>/<name>. It
+uses the run's held-out tokens, or the first N of them. With --dataset-path it uses as many tokens of the beginning of
+another dataset, prints the run's own L0 too, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an
+activation and r its reconstruction, both in the units of the residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -56,7 +58,7 @@ from tqdm import tqdm
 import distributed
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
-from config import BATCH_TOP_K_TYPES, best_device, prefix_sizes
+from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
 from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
@@ -353,9 +355,9 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
 # The command
 
 
-def open_run(run: Path) -> tuple:
-    """A run's SAE, its language model, and an activation store with its held-out tokens alone.
-    The SAE is on the device of its training, if that exists here.
+def open_run(run: Path, dataset_path: str | None = None) -> tuple:
+    """A run's SAE, its language model, and an activation store with its held-out tokens alone, or with as many of the
+    beginning of another dataset. The SAE is on the device of its training, if that exists here.
 
     Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
     text has changed since training.
@@ -369,12 +371,16 @@ def open_run(run: Path) -> tuple:
         raise InputError(
             f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
         )
-    stay_offline_without_network(sae.cfg["model_name"], sae.cfg["dataset_path"])
-    model = load_model(sae.cfg)
+    cfg = sae.cfg
+    if dataset_path is not None:  # its split and column are not those of the run's own dataset
+        cfg = cfg | {key: KEYS[key].default for key in KEYS if key.startswith("dataset_")}
+        cfg["dataset_path"] = dataset_path
+    stay_offline_without_network(cfg["model_name"], cfg["dataset_path"])
+    model = load_model(cfg)
     sae.cfg = complete_cfg(sae.cfg, model)
-    activation_store = ActivationsStore(model, sae.cfg, held_out_only=True)
+    activation_store = ActivationsStore(model, cfg, held_out_only=True)
     trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
-    if trained_on not in (None, activation_store.fingerprint()):
+    if dataset_path is None and trained_on not in (None, activation_store.fingerprint()):
         tell(f"warning: {sae.cfg['dataset_path']} has changed since training: the SAE may have seen held-out text")
     return sae, model, activation_store
 
@@ -427,9 +433,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
     parser.add_argument("--eval-tokens", type=int, metavar="N", help="use only the first N held-out tokens")
+    parser.add_argument("--dataset-path", metavar="TEXT", help="use another dataset: hub name, local file or folder")
     args = parser.parse_args(argv)
-    sae, _, activation_store = open_run(args.run)
+    sae, _, activation_store = open_run(args.run, args.dataset_path)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
+    of_run = read_record(args.run / "evaluation.json") or read_record(args.run / "result.json")
+    name, text, other = "evaluation.json", "held-out contexts", {}
+    if args.dataset_path is not None:
+        name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"
+        text, other = f"contexts of {args.dataset_path}, each", {"dataset_path": args.dataset_path}
     if args.eval_tokens is not None:
         if not 1 <= args.eval_tokens <= contexts.numel():
             raise InputError(
@@ -439,12 +451,14 @@ def main(argv: list[str]) -> None:
         contexts = activation_store.eval_contexts = contexts[: -(-args.eval_tokens // seq_len)]
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     try:  # before the table is printed, which fails if stdout is closed
-        write_json(args.run / "evaluation.json", {"eval_tokens": contexts.numel()} | metrics)
+        write_json(args.run / name, other | {"eval_tokens": contexts.numel()} | metrics)
     except OSError as error:
-        raise InputError(f"{args.run / 'evaluation.json'} cannot be written: {one_line(error)}") from error
+        raise InputError(f"{args.run / name} cannot be written: {one_line(error)}") from error
     finally:
-        print(f"{sae.cfg['name']} on {len(contexts)} held-out contexts of {seq_len} tokens")
+        print(f"{sae.cfg['name']} on {len(contexts)} {text} of {seq_len} tokens")
         print(table(metrics))
+        if other and "l0" in of_run:
+            print(f"l0 on the run's own held-out text: {with_error(of_run, 'l0')}")
 
 
 if __name__ == "__main__":

@@ -49,19 +49,26 @@ class TextStream:
     """The contexts [n, seq_len] of a config's dataset, in order. The first `num_held_out` are held out in `held_out`.
 
     Later epochs also begin after the held-out tokens. Raises InputError for a dataset that cannot be opened, is empty,
-    has none of COLUMNS or has no tokens after the held-out ones. Reading raises InputError for data that cannot be used
+    has none of COLUMNS or has no tokens after the held-out ones. With `held_out_only` one context is enough, and
+    `held_out` has fewer than `num_held_out` of a short dataset. Reading raises InputError for data that cannot be used
     and StreamError if the hub stays down.
     """
 
-    def __init__(self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int):
+    def __init__(
+        self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int, held_out_only: bool = False
+    ):
         self.reader = DocumentReader(cfg, tokenizer, d_vocab)
         self.seq_len, self.bos_per_context = seq_len, cfg["bos_per_context"] and bool(self.reader.bos)
         self.reset(self.reader.token_chunks(self.reader.beginning, num_epochs=1))  # without prefetching
         self.held_out = self.contexts(num_held_out)
-        if len(self.held_out) < num_held_out or not self.buffer_tokens(1):
+        needed = f"eval_tokens = {cfg['eval_tokens']:,} to hold out and num_tokens = {cfg['num_tokens']:,} to train on"
+        enough = len(self.held_out) == num_held_out and self.buffer_tokens(1)
+        if held_out_only:
+            needed, enough = f"seq_len = {seq_len} to evaluate on", len(self.held_out)
+        if not enough:
             raise InputError(
                 f"{self.reader.where} is too short: it has {self.num_taken + self.num_buffered:,} tokens; it must have "
-                f"eval_tokens = {cfg['eval_tokens']:,} to hold out and num_tokens = {cfg['num_tokens']:,} to train on"
+                f"{needed}"
             )
         self.reader.num_held_out = self.num_taken
         self.load_state_dict(self.state_dict())

@@ -493,6 +493,40 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
     assert (run_folder / "result.json").read_bytes() == result
 
 
+def test_command_on_other_text(model, group, tmp_path, capsys):
+    """It uses the other text's default split and column and all of its contexts, prints the run's own L0, and writes to
+    a file of its own.
+    """
+    sae, run = copy.copy(group[1]["batchtopk"]), tmp_path / "run"
+    sae.cfg = post_init_cfg(sae.cfg | {"dataset_column": "code", "dataset_split": "validation"})
+    save_sae(sae, run / "sae")
+    write_json(run / "config.json", sae.cfg | {"_provenance": {"heldout_tokens_sha256": group[0].fingerprint()}})
+    write_json(run / "evaluation.json", {"l0": 5.25, "l0_se": 0.125})
+    text = tmp_path / "letter.txt"
+    text.write_text("Dear Anna, thank you for the long letter about the garden. " * 4)
+    store = ActivationsStore(model, group[0].cfg | {"dataset_path": str(text)}, held_out_only=True)
+    assert 1 < len(store.eval_contexts) < CONTEXTS
+    (expected,) = evaluate([sae], store, heldout_baseline(store))
+    evaluation.main([str(run), "--dataset-path", str(text)])
+    (file,) = run.glob("evaluation_letter_*.json")
+    written = json.loads(file.read_text())
+    assert (written.pop("dataset_path"), written.pop("eval_tokens")) == (str(text), store.eval_contexts.numel())
+    assert written.pop("histograms") == expected.pop("histograms") and written == pytest.approx(expected, rel=1e-6)
+    printed, warnings = capsys.readouterr()
+    first, *_, last = printed.splitlines()
+    assert first == f"{sae.cfg['name']} on {len(store.eval_contexts)} contexts of {text}, each of {SEQ_LEN} tokens"
+    assert last == "l0 on the run's own held-out text: 5.2500 ± 0.1250"
+    assert "changed" not in warnings
+    assert json.loads((run / "evaluation.json").read_text()) == {"l0": 5.25, "l0_se": 0.125}
+
+    text.write_text("Another letter, about the sea and the long way there. " * 4)
+    evaluation.main([str(run), "--dataset-path", str(text)])
+    assert len(list(run.glob("evaluation_letter_*.json"))) == 2, "another text of the same name has its own file"
+    text.write_text("Dear")
+    with pytest.raises(InputError, match="letter.txt' is too short: it has . tokens; it must have seq_len = 16"):
+        evaluation.main([str(run), "--dataset-path", str(text)])
+
+
 def test_command_on_bad_input(run_folder, group, tmp_path):
     """One line that names the problem."""
 
