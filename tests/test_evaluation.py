@@ -28,6 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
+from benchmarks import fvu_by_token
 from checkpoint import save_sae, write_json
 from config import get_default_cfg, post_init_cfg
 from console import InputError, run_command
@@ -491,6 +492,31 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
         ]  # fmt: skip
         assert len({line.index(line.split()[1]) for line in lines}) == 1, "columns are aligned"
     assert (run_folder / "result.json").read_bytes() == result
+
+
+def test_fvu_by_token(model, group, run_folder, capsys):
+    """The parts of the groups make up the metrics of evaluate; the groups hold the tokens that their names say."""
+    store, sae = group[0], group[1]["batchtopk"]
+    (expected,) = evaluate([sae], store, heldout_baseline(store))
+    tokens, used, vocabulary = fvu_by_token.measure(run_folder)
+    assert tokens["id"].tolist() == store.eval_contexts[:, 1:].flatten().tolist() and len(vocabulary) == 4096
+    for grouping in fvu_by_token.GROUPINGS:
+        table = fvu_by_token.shares(tokens, used, grouping)
+        for name, suffix in (("", ""), (" batch", "_batch")):
+            part = table[sae.cfg["name"] + name]
+            for what in ("fvu", "nmse", "l0"):
+                assert part[what]["all"] == pytest.approx(expected[what + suffix], rel=1e-5)
+                weights = 1 if what == "fvu" else table["", "tokens"].drop("all")
+                assert (part[what].drop("all") * weights).sum() == pytest.approx(part[what]["all"])
+        assert table["", "variance"].drop("all").sum() == pytest.approx(1)
+        groups = fvu_by_token.groups_of(tokens, grouping)
+        spans = tokens.groupby(groups, observed=True)[grouping].agg(["min", "max"])
+        assert (spans["max"].to_numpy()[:-1] < spans["min"].to_numpy()[1:]).all()
+    named = [[*map(int, name.split(" to "))] for name in spans.index]
+    assert [(name[0], name[-1]) for name in named] == list(spans.itertuples(index=False, name=None))
+    fvu_by_token.main([str(run_folder), "--plot", str(run_folder.parent / "tokens.png")])
+    assert f"| {sae.cfg['name']} batch | fvu |" in capsys.readouterr().out
+    assert (run_folder.parent / "tokens.png").stat().st_size > 10_000
 
 
 def test_command_on_other_text(model, group, tmp_path, capsys):
