@@ -29,12 +29,12 @@ measured in eval(). For BatchTopK and Matryoshka the suffix _batch marks the sam
 For Matryoshka the suffix _prefix_<m> marks the same metrics of the first m features alone, in eval(); m are its
 matryoshka_sizes below dict_size. These are measured on the whole held-out set only.
 
-With at least two contexts, each metric has a standard error over contexts, <metric>_se. For a mean over tokens it is
-the standard error of the mean of the contexts' means. For a ratio it is by the delta method, std(a − ratio·b) /
-(mean(b)·√n), where a and b are numerator and denominator of a context. For the fractions of features it is by the
-jackknife, which omits each of MAX_PARTS parts of the set in turn. It estimates the variation over contexts, not over
-seeds, and treats contexts as independent. Contexts from one long document are not independent: if the held-out set has
-few documents, the standard errors are too small. The last held-out document continues in the training set.
+With at least two documents, each metric has a standard error over documents, <metric>_se. A context belongs to the
+document in which it begins. All metrics but the fractions of features are ratios of sums over tokens. Their standard
+error is by the delta method, std(a − ratio·b) / (mean(b)·√n), where a and b are numerator and denominator of each of n
+documents. For the fractions of features it is by the jackknife, which omits each of MAX_PARTS parts of the documents in
+turn. It estimates the variation over documents, not over seeds; from few documents it is a rough estimate. The last
+held-out document continues in the training set.
 
 On the whole held-out set, results also contain `histograms`, in eval():
 
@@ -66,7 +66,7 @@ from language_model import complete_cfg, load_model
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
 OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
-MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
+MAX_PARTS = 64  # of consecutive documents; with fewer documents, one part per document
 IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
 CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
 
@@ -119,7 +119,10 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
     keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
-    part = torch.arange(contexts, device=cfg["device"]) * min(contexts, MAX_PARTS) // contexts  # of each context
+    documents = activation_store.eval_documents[:contexts]  # of each context
+    num_documents = int(documents[-1]) + 1
+    num_parts = min(num_documents, MAX_PARTS)
+    part = documents.to(cfg["device"]) * num_parts // num_documents  # of each context
     times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
     token_l0 = {variant: [] for variant in variants}
 
@@ -149,7 +152,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
-                zeros = parts.new_zeros(min(contexts, MAX_PARTS), active.shape[1], dtype=torch.int32)
+                zeros = parts.new_zeros(num_parts, active.shape[1], dtype=torch.int32)
                 times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
                 token_l0[variant].append(l0)
             del active
@@ -174,16 +177,16 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             "recovery_from_zero": (zero - ce, zero - original), "recovery_from_mean": (mean - ce, mean - original),
         }  # fmt: skip
         for key, (a, b) in ratios.items():
-            metrics[i] |= ratio_with_error(key + suffix, a, b)
+            metrics[i] |= ratio_with_error(key + suffix, a, b, documents)
         if num_contexts is None:
-            tokens_in_part = part.new_zeros(min(contexts, MAX_PARTS)).index_add_(0, part, keep.sum(1))
+            tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, keep.sum(1))
             metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part)
             if not suffix:
                 l0 = torch.cat(token_l0[variant])
                 metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0))
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
-            values |= ratio_with_error(key, ce, predictions)
+            values |= ratio_with_error(key, ce, predictions, documents)
         if num_contexts is None and sae.cfg["dict_size"] > 1:
             values["decoder_similarity"] = decoder_similarity(sae.W_dec)
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
@@ -204,18 +207,20 @@ def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
 
 
 def decoder_similarity(W_dec: torch.Tensor) -> float:
-    """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error over contexts."""
+    """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error."""
     rows = F.normalize(W_dec, dim=-1)
     total = sum((part @ rows.T).abs().sum(dtype=torch.float64) for part in rows.split(max(1, CHUNK // len(rows))))
     return ((total - len(rows)) / (len(rows) * (len(rows) - 1))).item()  # a row's cosine with itself is 1
 
 
-def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
-    """Σa / Σb over contexts [n] and its standard error by the delta method. For a mean over tokens, a is the mean over
-    a context with 0 at skipped tokens, and b the fraction of its tokens that are not skipped.
+def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor, documents: torch.Tensor) -> dict:
+    """Σa / Σb over contexts [n] and its standard error over their documents [n], numbered from 0, by the delta method.
+    For a mean over tokens, a is the mean over a context with 0 at skipped tokens, and b the fraction of its tokens that
+    are not skipped.
     """
     ratio = a.sum() / b.sum()
     values = {key: ratio.item()}
+    a, b = (of.new_zeros(int(documents[-1]) + 1).index_add_(0, documents, of) for of in (a, b))
     if len(a) > 1:
         values[f"{key}_se"] = ((a - ratio * b).std() / b.mean().abs() / len(a) ** 0.5).item()
     return values

@@ -179,7 +179,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
-    metrics = [key for key in metrics if not key.endswith("_se")]  # over contexts, not seeds
+    metrics = [key for key in metrics if not key.endswith("_se")]  # over documents, not seeds
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))

@@ -99,6 +99,7 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
                 axis.plot(range(len(table)), table[name, what], label=name, **style)
         column[1].set_xticks(range(len(table)), table.index, rotation=45, ha="right")
         column[1].set_xlabel(GROUPINGS[grouping])
+        column[0].set_yscale("log")
     for axis, label in zip(axes[:, 0], ("Part of the FVU", "L0")):
         axis.set_ylabel(label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)

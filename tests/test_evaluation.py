@@ -99,13 +99,12 @@ def assert_equal_metrics(measured: dict, reference: dict, suffix: str = "") -> N
 def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
     """Every metric of every SAE type, and the _batch metrics of BatchTopK, follow their definitions."""
     store, saes = with_skip(group[0], skip), group[1]
-    contexts = store.eval_contexts.tolist()
-    assert len(contexts) == CONTEXTS
+    assert store.eval_documents.tolist() == [0, 1, 1, 1, 1, 2] and len(store.eval_contexts) == CONTEXTS
     results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
-        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS))
+        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, False, CONTEXTS))
         if name.startswith("batchtopk"):
-            by_hand = metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS)
+            by_hand = metrics_by_hand(hf_model, sae, store, skip, True, CONTEXTS)
             assert_equal_metrics(result, by_hand, "_batch")
             assert by_hand["l0"][0] == sae.cfg["top_k"], "the batch top-k keeps k features a token"
             assert result["l0"] != result["l0_batch"], "the threshold is not the batch top-k"
@@ -135,10 +134,10 @@ def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
     contexts = store.eval_contexts.tolist()
     results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
-        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS, ids))
+        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, False, CONTEXTS, ids))
         assert sum(result["histograms"]["l0"]) == sum(token not in ids for c in contexts for token in c[skip:])
         if name.startswith("batchtopk"):
-            assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS, ids), "_batch")
+            assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, True, CONTEXTS, ids), "_batch")
 
 
 def test_histograms_equal_a_plain_reference(model, hf_model, group):
@@ -182,7 +181,7 @@ def test_metrics_on_the_first_contexts(model, hf_model, group):
     results = evaluate(list(saes.values()), store, heldout_baseline(store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
         assert not {"dead_fraction", "dense_fraction", "histograms"} & result.keys()
-        reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, 3)
+        reference = metrics_by_hand(hf_model, sae, store, 1, False, 3)
         del reference["dead_fraction"], reference["dense_fraction"]
         assert_equal_metrics(result, reference)
 
@@ -282,17 +281,18 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
 
 
 def test_fractions_have_errors_over_parts(model, hf_model, group, monkeypatch):
-    """With more contexts than MAX_PARTS, the jackknife omits consecutive contexts together."""
+    """With more documents than MAX_PARTS, the jackknife omits consecutive documents together."""
     monkeypatch.setattr(evaluation, "MAX_PARTS", 4)
-    store, sae = group[0], group[1]["topk"]
+    store, sae = copy.copy(group[0]), group[1]["topk"]
+    store.eval_documents = torch.arange(CONTEXTS)
     (result,) = evaluate([sae], store, heldout_baseline(store))
-    reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
+    reference = metrics_by_hand(hf_model, sae, store, 1, False, CONTEXTS)
     assert_equal_metrics(result, reference)
     assert result["dead_fraction_se"] > 0 and result["dense_fraction_se"] > 0
 
 
-def test_one_context_has_no_error(model, group):
-    """Standard errors need two contexts; with one, the metrics are finite and have no standard error."""
+def test_one_document_has_no_error(model, group):
+    """Standard errors need two documents; with one, the metrics are finite and have no standard error."""
     store, sae = group[0], group[1]["batchtopk"]
     (result,) = evaluate([sae], store, heldout_baseline(store), num_contexts=1)
     assert {"nmse", "kl_divergence", "recovery_from_mean_batch"} <= result.keys()

@@ -74,7 +74,7 @@ def by_hand(tmp_path):
         for seed in range(3 if by_k else 1):
             result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS))))
             result["l0"] = (point[2] if by_k else 20) + rng.uniform(-1, 1)
-            result |= {f"{metric}_se": 9.0 for metric in METRICS}  # over contexts, not over seeds
+            result |= {f"{metric}_se": 9.0 for metric in METRICS}  # over documents, not over seeds
             l0 = [0] * point[2] + [40] if point[0] == "topk" else rng.integers(1, 9, size=20 + seed).tolist()
             density = rng.multinomial(point[1] - 7, [0.25] * 4).tolist()
             histograms = {"l0": l0, "log10_density": density, "log10_density_edges": EDGES, "never_active": 7}
