@@ -500,6 +500,7 @@ def test_fvu_by_token(model, group, run_folder, capsys):
     (expected,) = evaluate([sae], store, heldout_baseline(store))
     tokens, used, vocabulary = fvu_by_token.measure(run_folder)
     assert tokens["id"].tolist() == store.eval_contexts[:, 1:].flatten().tolist() and len(vocabulary) == 4096
+    assert tokens["position"].tolist() == [*range(1, SEQ_LEN)] * CONTEXTS
     for grouping in fvu_by_token.GROUPINGS:
         table = fvu_by_token.shares(tokens, used, grouping)
         for name, suffix in (("", ""), (" batch", "_batch")):
