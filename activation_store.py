@@ -29,11 +29,12 @@ class ActivationsStore:
     """The shared stream: `next_batch()` returns [batch_size, d] shuffled activations; each token comes once per epoch.
 
     `model` is a TransformerBridge (language_model.load_model), `cfg` a completed config. The store's own `cfg` also has
-    the values set by the model (complete_cfg). `eval_contexts` [n, seq_len] are held out and never trained on. Tokens
+    the values set by the model (complete_cfg). `eval_contexts` [n, seq_len] are held out and never trained on; they
+    begin in the documents `eval_documents` [n], numbered from 0. Tokens
     in exclude_tokens are part of the contexts, but of no batch. Raises InputError for a dataset that cannot be read,
     has none of the columns, is empty, or is too short for num_tokens. Memory: one buffer of activations
     (num_batches_in_buffer · model_batch_size · seq_len rows of d values in activation_dtype) and one forward pass. With
-    `held_out_only` there are no batches and no buffer.
+    `held_out_only` there are no batches and no buffer, and a dataset with a single context is long enough.
     """
 
     def __init__(self, model: TransformerBridge, cfg: dict, held_out_only: bool = False):
@@ -45,8 +46,9 @@ class ActivationsStore:
         if "seq_len" in cfg.get("asked", {}):
             tell(f"seq_len is reduced to {self.seq_len}, the context length of {cfg['model_name']}")
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
-        self.stream = TextStream(cfg, tokenizer_of(model, cfg), model.cfg.d_vocab, self.seq_len, num_held_out)
-        self.eval_contexts = self.stream.held_out
+        text = cfg, tokenizer_of(model, cfg), model.cfg.d_vocab
+        self.stream = TextStream(*text, self.seq_len, num_held_out, held_out_only)
+        self.eval_contexts, self.eval_documents = self.stream.held_out, self.stream.held_out_documents
         self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
         if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():
             raise InputError(f"exclude_tokens = {cfg['exclude_tokens']} leaves no held-out token to evaluate on")

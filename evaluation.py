@@ -1,9 +1,11 @@
 """Metrics on held-out tokens, for all SAEs of a group at once.
 
-    python evaluation.py RUN [--eval-tokens N]      RUN is a run's folder, runs/<sweep>/<name>
+    python evaluation.py RUN [--eval-tokens N] [--dataset-path TEXT]
 
-prints the metrics as a table and writes them to RUN/evaluation.json. It uses the run's held-out tokens, or the first N
-of them. With x an activation and r its reconstruction, both in the units of the residual stream:
+prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a run's folder, runs/<sweep>/<name>. It
+uses the run's held-out tokens, or the first N of them. With --dataset-path it uses as many tokens of the beginning of
+another dataset, prints the run's own L0 too, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an
+activation and r its reconstruction, both in the units of the residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -28,12 +30,12 @@ measured in eval(). For BatchTopK and Matryoshka the suffix _batch marks the sam
 For Matryoshka the suffix _prefix_<m> marks the same metrics of the first m features alone, in eval(); m are its
 matryoshka_sizes below dict_size. These are measured on the whole held-out set only.
 
-With at least two contexts, each metric has a standard error over contexts, <metric>_se. For a mean over tokens it is
-the standard error of the mean of the contexts' means. For a ratio it is by the delta method, std(a − ratio·b) /
-(mean(b)·√n), where a and b are numerator and denominator of a context. For the fractions of features it is by the
-jackknife, which omits each of MAX_PARTS parts of the set in turn. It estimates the variation over contexts, not over
-seeds, and treats contexts as independent. Contexts from one long document are not independent: if the held-out set has
-few documents, the standard errors are too small. The last held-out document continues in the training set.
+With at least two documents, each metric has a standard error over documents, <metric>_se. A context belongs to the
+document in which it begins. All metrics but the fractions of features are ratios of sums over tokens. Their standard
+error is by the delta method, std(a − ratio·b) / (mean(b)·√n), where a and b are numerator and denominator of each of n
+documents. For the fractions of features it is by the jackknife, which omits each of MAX_PARTS parts of the documents in
+turn. It estimates the variation over documents, not over seeds; from few documents it is a rough estimate. The last
+held-out document continues in the training set.
 
 On the whole held-out set, results also contain `histograms`, in eval():
 
@@ -57,7 +59,7 @@ from tqdm import tqdm
 import distributed
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
-from config import BATCH_TOP_K_TYPES, best_device, prefix_sizes
+from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
 from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
@@ -66,7 +68,7 @@ from shards import Shards
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
 OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
-MAX_PARTS = 64  # of consecutive contexts; with fewer contexts, one part per context
+MAX_PARTS = 64  # of consecutive documents; with fewer documents, one part per document
 IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
 CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
 
@@ -119,7 +121,10 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
     per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
     keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
-    part = torch.arange(contexts, device=cfg["device"]) * min(contexts, MAX_PARTS) // contexts  # of each context
+    documents = activation_store.eval_documents[:contexts]  # of each context
+    num_documents = int(documents[-1]) + 1
+    num_parts = min(num_documents, MAX_PARTS)
+    part = documents.to(cfg["device"]) * num_parts // num_documents  # of each context
     times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
     token_l0 = {variant: [] for variant in variants}
 
@@ -149,7 +154,7 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
-                zeros = parts.new_zeros(min(contexts, MAX_PARTS), active.shape[1], dtype=torch.int32)
+                zeros = parts.new_zeros(num_parts, active.shape[1], dtype=torch.int32)
                 times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
                 token_l0[variant].append(l0)
             del active
@@ -174,16 +179,16 @@ def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | N
             "recovery_from_zero": (zero - ce, zero - original), "recovery_from_mean": (mean - ce, mean - original),
         }  # fmt: skip
         for key, (a, b) in ratios.items():
-            metrics[i] |= ratio_with_error(key + suffix, a, b)
+            metrics[i] |= ratio_with_error(key + suffix, a, b, documents)
         if num_contexts is None:
-            tokens_in_part = part.new_zeros(min(contexts, MAX_PARTS)).index_add_(0, part, keep.sum(1))
+            tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, keep.sum(1))
             metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part, saes[i].shards)
             if not suffix:
                 l0 = torch.cat(token_l0[variant])
                 metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0), saes[i].shards)
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
-            values |= ratio_with_error(key, ce, predictions)
+            values |= ratio_with_error(key, ce, predictions, documents)
         if num_contexts is None and sae.cfg["dict_size"] > 1 and sae.shards.count == 1:
             values["decoder_similarity"] = decoder_similarity(sae.W_dec)
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
@@ -204,18 +209,20 @@ def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
 
 
 def decoder_similarity(W_dec: torch.Tensor) -> float:
-    """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error over contexts."""
+    """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error."""
     rows = F.normalize(W_dec, dim=-1)
     total = sum((part @ rows.T).abs().sum(dtype=torch.float64) for part in rows.split(max(1, CHUNK // len(rows))))
     return ((total - len(rows)) / (len(rows) * (len(rows) - 1))).item()  # a row's cosine with itself is 1
 
 
-def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor) -> dict:
-    """Σa / Σb over contexts [n] and its standard error by the delta method. For a mean over tokens, a is the mean over
-    a context with 0 at skipped tokens, and b the fraction of its tokens that are not skipped.
+def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor, documents: torch.Tensor) -> dict:
+    """Σa / Σb over contexts [n] and its standard error over their documents [n], numbered from 0, by the delta method.
+    For a mean over tokens, a is the mean over a context with 0 at skipped tokens, and b the fraction of its tokens that
+    are not skipped.
     """
     ratio = a.sum() / b.sum()
     values = {key: ratio.item()}
+    a, b = (of.new_zeros(int(documents[-1]) + 1).index_add_(0, documents, of) for of in (a, b))
     if len(a) > 1:
         values[f"{key}_se"] = ((a - ratio * b).std() / b.mean().abs() / len(a) ** 0.5).item()
     return values
@@ -358,9 +365,9 @@ def calibrate_threshold(sae, activations, target_l0: float | None = None) -> flo
 # The command
 
 
-def open_run(run: Path) -> tuple:
-    """A run's SAE, its language model, and an activation store with its held-out tokens alone.
-    The SAE is on the device of its training, if that exists here.
+def open_run(run: Path, dataset_path: str | None = None) -> tuple:
+    """A run's SAE, its language model, and an activation store with its held-out tokens alone, or with as many of the
+    beginning of another dataset. The SAE is on the device of its training, if that exists here.
 
     Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
     text has changed since training.
@@ -374,12 +381,16 @@ def open_run(run: Path) -> tuple:
         raise InputError(
             f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
         )
-    stay_offline_without_network(sae.cfg["model_name"], sae.cfg["dataset_path"])
-    model = load_model(sae.cfg)
+    cfg = sae.cfg
+    if dataset_path is not None:  # its split and column are not those of the run's own dataset
+        cfg = cfg | {key: KEYS[key].default for key in KEYS if key.startswith("dataset_")}
+        cfg["dataset_path"] = dataset_path
+    stay_offline_without_network(cfg["model_name"], cfg["dataset_path"])
+    model = load_model(cfg)
     sae.cfg = complete_cfg(sae.cfg, model)
-    activation_store = ActivationsStore(model, sae.cfg, held_out_only=True)
+    activation_store = ActivationsStore(model, cfg, held_out_only=True)
     trained_on = record.get("_provenance", {}).get("heldout_tokens_sha256")
-    if trained_on not in (None, activation_store.fingerprint()):
+    if dataset_path is None and trained_on not in (None, activation_store.fingerprint()):
         tell(f"warning: {sae.cfg['dataset_path']} has changed since training: the SAE may have seen held-out text")
     return sae, model, activation_store
 
@@ -432,9 +443,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
     parser.add_argument("--eval-tokens", type=int, metavar="N", help="use only the first N held-out tokens")
+    parser.add_argument("--dataset-path", metavar="TEXT", help="use another dataset: hub name, local file or folder")
     args = parser.parse_args(argv)
-    sae, _, activation_store = open_run(args.run)
+    sae, _, activation_store = open_run(args.run, args.dataset_path)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
+    of_run = read_record(args.run / "evaluation.json") or read_record(args.run / "result.json")
+    name, text, other = "evaluation.json", "held-out contexts", {}
+    if args.dataset_path is not None:
+        name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"
+        text, other = f"contexts of {args.dataset_path}, each", {"dataset_path": args.dataset_path}
     if args.eval_tokens is not None:
         if not 1 <= args.eval_tokens <= contexts.numel():
             raise InputError(
@@ -444,12 +461,14 @@ def main(argv: list[str]) -> None:
         contexts = activation_store.eval_contexts = contexts[: -(-args.eval_tokens // seq_len)]
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     try:  # before the table is printed, which fails if stdout is closed
-        write_json(args.run / "evaluation.json", {"eval_tokens": contexts.numel()} | metrics)
+        write_json(args.run / name, other | {"eval_tokens": contexts.numel()} | metrics)
     except OSError as error:
-        raise InputError(f"{args.run / 'evaluation.json'} cannot be written: {one_line(error)}") from error
+        raise InputError(f"{args.run / name} cannot be written: {one_line(error)}") from error
     finally:
-        print(f"{sae.cfg['name']} on {len(contexts)} held-out contexts of {seq_len} tokens")
+        print(f"{sae.cfg['name']} on {len(contexts)} {text} of {seq_len} tokens")
         print(table(metrics))
+        if other and "l0" in of_run:
+            print(f"l0 on the run's own held-out text: {with_error(of_run, 'l0')}")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
     skipped += ", without the excluded tokens" if cfg["exclude_tokens"] is not None else ""
     return (
         f"On the first {num_tokens:,} tokens of `{cfg['dataset_path']}`, which were held out from training{skipped}; "
-        f"± one standard error over contexts.\n\n{markdown_table(('metric', 'value', 'meaning'), rows)}"
+        f"± one standard error over documents.\n\n{markdown_table(('metric', 'value', 'meaning'), rows)}"
     )
 
 

@@ -11,11 +11,15 @@ PNG and PDF, and the numbers of finished runs:
     results_curves        loss and dead features during training; unfinished runs are thin lines with a hollow end
     results_histograms    L0 per token, and density of the features
     results.csv, .md      one row per run; one row per configuration, with mean ± standard error over seeds
+
+Where a configuration has SAEs of several seeds in the folder, results.md also has `mmcs`, the agreement between seeds
+(mmcs_over_seeds). Its values are kept in mmcs.json, because a pair of the paper's SAEs takes seconds.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +31,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import FuncFormatter, LogLocator
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from tqdm import tqdm
 
 from config import KEYS, MIN_L0, RECORDED, TOP_K_TYPES
 from console import InputError, run_command, tell
@@ -172,7 +179,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
-    metrics = [key for key in metrics if not key.endswith("_se")]  # over contexts, not seeds
+    metrics = [key for key in metrics if not key.endswith("_se")]  # over documents, not seeds
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
@@ -184,6 +191,62 @@ def died(run: RunRecord) -> bool:
     return run.summary.get("l0", MIN_L0) < MIN_L0
 
 
+def mmcs_over_seeds(folder: Path, points: pd.DataFrame) -> pd.Series:
+    """The mean of mmcs over all pairs of seeds of each point; NaN without two SAEs in the sweep's folder.
+
+    The values of pairs are kept in mmcs.json, by the SHA-256 of the weights. Raises InputError for a corrupt SAE.
+    """
+    path = folder / "mmcs.json"
+    known, found = read(path), {}
+
+    def of_pair(a: Path, b: Path) -> float:
+        key = " ".join(sorted(read(sae / "cfg.json")["weights_sha256"] for sae in (a, b)))
+        found[key] = known[key] if key in known else mmcs(alive_decoder(a), alive_decoder(b))
+        return found[key]
+
+    def of_point(runs: list[RunRecord]) -> float:
+        saes = [folder / run.name / "sae" for run in runs]
+        saes = [sae for sae in saes if "weights_sha256" in read(sae / "cfg.json")]  # older SAEs have no digest
+        return np.mean([of_pair(*pair) for pair in combinations(saes, 2)]) if len(saes) > 1 else np.nan
+
+    progress = tqdm(points["run"], desc="comparing seeds", leave=False, delay=2)
+    values = pd.Series([of_point(runs) for runs in progress], points.index, dtype=float)
+    if found != known:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=2))
+        temporary.replace(path)
+    return values
+
+
+def alive_decoder(sae: Path) -> np.ndarray:
+    """The decoder rows [n, d], of norm 1, of the features that were not dead when training ended."""
+    try:
+        tensors = load_file(sae / "sae_weights.safetensors")
+        alive = tensors["num_batches_not_active"] < read(sae / "cfg.json")["n_batches_to_dead"]
+        rows = tensors["W_dec"][alive].astype(np.float32)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{sae} is corrupt: {' '.join(str(error).split())}") from error
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def mmcs(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean maximal cosine similarity of two dictionaries [m, d] and [n, d] with rows of norm 1: the mean over rows of
+    the cosine with the most similar row of the other dictionary, averaged over both directions. NaN if one is empty.
+
+    From Sharkey et al., Taking features out of superposition with sparse autoencoders (2022). PW-MCC (arXiv 2505.20254)
+    instead matches features one to one, which needs an assignment solver and time cubic in F; with the same cosines it
+    is at most the MMCS. Dead features are left out: their rows stay where they died, near a random direction.
+    """
+    if not (len(a) and len(b)):
+        return np.nan
+    best_of_b, best_of_a = np.full(len(b), -1, np.float32), []
+    for rows in np.array_split(a, -(-len(a) // 1024)):  # limits the memory
+        cosines = rows @ b.T
+        best_of_a.append(cosines.max(1))
+        best_of_b = np.maximum(best_of_b, cosines.max(0))
+    return float(np.concatenate(best_of_a).mean() + best_of_b.mean()) / 2
+
+
 def markdown_table(points: pd.DataFrame) -> str:
     """The main metrics, one row per configuration; mean ± standard error over several seeds. † marks dead runs."""
     rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
@@ -192,6 +255,8 @@ def markdown_table(points: pd.DataFrame) -> str:
         errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
         rows[metric] = rows[metric].map(form.format) + errors
     rows["l0"] += points["died"].map({True: " †", False: ""})
+    if "mmcs" in points:
+        rows["mmcs"] = points["mmcs"].map("{:.3f}".format).where(points["mmcs"].notna(), "")
     by_k = rows["sae_type"].isin(TOP_K_TYPES)
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
@@ -415,13 +480,18 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if len(finished):
         points = over_seeds(finished)
+        if (agreement := mmcs_over_seeds(folder, points)).notna().any():
+            points["mmcs"] = agreement
         finished.drop(columns="run").to_csv(folder / "results.csv", index=False)
         figures |= {"results": paper_figure(points), "results_pareto": pareto_figure(points)}
         if all(run.summary.get("histograms") for run in finished["run"]):
             figures["results_histograms"] = histograms_figure(points)
         else:
             notes.append("Some records have no histograms: no histogram figure")
-        text = [f"# {folder.name}", markdown_table(points), "Mean ± standard error over seeds.", *notes]
+        about = "Mean ± standard error over seeds."
+        if "mmcs" in points:
+            about += " mmcs: mean maximal cosine similarity of the alive features of two seeds, over all pairs."
+        text = [f"# {folder.name}", markdown_table(points), about, *notes]
         (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
         print(text[1])
     else:

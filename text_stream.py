@@ -38,7 +38,7 @@ from console import InputError, one_line, tell
 from dataset import COLUMNS, is_chat, load_text
 from hub import StreamError, hub_reachable, is_transient, limit_retries
 
-BATCH_DOCUMENTS = 32  # documents per call of the tokenizer, which is parallel
+BATCH_DOCUMENTS = 32  # documents per call of the tokenizer, which is parallel, and per token chunk
 PREFETCH_CHUNKS = 8  # token chunks that the thread may read ahead
 FINGERPRINT_BYTES, FINGERPRINT_BLOCK = 2**26, 2**16  # bytes of local data to hash (about), and per read
 TOKEN_COLUMNS = ("tokens", "input_ids")  # columns that hold only tokens
@@ -46,22 +46,40 @@ MAX_BACKOFF = 60  # seconds before a retry: 1, 2, 4, ... up to this
 
 
 class TextStream:
-    """The contexts [n, seq_len] of a config's dataset, in order. The first `num_held_out` are held out in `held_out`.
+    """The contexts [n, seq_len] of a config's dataset, in order. The first `num_held_out` are held out in `held_out`;
+    `held_out_documents` [n] numbers the documents in which they begin: 0, 0, 1, ...
 
     Later epochs also begin after the held-out tokens. Raises InputError for a dataset that cannot be opened, is empty,
-    has none of COLUMNS or has no tokens after the held-out ones. Reading raises InputError for data that cannot be used
+    has none of COLUMNS or has no tokens after the held-out ones. With `held_out_only` one context is enough, and
+    `held_out` has fewer than `num_held_out` of a short dataset. Reading raises InputError for data that cannot be used
     and StreamError if the hub stays down.
     """
 
-    def __init__(self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int):
+    def __init__(
+        self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int, held_out_only: bool = False
+    ):
         self.reader = DocumentReader(cfg, tokenizer, d_vocab)
         self.seq_len, self.bos_per_context = seq_len, cfg["bos_per_context"] and bool(self.reader.bos)
         self.reset(self.reader.token_chunks(self.reader.beginning, num_epochs=1))  # without prefetching
-        self.held_out = self.contexts(num_held_out)
-        if len(self.held_out) < num_held_out or not self.buffer_tokens(1):
+        contexts, starts = [torch.empty(0, seq_len, dtype=torch.int64)], []
+        self.reader.batch_documents = 1  # so that a token chunk is a document
+        while len(starts) < num_held_out and self.buffer_tokens(1):
+            position = self.buffered[0][0]
+            contexts.append(self.contexts(1))
+            if len(contexts[-1]) == 0:
+                break
+            starts.append((position["shard"], position["row"]))
+        self.reader.batch_documents = BATCH_DOCUMENTS
+        self.held_out, documents = torch.cat(contexts), {start: i for i, start in enumerate(dict.fromkeys(starts))}
+        self.held_out_documents = torch.tensor([documents[start] for start in starts])
+        needed = f"eval_tokens = {cfg['eval_tokens']:,} to hold out and num_tokens = {cfg['num_tokens']:,} to train on"
+        enough = len(self.held_out) == num_held_out and self.buffer_tokens(1)
+        if held_out_only:
+            needed, enough = f"seq_len = {seq_len} to evaluate on", len(self.held_out)
+        if not enough:
             raise InputError(
                 f"{self.reader.where} is too short: it has {self.num_taken + self.num_buffered:,} tokens; it must have "
-                f"eval_tokens = {cfg['eval_tokens']:,} to hold out and num_tokens = {cfg['num_tokens']:,} to train on"
+                f"{needed}"
             )
         self.reader.num_held_out = self.num_taken
         self.load_state_dict(self.state_dict())
@@ -204,6 +222,7 @@ class DocumentReader:
             limit_retries()
         self.dataset, self.column, self.shard_names, self.commit = self.with_retries(lambda: load_text(cfg))
         self.num_held_out = 0  # tokens at the beginning of the stream that later epochs skip
+        self.batch_documents = BATCH_DOCUMENTS
 
     def fingerprint(self) -> dict:
         """Identifies the data: the SHA-256 of local files, and the commit of a hub dataset.
@@ -265,7 +284,7 @@ class DocumentReader:
         while True:
             group, error = [], None  # small batches of several shards are tokenized together
             try:
-                while sum(len(batch) for _, batch in group) < BATCH_DOCUMENTS and (item := next(batches, None)):
+                while sum(len(batch) for _, batch in group) < self.batch_documents and (item := next(batches, None)):
                     group.append(item)
             except Exception as caught:  # raised below, after the tokens before it
                 error = caught
@@ -282,7 +301,7 @@ class DocumentReader:
         yield self.beginning | {"epoch": num_epochs or self.cfg["num_epochs"]}, np.empty(0, np.int64)
 
     def document_batches(self, position: dict, num_epochs: int) -> Iterator[tuple[dict, list]]:
-        """Yields (position of the first, documents) from a position's row on: up to BATCH_DOCUMENTS of one shard."""
+        """Yields (position of the first, documents) from a position's row on: up to batch_documents of one shard."""
         for epoch in range(position["epoch"], num_epochs):
             for shard, data in enumerate(shards(self.dataset, position["shard"]), position["shard"]):
                 start = position if shard == position["shard"] else self.beginning
@@ -307,7 +326,7 @@ class DocumentReader:
                 while True:
                     if row > state_row:
                         state, state_row = copy.deepcopy(data.state_dict()), row
-                    for document in islice(rows, BATCH_DOCUMENTS):
+                    for document in islice(rows, self.batch_documents):
                         batch.append(document.get(self.column))
                     if not batch:
                         return

@@ -102,7 +102,7 @@ def reconstruct_by_hand(sae, batch: list[torch.Tensor], batch_top_k: bool) -> tu
 
 
 def ratio_by_hand(a: list[float], b: list[float]) -> tuple[float, float]:
-    """Σa / Σb over contexts, and its standard error by the delta method."""
+    """Σa / Σb over documents, and its standard error by the delta method."""
     n, ratio = len(a), sum(a) / sum(b)
     squares = sum((x - ratio * y) ** 2 for x, y in zip(a, b))
     return ratio, math.sqrt(squares / (n - 1) / n) / (sum(b) / n)
@@ -116,10 +116,10 @@ def share_by_hand(of, parts: list[list]) -> tuple[float, float]:
     return of([context for part in parts for context in part]), math.sqrt((n - 1) / n * squares)
 
 
-def metrics_by_hand(
-    hf_model, sae, contexts: list[list[int]], skip: int, batch_top_k: bool, measured: int, excluded: tuple = ()
-) -> dict:
+def metrics_by_hand(hf_model, sae, store, skip: int, batch_top_k: bool, measured: int, excluded: tuple = ()) -> dict:
     """All metrics as (value, standard error) on the first `measured` contexts; the held-out mean is over all."""
+    contexts, documents = store.eval_contexts.tolist(), store.eval_documents[:measured].tolist()
+    num_documents = len(set(documents))
     kept = [kept_positions(tokens, skip, excluded) for tokens in contexts]
     acts = [[plain_forward(hf_model, tuple(tokens))[0][t] for t in at] for tokens, at in zip(contexts, kept)]
     held_out = [x.double() for rows in acts for x in rows]
@@ -164,23 +164,27 @@ def metrics_by_hand(
     def lost(key, other="original"):
         return [x - y for x, y in zip(ce[key], ce[other])]
 
+    def of_documents(a: list, b: list) -> tuple[float, float]:
+        a, b = ([sum(x for x, j in zip(of, documents) if i == j) for i in range(num_documents)] for of in (a, b))
+        return ratio_by_hand(a, b)
+
     each = [len(rows) for rows in acts[:measured]]
-    parts = [[] for _ in range(min(measured, evaluation.MAX_PARTS))]
+    parts = [[] for _ in range(min(num_documents, evaluation.MAX_PARTS))]
     for i in range(measured):
-        parts[i * len(parts) // measured].append((times_active[i], each[i]))
+        parts[documents[i] * len(parts) // num_documents].append((times_active[i], each[i]))
     return {
-        "nmse": ratio_by_hand(sums["nmse"], each),
-        "fvu": ratio_by_hand(sums["error"], sums["variance"]),
-        "cosine_similarity": ratio_by_hand(sums["cosine"], each),
-        "l0": ratio_by_hand(sums["l0"], each),
+        "nmse": of_documents(sums["nmse"], each),
+        "fvu": of_documents(sums["error"], sums["variance"]),
+        "cosine_similarity": of_documents(sums["cosine"], each),
+        "l0": of_documents(sums["l0"], each),
         "dead_fraction": share_by_hand(dead, parts),
         "dense_fraction": share_by_hand(dense, parts),
-        "ce_original": ratio_by_hand(ce["original"], each_prediction),
-        "ce_zero_ablated": ratio_by_hand(ce["zero"], each_prediction),
-        "ce_mean_ablated": ratio_by_hand(ce["mean"], each_prediction),
-        "ce_reconstructed": ratio_by_hand(ce["reconstructed"], each_prediction),
-        "ce_degradation": ratio_by_hand(lost("reconstructed"), each_prediction),
-        "kl_divergence": ratio_by_hand(ce["kl"], each_prediction),
-        "recovery_from_zero": ratio_by_hand(lost("zero", "reconstructed"), lost("zero")),
-        "recovery_from_mean": ratio_by_hand(lost("mean", "reconstructed"), lost("mean")),
+        "ce_original": of_documents(ce["original"], each_prediction),
+        "ce_zero_ablated": of_documents(ce["zero"], each_prediction),
+        "ce_mean_ablated": of_documents(ce["mean"], each_prediction),
+        "ce_reconstructed": of_documents(ce["reconstructed"], each_prediction),
+        "ce_degradation": of_documents(lost("reconstructed"), each_prediction),
+        "kl_divergence": of_documents(ce["kl"], each_prediction),
+        "recovery_from_zero": of_documents(lost("zero", "reconstructed"), lost("zero")),
+        "recovery_from_mean": of_documents(lost("mean", "reconstructed"), lost("mean")),
     }

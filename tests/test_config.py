@@ -30,6 +30,7 @@ OTHER_VALUE = {
     "l1_coeff": 1e-9,
     "bandwidth": 0.002,
     "n_batches_to_dead": 6,
+    "feature_shards": 2,
     "input_unit_norm": False,
     "dtype": "float64",
     "seed": 50,
@@ -134,7 +135,14 @@ def test_a_key_changes_the_name_or_is_documented_as_not_changing_the_result(key)
 def test_not_in_name_holds_only_what_cannot_change_the_result():
     """What is left out of the name is how a run is recorded, how its data come, and what follows from other keys."""
     records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
-    no_result = records | {"keep_checkpoints", "save_errors", "device", "stream_retries", "activation_cache"}
+    no_result = records | {
+        "keep_checkpoints",
+        "save_errors",
+        "device",
+        "stream_retries",
+        "activation_cache",
+        "feature_shards",
+    }
     assert {key for key in KEYS if not KEYS[key].in_name} == no_result | {"act_size"}
     assert {key for key in KEYS if not KEYS[key].in_point} == no_result | {"seed"}
 
@@ -196,7 +204,7 @@ def test_a_cache_of_activations_is_identified_by_all_that_determines_them():
     in_no_cache = {  # hook_point and the model's width, which are in it, follow from site, layer and act_size
         "site", "layer", "act_size", "num_epochs", "num_batches_in_buffer", "shuffle_seed", "eval_skip_positions",
         "batch_size", "num_tokens", "device", "stream_retries", "activation_cache", "save_errors", "log_freq",
-        "perf_log_freq", "checkpoint_freq", "keep_checkpoints",
+        "perf_log_freq", "checkpoint_freq", "keep_checkpoints", "feature_shards",
     }  # fmt: skip
     assert {key for key in KEYS if KEYS[key].in_group and not KEYS[key].in_cache} == in_no_cache
     assert all(KEYS[key].in_group for key in KEYS if KEYS[key].in_cache)

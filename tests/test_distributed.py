@@ -430,5 +430,5 @@ def test_the_plan_of_several_ranks(model, training_cfg):
     ranks = run_ranks(3, times)
     first, *others = results_of(ranks)
     assert all(owners == first for owners in others) and len(set(first)) == 2
-    assert re.search(r"SAEs per rank: [01], [01], [01] \(a rank without .*at most .* GiB.* MiB received", ranks[0][1])
+    assert re.search(r"SAEs per rank: [01], [01], [01] \(ranks without .*at most .* GiB.* received", ranks[0][1])
     assert not ranks[1][1]

@@ -28,12 +28,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
+from benchmarks import fvu_by_token
 from checkpoint import save_sae, write_json
 from config import get_default_cfg, post_init_cfg
 from console import InputError, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
 from sae import SAE_CLASSES
+from shards import WHOLE
 from training_step import make_optimizer, training_step
 
 CONTEXTS = 6
@@ -98,13 +100,12 @@ def assert_equal_metrics(measured: dict, reference: dict, suffix: str = "") -> N
 def test_metrics_equal_a_plain_reference(model, hf_model, group, skip):
     """Every metric of every SAE type, and the _batch metrics of BatchTopK, follow their definitions."""
     store, saes = with_skip(group[0], skip), group[1]
-    contexts = store.eval_contexts.tolist()
-    assert len(contexts) == CONTEXTS
+    assert store.eval_documents.tolist() == [0, 1, 1, 1, 1, 2] and len(store.eval_contexts) == CONTEXTS
     results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
-        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS))
+        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, False, CONTEXTS))
         if name.startswith("batchtopk"):
-            by_hand = metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS)
+            by_hand = metrics_by_hand(hf_model, sae, store, skip, True, CONTEXTS)
             assert_equal_metrics(result, by_hand, "_batch")
             assert by_hand["l0"][0] == sae.cfg["top_k"], "the batch top-k keeps k features a token"
             assert result["l0"] != result["l0_batch"], "the threshold is not the batch top-k"
@@ -134,10 +135,10 @@ def test_excluded_tokens_count_in_no_metric(model, hf_model, group, skip):
     contexts = store.eval_contexts.tolist()
     results = evaluate(list(saes.values()), store, heldout_baseline(store))
     for (name, sae), result in zip(saes.items(), results):
-        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, False, CONTEXTS, ids))
+        assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, False, CONTEXTS, ids))
         assert sum(result["histograms"]["l0"]) == sum(token not in ids for c in contexts for token in c[skip:])
         if name.startswith("batchtopk"):
-            assert_equal_metrics(result, metrics_by_hand(hf_model, sae, contexts, skip, True, CONTEXTS, ids), "_batch")
+            assert_equal_metrics(result, metrics_by_hand(hf_model, sae, store, skip, True, CONTEXTS, ids), "_batch")
 
 
 def test_histograms_equal_a_plain_reference(model, hf_model, group):
@@ -169,7 +170,9 @@ def test_histograms_equal_a_plain_reference(model, hf_model, group):
 @pytest.mark.fast
 def test_histogram_bins_hold_every_density():
     """Features that are always active are in the last bin, those below the lowest edge in the first bin."""
-    counted = histograms(token_l0=torch.tensor([2] * 999 + [0]), times_active=torch.tensor([1000, 50, 1e-6, 0, 0]))
+    counted = histograms(
+        token_l0=torch.tensor([2] * 999 + [0]), times_active=torch.tensor([1000, 50, 1e-6, 0, 0]), shards=WHOLE
+    )
     assert counted["l0"] == [1, 0, 999]
     middle = [int(edge <= math.log10(0.05) < edge + 0.25) for edge in counted["log10_density_edges"][1:-2]]
     assert counted["log10_density"] == [1, *middle, 1] and sum(middle) == 1 and counted["never_active"] == 2
@@ -181,7 +184,7 @@ def test_metrics_on_the_first_contexts(model, hf_model, group):
     results = evaluate(list(saes.values()), store, heldout_baseline(store), num_contexts=3)
     for sae, result in zip(saes.values(), results):
         assert not {"dead_fraction", "dense_fraction", "histograms"} & result.keys()
-        reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, 3)
+        reference = metrics_by_hand(hf_model, sae, store, 1, False, 3)
         del reference["dead_fraction"], reference["dense_fraction"]
         assert_equal_metrics(result, reference)
 
@@ -281,17 +284,18 @@ def test_metrics_in_eval_do_not_depend_on_the_batches(model, group):
 
 
 def test_fractions_have_errors_over_parts(model, hf_model, group, monkeypatch):
-    """With more contexts than MAX_PARTS, the jackknife omits consecutive contexts together."""
+    """With more documents than MAX_PARTS, the jackknife omits consecutive documents together."""
     monkeypatch.setattr(evaluation, "MAX_PARTS", 4)
-    store, sae = group[0], group[1]["topk"]
+    store, sae = copy.copy(group[0]), group[1]["topk"]
+    store.eval_documents = torch.arange(CONTEXTS)
     (result,) = evaluate([sae], store, heldout_baseline(store))
-    reference = metrics_by_hand(hf_model, sae, store.eval_contexts.tolist(), 1, False, CONTEXTS)
+    reference = metrics_by_hand(hf_model, sae, store, 1, False, CONTEXTS)
     assert_equal_metrics(result, reference)
     assert result["dead_fraction_se"] > 0 and result["dense_fraction_se"] > 0
 
 
-def test_one_context_has_no_error(model, group):
-    """Standard errors need two contexts; with one, the metrics are finite and have no standard error."""
+def test_one_document_has_no_error(model, group):
+    """Standard errors need two documents; with one, the metrics are finite and have no standard error."""
     store, sae = group[0], group[1]["batchtopk"]
     (result,) = evaluate([sae], store, heldout_baseline(store), num_contexts=1)
     assert {"nmse", "kl_divergence", "recovery_from_mean_batch"} <= result.keys()
@@ -491,6 +495,66 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
         ]  # fmt: skip
         assert len({line.index(line.split()[1]) for line in lines}) == 1, "columns are aligned"
     assert (run_folder / "result.json").read_bytes() == result
+
+
+def test_fvu_by_token(model, group, run_folder, capsys):
+    """The parts of the groups make up the metrics of evaluate; the groups hold the tokens that their names say."""
+    store, sae = group[0], group[1]["batchtopk"]
+    (expected,) = evaluate([sae], store, heldout_baseline(store))
+    tokens, used, vocabulary = fvu_by_token.measure(run_folder)
+    assert tokens["id"].tolist() == store.eval_contexts[:, 1:].flatten().tolist() and len(vocabulary) == 4096
+    assert tokens["position"].tolist() == [*range(1, SEQ_LEN)] * CONTEXTS
+    for grouping in fvu_by_token.GROUPINGS:
+        table = fvu_by_token.shares(tokens, used, grouping)
+        for name, suffix in (("", ""), (" batch", "_batch")):
+            part = table[sae.cfg["name"] + name]
+            for what in ("fvu", "nmse", "l0"):
+                assert part[what]["all"] == pytest.approx(expected[what + suffix], rel=1e-5)
+                weights = 1 if what == "fvu" else table["", "tokens"].drop("all")
+                assert (part[what].drop("all") * weights).sum() == pytest.approx(part[what]["all"])
+        assert table["", "variance"].drop("all").sum() == pytest.approx(1)
+        groups = fvu_by_token.groups_of(tokens, grouping)
+        spans = tokens.groupby(groups, observed=True)[grouping].agg(["min", "max"])
+        assert (spans["max"].to_numpy()[:-1] < spans["min"].to_numpy()[1:]).all()
+    named = [[*map(int, name.split(" to "))] for name in spans.index]
+    assert [(name[0], name[-1]) for name in named] == list(spans.itertuples(index=False, name=None))
+    fvu_by_token.main([str(run_folder), "--plot", str(run_folder.parent / "tokens.png")])
+    assert f"| {sae.cfg['name']} batch | fvu |" in capsys.readouterr().out
+    assert (run_folder.parent / "tokens.png").stat().st_size > 10_000
+
+
+def test_command_on_other_text(model, group, tmp_path, capsys):
+    """It uses the other text's default split and column and all of its contexts, prints the run's own L0, and writes to
+    a file of its own.
+    """
+    sae, run = copy.copy(group[1]["batchtopk"]), tmp_path / "run"
+    sae.cfg = post_init_cfg(sae.cfg | {"dataset_column": "code", "dataset_split": "validation"})
+    save_sae(sae, run / "sae")
+    write_json(run / "config.json", sae.cfg | {"_provenance": {"heldout_tokens_sha256": group[0].fingerprint()}})
+    write_json(run / "evaluation.json", {"l0": 5.25, "l0_se": 0.125})
+    text = tmp_path / "letter.txt"
+    text.write_text("Dear Anna, thank you for the long letter about the garden. " * 4)
+    store = ActivationsStore(model, group[0].cfg | {"dataset_path": str(text)}, held_out_only=True)
+    assert 1 < len(store.eval_contexts) < CONTEXTS
+    (expected,) = evaluate([sae], store, heldout_baseline(store))
+    evaluation.main([str(run), "--dataset-path", str(text)])
+    (file,) = run.glob("evaluation_letter_*.json")
+    written = json.loads(file.read_text())
+    assert (written.pop("dataset_path"), written.pop("eval_tokens")) == (str(text), store.eval_contexts.numel())
+    assert written.pop("histograms") == expected.pop("histograms") and written == pytest.approx(expected, rel=1e-6)
+    printed, warnings = capsys.readouterr()
+    first, *_, last = printed.splitlines()
+    assert first == f"{sae.cfg['name']} on {len(store.eval_contexts)} contexts of {text}, each of {SEQ_LEN} tokens"
+    assert last == "l0 on the run's own held-out text: 5.2500 ± 0.1250"
+    assert "changed" not in warnings
+    assert json.loads((run / "evaluation.json").read_text()) == {"l0": 5.25, "l0_se": 0.125}
+
+    text.write_text("Another letter, about the sea and the long way there. " * 4)
+    evaluation.main([str(run), "--dataset-path", str(text)])
+    assert len(list(run.glob("evaluation_letter_*.json"))) == 2, "another text of the same name has its own file"
+    text.write_text("Dear")
+    with pytest.raises(InputError, match="letter.txt' is too short: it has . tokens; it must have seq_len = 16"):
+        evaluation.main([str(run), "--dataset-path", str(text)])
 
 
 def test_command_on_bad_input(run_folder, group, tmp_path):

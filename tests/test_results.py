@@ -1,6 +1,7 @@
 """results.py: tables and figures of records written by hand, and of the same runs in Weights & Biases."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import REPO
+from safetensors.numpy import save_file
 from wandb_server import WandbServer, offline_run
 
 import results
@@ -72,7 +74,7 @@ def by_hand(tmp_path):
         for seed in range(3 if by_k else 1):
             result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS))))
             result["l0"] = (point[2] if by_k else 20) + rng.uniform(-1, 1)
-            result |= {f"{metric}_se": 9.0 for metric in METRICS}  # over contexts, not over seeds
+            result |= {f"{metric}_se": 9.0 for metric in METRICS}  # over documents, not over seeds
             l0 = [0] * point[2] + [40] if point[0] == "topk" else rng.integers(1, 9, size=20 + seed).tolist()
             density = rng.multinomial(point[1] - 7, [0.25] * 4).tolist()
             histograms = {"l0": l0, "log10_density": density, "log10_density_edges": EDGES, "never_active": 7}
@@ -333,6 +335,56 @@ def test_figures_of_one_type(tmp_path, sae_type, alive):
     results.curves_figure(table).canvas.draw()
     plt.close("all")
     assert "†" in results.markdown_table(points)
+
+
+# Agreement between seeds
+
+
+def write_sae(run_folder: Path, rows: np.ndarray, not_active: list[int]) -> None:
+    """What results.py reads of a saved SAE; a feature is dead after 5 batches."""
+    tensors = {"W_dec": rows, "num_batches_not_active": np.array(not_active)}
+    (run_folder / "sae").mkdir()
+    save_file(tensors, run_folder / "sae" / "sae_weights.safetensors")
+    digest = hashlib.sha256((run_folder / "sae" / "sae_weights.safetensors").read_bytes()).hexdigest()
+    (run_folder / "sae" / "cfg.json").write_text(json.dumps({"weights_sha256": digest, "n_batches_to_dead": 5}))
+
+
+@pytest.mark.fast
+def test_agreement_between_seeds(tmp_path, capsys):
+    """The mean over pairs of seeds of the mean maximal cosine of alive features, from loops; kept in mmcs.json."""
+    rng, sweep, dictionaries = np.random.default_rng(0), tmp_path / "sweep", []
+    for seed, not_active in enumerate([[0, 4, 9, 0, 5, 1], [0, 0, 0, 0, 0, 0], [7, 0, 0, 7, 2, 0]]):
+        rows = rng.normal(size=(6, 4)).astype(np.float32)
+        write_sae(sweep / write_run(sweep, dict.fromkeys(METRICS, 0.5), seed=seed), rows, not_active)
+        dictionaries.append([row for row, batches in zip(rows, not_active) if batches < 5])
+    write_run(sweep, dict.fromkeys(METRICS, 0.5), top_k=8)  # one seed, and no SAE
+
+    def best(row, others) -> float:
+        return max(row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in others)
+
+    pairs = [(a, b) for i, a in enumerate(dictionaries) for b in dictionaries[:i]]
+    both = [np.mean([best(row, b) for row in a]) + np.mean([best(row, a) for row in b]) for a, b in pairs]
+    points = finished_points(sweep)
+    found = results.mmcs_over_seeds(sweep, points)
+    np.testing.assert_allclose(found, [np.nan, np.mean(both) / 2], rtol=1e-5)
+    results.draw_results(sweep)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert [line.split("|")[-2].strip() for line in lines] == ["mmcs", "----:", "", f"{np.mean(both) / 2:.3f}"]
+
+    (weights, *_) = sweep.glob("*_512_16_*/sae/*.safetensors")
+    weights.write_bytes(b"cut off")
+    pd.testing.assert_series_equal(results.mmcs_over_seeds(sweep, points), found)
+    (sweep / "mmcs.json").unlink()
+    with pytest.raises(InputError, match=f"^{re.escape(str(weights.parent))} is corrupt: .*$"):
+        results.mmcs_over_seeds(sweep, points)
+
+
+def test_agreement_of_many_features():
+    """More than one block of rows, and a dictionary without features."""
+    a, b = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in np.random.default_rng(0).normal(size=(2, 2500, 3)))
+    wanted = ((a @ b.T).max(1).mean() + (a @ b.T).max(0).mean()) / 2
+    assert results.mmcs(a, b) == pytest.approx(wanted, rel=1e-6) and np.isnan(results.mmcs(a, b[:0]))
+    assert results.mmcs(a, a[::-1]) == pytest.approx(1)
 
 
 def test_unfinished_runs_are_named_and_skipped(by_hand, tmp_path):

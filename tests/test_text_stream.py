@@ -8,7 +8,9 @@ import random
 import shutil
 import textwrap
 import threading
+from bisect import bisect
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
@@ -75,6 +77,12 @@ def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_pe
     stream = make_stream(jsonl(documents, "tokens"), num_epochs=num_epochs, bos_per_context=bos_per_context)
     held_out, contexts, dropped = reference_stream(documents, num_epochs, bos_per_context)
     assert stream.held_out.tolist() == held_out
+    begins, at, of_contexts = list(accumulate(map(len, documents), initial=0)), 0, []
+    for _ in held_out:
+        of_contexts.append(bisect(begins, at))
+        at += SEQ_LEN - (bos_per_context and at not in begins)
+    numbers = [sorted(set(of_contexts)).index(document) for document in of_contexts]
+    assert stream.held_out_documents.tolist() == numbers
     rng, found = random.Random(seed), []
     while len(part := stream.contexts(rng.randint(1, 9))):
         found += part.tolist()
