@@ -110,6 +110,29 @@ def form(request, monkeypatch):
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
 
 
+# Commands
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """The commands as a user without an account or settings runs them. For them, the hub is what listens on
+    `program.port`: nothing, unless a test starts a hub_server.Hub there.
+    """
+    from fork_server import ForkServer
+    from helpers import unused_port
+
+    home, port = tmp_path_factory.mktemp("home"), unused_port()
+    settings = ("WANDB_", "HF_", "TRANSFORMERS_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
+    env |= {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_DISABLE_XET": "1"}
+    with ForkServer(env) as server:
+        server.port = port
+        yield server
+
+
 # Training
 
 

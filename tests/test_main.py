@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fork_server import ForkServer
 from helpers import DEMO_LM, REPO
 
 # Few tokens, and all runs in one group, so that a sweep takes seconds.
@@ -21,20 +20,10 @@ TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", 
 DEMO_RUNS, PAPER_RUNS = 18, 15
 
 
-def environment(home: Path) -> dict:
-    """No network, account or user settings: the hub is a closed port."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HF_"))}
-    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
-    home.mkdir(parents=True, exist_ok=True)
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
-    return env | offline | {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """The program of a user without account or network."""
-    with ForkServer(environment(tmp_path_factory.mktemp("home"))) as server:
-        yield server
+def run_main(program, *args) -> subprocess.CompletedProcess:
+    """`python main.py ARGS` of a user without account or network."""
+    env = {key: value for key, value in program.env.items() if key != "WANDB_MODE"}
+    return program.run("main.py", *args, env=env)
 
 
 def run_folders(sweep: Path) -> list[Path]:
@@ -49,12 +38,11 @@ def snapshot(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(program, tmp_path_factory):
     """`python main.py demo` with fewer tokens: its arguments, what it said, the folder of its runs."""
     folder = tmp_path_factory.mktemp("demo")
     args = ["demo", *TINY[:3], "perf_log_freq=6", f"output_dir={folder / 'runs'}"]
-    done = dict(capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
-    first = subprocess.run([sys.executable, "main.py", *args], cwd=REPO, env=environment(folder / "home"), **done)
+    first = run_main(program, *args)
     assert first.returncode == 0, first.stderr
     (sweep,) = (folder / "runs").iterdir()
     return args, first, sweep
@@ -132,7 +120,7 @@ def merged(program, tmp_path_factory):
     """A demo whose overrides make all runs equal, with two seeds."""
     folder = tmp_path_factory.mktemp("merged")
     overrides = ["sae_type=batchtopk", "top_k=4", "l1_coeff=0", *TINY, f"output_dir={folder / 'runs'}"]
-    done = program.run("main.py", "demo", *overrides, "--seeds", "1", "2")
+    done = run_main(program, "demo", *overrides, "--seeds", "1", "2")
     assert done.returncode == 0, done.stderr
     (sweep,) = (folder / "runs").iterdir()
     return done, sweep
@@ -389,7 +377,7 @@ def test_bad_input_as_a_user_sees_it(program, bad_files):
     ]
     patterns = ["sae_type = 'topkk'", "broken.jsonl", "short.jsonl' is too short"]
     for args, pattern in zip(cases, patterns):
-        process = program.run("main.py", *args, f"output_dir={bad_files / 'runs'}")
+        process = run_main(program, *args, f"output_dir={bad_files / 'runs'}")
         lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: l1_coeff is 0")]
         assert re.search(pattern, the_error(process.returncode, "\n".join(lines)))
         assert "Traceback" not in process.stderr and process.stdout == ""
@@ -399,7 +387,7 @@ def test_bad_input_as_a_user_sees_it(program, bad_files):
 
 def test_without_a_network_it_points_to_the_demo(program, tmp_path):
     """`python main.py` without a network ends with one or two lines that suggest alternatives; no files are left."""
-    done = program.run("main.py", f"output_dir={tmp_path / 'runs'}")
+    done = run_main(program, f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 2
     assert 1 <= len(done.stderr.splitlines()) <= 2
     for text in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):
