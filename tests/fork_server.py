@@ -26,7 +26,7 @@ import datasets, matplotlib.pyplot, pandas, torch.distributed.run, wandb
 import transformer_lens.model_bridge, transformer_lens.supported_models
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-def run(args, env, cwd, out, err, timeout):
+def run(args, env, cwd, out, err, timeout, figures):
     signal.alarm(timeout)
     write = os.O_CREAT | os.O_APPEND | os.O_WRONLY
     for path, flags, fd in ((os.devnull, os.O_RDONLY, 0), (out, write, 1), (err, write, 2)):
@@ -37,6 +37,10 @@ def run(args, env, cwd, out, err, timeout):
     sys.argv = args
     code = 0
     try:
+        if not figures:
+            sys.path[0] = cwd
+            import results
+            results.draw_results = lambda *_: None
         if sys.argv[0] == "-c":
             sys.path[0] = cwd
             exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})
@@ -112,12 +116,16 @@ class ForkServer:
         assert answer, self.warnings.read_text()
         return json.loads(answer)
 
-    def start(self, *args, out: Path, err: Path, env: dict | None = None, cwd: Path = REPO, timeout=300) -> Forked:
-        """Start `python ARGS`. Its output is appended to the files `out` and `err`. After `timeout` s it is ended."""
+    def start(
+        self, *args, out: Path, err: Path, env: dict | None = None, cwd: Path = REPO, timeout=300, figures=True
+    ) -> Forked:
+        """Start `python ARGS`. Its output is appended to the files `out` and `err`. After `timeout` s it is ended.
+        Without `figures`, main.py does not draw the results, which takes longer than to train a small sweep.
+        """
         for path in (out, err):
             path.touch()
         job = dict(args=list(map(str, args)), env=self.env if env is None else env, cwd=str(cwd), timeout=timeout)
-        return Forked(self, self.request(job | dict(out=str(out), err=str(err))))
+        return Forked(self, self.request(job | dict(out=str(out), err=str(err), figures=figures)))
 
     def run(self, *args, **how) -> subprocess.CompletedProcess:
         """`python ARGS`. What the imports print on stderr is part of each command's stderr."""

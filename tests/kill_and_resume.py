@@ -59,7 +59,7 @@ def start(args: list[str], log: Path, program=None, ranks: int = 0, dump: Path |
     elif dump:
         args = ["-c", DUMPING, str(dump), *args[1:]]
     if program:
-        return program.start(*args, out=log, err=log, env=environment())
+        return program.start(*args, out=log, err=log, env=environment(), figures=bool(ranks))
     with open(log, "a") as output:
         return subprocess.Popen([sys.executable, *args], env=environment(), stdout=output, stderr=output, cwd=REPO)
 

@@ -151,7 +151,7 @@ def local_record(folder, program, tmp_path_factory) -> dict:
 def run_python(program, *arguments) -> subprocess.CompletedProcess:
     """Run Python in the repository root, with an empty cache."""
     empty_cache(program)
-    return program.run(*arguments)
+    return program.run(*arguments, figures=False)
 
 
 def run_demo(folder: Path, program, **overrides) -> subprocess.CompletedProcess:

@@ -147,7 +147,7 @@ def repos(tmp_path_factory) -> dict:
 def run_python(program, script: str, *arguments) -> subprocess.CompletedProcess:
     """Run a script in the repository root, with an empty cache."""
     empty_cache(program)
-    return program.run("-c", IMPATIENT + script, *arguments)
+    return program.run("-c", IMPATIENT + script, *arguments, figures=False)
 
 
 def random_faults(seed: int, share: float):
