@@ -3,7 +3,6 @@
 import gc
 import re
 import statistics
-import subprocess
 import sys
 import time
 import weakref
@@ -43,14 +42,12 @@ print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("largest", ["weights", "activations"])
-def test_memory_estimate(training_cfg, largest):
+def test_memory_estimate(training_cfg, program, largest):
     """The peak memory of a training process is at most the estimate, and at least half of it."""
     sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
     few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
     cfgs = [training_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK.format(repo=str(REPO), cfgs=cfgs)], capture_output=True, text=True, timeout=100
-    )
+    done = program.run("-c", PEAK.format(repo=str(REPO), cfgs=cfgs))
     assert done.returncode == 0, done.stderr
     estimate, peak = map(int, done.stdout.split())
     assert 0.5 * estimate < peak < estimate

@@ -47,7 +47,7 @@ def test_demo_command_then_examples(clone, program):
     examples = {name: ALL_EXAMPLES.findall(text) for name, text in TEXT.items() if "```python" in text}
     assert {name: len(found) for name, found in examples.items()} == {"README.md": 1, "docs/config.md": 1}
     (inference,), (training,) = examples["README.md"], examples["docs/config.md"]
-    done = program.run("-c", training.replace("100_000", "10_000"), cwd=clone)
+    done = program.run("-c", training.replace("100_000", "10_000").replace("8192", "4096"), cwd=clone)
     assert done.returncode == 0, done.stderr
     nmse, l0, _ = map(float, done.stdout.split())
     assert 0 < nmse < 1 and 0 < l0 < 512

@@ -233,7 +233,7 @@ def test_real_kills(tmp_path, program):
     kills = [(signal.SIGKILL, "save", 0), (signal.SIGKILL, "evaluation", 0)]
     kills += [(signal.SIGTERM, "", 1), (signal.SIGKILL, "", 2)]
     hits = kill_and_resume(
-        tmp_path, kills, random.Random(7), 0.5, "top_k=8", "l1_coeff=0.01", "num_tokens=25_000", delay=0.2, ranks=3,
+        tmp_path, kills, random.Random(7), 0.5, "top_k=8", "l1_coeff=0.01", "num_tokens=17_000", delay=0.2, ranks=3,
         program=program,
     )  # fmt: skip
     assert hits["rank 0 of 1 (SIGTERM)"] and sum(hits[f"rank {i} of 2 (SIGKILL)"] for i in range(2))

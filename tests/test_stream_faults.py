@@ -196,8 +196,9 @@ def readings(program, repos) -> dict[str, SimpleNamespace]:
 
     for name, (_, seed, resumes, changes) in READINGS.items():
         cfg = stream_cfg(
-            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
-        )
+            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400,
+            model_batch_size=25, **changes,
+        )  # fmt: skip
         keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
         requested.append((keys, random.Random(seed).sample(range(100), resumes)))
     datasets = {f"datasets/someone/{name}": repos[f"datasets/someone/{kind}"] for name, (kind, *_) in READINGS.items()}
