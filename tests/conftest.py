@@ -8,14 +8,20 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels on CPU tensors; it has to be set before Triton is imported
 pytest.register_assert_rewrite("helpers")
 
-# Fixtures import the project when they are built: after the lines above, and only in the processes that run tests.
+# Fixtures import torch and the project when they are built: only in the processes that run tests.
+
+
+def pytest_collectstart():
+    """Before a test file is imported: kernels run on CPU tensors if this is set before Triton is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
 
 # These files take longest. They are begun first, so that both processes end at about the same time.
 SLOWEST = ["test_resume", "test_stream_faults", "test_main", "test_triton_ops", "test_readme", "test_hub", "test_wandb"]
@@ -29,6 +35,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """These tensors are too small to share between threads."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
