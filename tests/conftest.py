@@ -24,7 +24,8 @@ def pytest_collectstart():
 
 
 # These files take longest. They are begun first, so that both processes end at about the same time.
-SLOWEST = ["test_resume", "test_stream_faults", "test_main", "test_triton_ops", "test_readme", "test_hub", "test_wandb"]
+SLOWEST = ["test_resume", "test_stream_faults", "test_triton_ops", "test_main", "test_results", "test_readme"]
+SLOWEST += ["test_distributed", "test_wandb", "test_plan", "test_sparse_ops"]
 
 
 def pytest_collection_modifyitems(items):
