@@ -232,12 +232,10 @@ def test_real_kills(tmp_path, program):
     """
     kills = [(signal.SIGKILL, "save", 0), (signal.SIGKILL, "evaluation", 0)]
     kills += [(signal.SIGTERM, "", 1), (signal.SIGKILL, "", 2)]
-    hits = kill_and_resume(
-        tmp_path, kills, random.Random(7), 0.5, "top_k=8", "l1_coeff=0.01", "num_tokens=17_000", delay=0.2, ranks=3,
-        program=program,
-    )  # fmt: skip
+    overrides = ("top_k=8", "l1_coeff=0.01", "num_tokens=17_000", "eval_tokens=256")
+    hits = kill_and_resume(tmp_path, kills, random.Random(7), 1, *overrides, delay=0.2, ranks=3, program=program)
     assert hits["rank 0 of 1 (SIGTERM)"] and sum(hits[f"rank {i} of 2 (SIGKILL)"] for i in range(2))
-    assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
+    assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"] and hits["a corrupt checkpoint"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -587,7 +585,7 @@ def test_a_full_disk(tmp_path, program):
     script = f"{mount} && echo mounted && read line && mount -o remount,size=99m {tmp_path} && echo larger && read line"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(["unshare", "-rm", "sh", "-c", script], **pipes) as shell:
-        args = command(tmp_path, "sae_type=topk", "l1_coeff=0", "num_tokens=10_000")[1:]
+        args = command(tmp_path, "sae_type=topk", "l1_coeff=0", "num_tokens=10_000", "eval_tokens=256")[1:]
         args, how = ["-c", IN_NAMESPACES_OF, shell.pid, *args], dict(env=environment(), figures=False)
         inside = Path(f"/proc/{shell.pid}/root{tmp_path}")
         assert shell.stdout.readline() == "mounted\n"

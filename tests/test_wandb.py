@@ -132,9 +132,8 @@ def local_record(output_dir: Path) -> tuple[list[dict], dict]:
 def test_an_online_run_is_resumed_by_its_id(tmp_path, program, server):
     """Killed when W&B has more steps than the checkpoint: the same command resumes that run, which ends finished, with
     every step once, as in the local record, and the result."""
-    args = command(
-        tmp_path / "runs", *ONE_SAE, "wandb_project=project", "num_tokens=12_000", "log_freq=1", "checkpoint_freq=10"
-    )
+    few = ("num_tokens=12_000", "eval_tokens=256", "log_freq=1", "checkpoint_freq=10")
+    args = command(tmp_path / "runs", *ONE_SAE, "wandb_project=project", *few)
     env = {key: value for key, value in program.env.items() if key != "WANDB_MODE"} | credentials(server)
     log = tmp_path / "log"
     how = dict(out=log, err=log, env=env, figures=False)
