@@ -232,7 +232,7 @@ def test_real_kills(tmp_path, program):
     """
     kills = [(signal.SIGKILL, "save", 0), (signal.SIGKILL, "evaluation", 0)]
     kills += [(signal.SIGTERM, "", 1), (signal.SIGKILL, "", 2)]
-    overrides = ("top_k=8", "l1_coeff=0.01", "num_tokens=17_000", "eval_tokens=256")
+    overrides = ("top_k=8", "l1_coeff=0.01", "num_tokens=17_000", "eval_tokens=256", "checkpoint_freq=1")
     hits = kill_and_resume(tmp_path, kills, random.Random(7), 1, *overrides, delay=0.2, ranks=3, program=program)
     assert hits["rank 0 of 1 (SIGTERM)"] and sum(hits[f"rank {i} of 2 (SIGKILL)"] for i in range(2))
     assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"] and hits["a corrupt checkpoint"]
