@@ -5,15 +5,17 @@ buffer is harvested, shuffled, and handed out batch by batch. Its content depend
 a resumed run harvests only the buffer that it stopped in.
 """
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
 import distributed
 from activation_cache import ActivationCache
@@ -21,6 +23,9 @@ from config import num_steps, values_of
 from console import InputError, tell
 from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint, tokenizer_of
 from text_stream import TextStream
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 MAX_COUNTED = 20_000_000  # tokens of a local dataset to count before training; a million takes about 1 s
 

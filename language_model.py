@@ -6,6 +6,8 @@ possible: up to the module at the hook point to harvest activations, and from th
 module, or its output differs from the bridge's, the bridge is run instead.
 """
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import os
@@ -15,16 +17,18 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.supported_models import MODEL_ALIASES
 
 from config import post_init_cfg
 from console import InputError, one_line, tell
 from hub import StreamError, is_hub_name, is_transient, offline_hint, set_timeouts
 from sparse_ops import full_precision, screen_dtype
+
+if TYPE_CHECKING:  # importing transformer_lens takes seconds, and commands that load no model do without it
+    from transformer_lens.model_bridge import TransformerBridge
 
 LOCAL_FILES = {  # a model's folder must have one file of each kind
     "config.json": ("config.json",),
@@ -50,6 +54,8 @@ def load_model(cfg: dict) -> TransformerBridge:
         raise InputError(f"{where}: no such folder, and not a hub name")
     else:
         set_timeouts()
+    from transformer_lens.model_bridge import TransformerBridge
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if slow := slow_dtype(cfg["device"], cfg["model_dtype"]):
@@ -102,6 +108,8 @@ def hub_name(model_name: str) -> str:
     """A model's name on the hub; aliases of transformer_lens are resolved. A local folder keeps its name."""
     if Path(model_name).exists():
         return model_name
+    from transformer_lens.supported_models import MODEL_ALIASES
+
     return next((name for name, aliases in MODEL_ALIASES.items() if model_name in aliases), model_name)
 
 

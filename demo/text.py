@@ -44,8 +44,10 @@ def documents(part: str) -> list[dict]:
     Raises FileNotFoundError if this Python has no source code of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path.relative_to(root) for path in root.rglob("*.py")]
-    paths = [path for path in paths if not {"site-packages", "dist-packages"} & set(path.parts)]
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = {*subfolders} - {"site-packages", "dist-packages"}
+        paths += [Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
     found = []
     for path in sorted(paths, key=path_hash):
         if part_of(path) == part:

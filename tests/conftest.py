@@ -8,17 +8,24 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels on CPU tensors; it has to be set before Triton is imported
 pytest.register_assert_rewrite("helpers")
 
-# Fixtures import the project when they are built: after the lines above, and only in the processes that run tests.
+# Fixtures import torch and the project when they are built: only in the processes that run tests.
+
+
+def pytest_collectstart():
+    """Before a test file is imported: kernels run on CPU tensors if this is set before Triton is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
 
 # These files take longest. They are begun first, so that both processes end at about the same time.
-SLOWEST = ["test_resume", "test_stream_faults", "test_main", "test_triton_ops", "test_readme", "test_hub", "test_wandb"]
+SLOWEST = ["test_resume", "test_stream_faults", "test_triton_ops", "test_main", "test_results", "test_readme"]
+SLOWEST += ["test_distributed", "test_wandb", "test_plan", "test_sparse_ops"]
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +36,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """These tensors are too small to share between threads."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -108,6 +117,29 @@ def form(request, monkeypatch):
 
     monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: request.param == "sparse")
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
+
+
+# Commands
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    """The commands as a user without an account or settings runs them. For them, the hub is what listens on
+    `program.port`: nothing, unless a test starts a hub_server.Hub there.
+    """
+    from fork_server import ForkServer
+    from helpers import unused_port
+
+    home, port = tmp_path_factory.mktemp("home"), unused_port()
+    settings = ("WANDB_", "HF_", "TRANSFORMERS_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
+    env |= {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HUB_DISABLE_XET": "1"}
+    with ForkServer(env) as server:
+        server.port = port
+        yield server
 
 
 # Training

@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -420,12 +422,13 @@ ONE_SMALL_RUN = dict(  # these overrides reduce the demo sweep to one run
 )  # fmt: skip
 
 
-def hub_environment(cache: Path) -> dict:
-    """The environment without a user's settings of the hub's client, which keeps what it loads in `cache`."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    return env | {"HF_HOME": str(cache), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+def unused_port() -> int:
+    """A port below those that connections get by themselves, so that it stays unused."""
+    while True:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port := random.randrange(10_000, 32_000))):
+            return port
 
 
-def empty_cache(server) -> None:
-    """Remove what the client of a ForkServer has loaded from the hub."""
-    shutil.rmtree(server.env["HF_HOME"], ignore_errors=True)
+def empty_cache(program) -> None:
+    """Remove what the hub's client of the program has loaded."""
+    shutil.rmtree(program.env["HF_HOME"], ignore_errors=True)

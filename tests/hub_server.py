@@ -36,7 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.repos, self.requests = repos, []
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()  # asks so often whether to end
         return self
 
     def __exit__(self, *error):
@@ -93,8 +93,8 @@ class UploadHub(Hub):
     commit. `commits` lists the files of each commit, {path: "regular" or "lfs"}; `visibility` is by repository.
     """
 
-    def __init__(self, folder: Path, token: str, owner: str):
-        super().__init__({})
+    def __init__(self, folder: Path, token: str, owner: str, port: int = 0):
+        super().__init__({}, port)
         self.folder, self.token, self.owner, self.visibility = folder, token, owner, {}
         self.large_files, self.commits = {}, []
 

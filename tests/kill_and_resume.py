@@ -36,12 +36,38 @@ PHASES |= dict(heldout_baseline="the baseline", start_step="a step", next_batch=
 OVERRIDES += ["n_batches_to_dead=3", "num_batches_in_buffer=2", "checkpoint_freq=3", "log_freq=2", "perf_log_freq=5"]
 
 
-def command(output_dir: Path, *overrides: str, ranks: int = 0) -> list[str]:
-    """With `ranks`, by torchrun with so many processes."""
-    start = [sys.executable]
+# faulthandler dumps the stack in C, immediately, without side effects.
+DUMPING = """
+import faulthandler, runpy, signal, sys
+faulthandler.register(signal.SIGUSR1, open(sys.argv.pop(1), "a"), False)
+runpy.run_path("main.py", run_name="__main__")
+"""
+TORCHRUN = "from torch.distributed.run import main; main()"
+
+
+def command(output_dir: Path, *overrides: str) -> list[str]:
+    return ["main.py", "demo", *OVERRIDES, *overrides, f"output_dir={output_dir}"]
+
+
+def start(args: list[str], log: Path, program=None, ranks: int = 0, dump: Path | None = None):
+    """Start `python ARGS`, or with `ranks`, torchrun with so many processes. With `program`, a ForkServer, all are
+    forks. With `dump`, the process appends its stack to this file on SIGUSR1.
+    """
     if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*start, str(REPO / "main.py"), "demo", *OVERRIDES, *overrides, f"output_dir={output_dir}"]
+        forks = ["--run-path", "--start-method=fork"] if program else []
+        args = ["-c", TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *forks, str(REPO / args[0]), *args[1:]]
+    elif dump:
+        args = ["-c", DUMPING, str(dump), *args[1:]]
+    if program:
+        return program.start(*args, out=log, err=log, env=environment(), figures=bool(ranks))
+    with open(log, "a") as output:
+        return subprocess.Popen([sys.executable, *args], env=environment(), stdout=output, stderr=output, cwd=REPO)
+
+
+def run(args: list[str], log: Path, program=None, ranks: int = 0) -> None:
+    """Exits if the command fails."""
+    if code := start(args, log, program, ranks).wait(timeout=600):
+        raise SystemExit(f"exit code {code}:\n{log.read_text()}")
 
 
 def environment() -> dict:
@@ -63,25 +89,20 @@ def digests(output_dir: Path) -> dict:
     return found
 
 
-def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted: str = "", rank: int = -1) -> str:
+def kill_once(
+    args: list[str], output_dir: Path, how: int, delay: float, wanted: str, ranks: int, rank: int, program
+) -> str:
     """Start, wait until training has begun, `delay` seconds more, and until the process does what is wanted; kill.
-    Returns what the kill interrupted. With a rank, `args` are of torchrun, and this rank is killed.
+    Returns what the kill interrupted. With `ranks`, torchrun is started, and `rank` is killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump, output = Path(folder) / "stack", Path(folder) / "output"
-        # Python runs sitecustomize.py first. faulthandler dumps in C, immediately, without side effects.
-        (Path(folder) / "sitecustomize.py").write_text(
-            f"import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1, open({str(dump)!r}, 'a'), False)\n"
-        )
-        with open(output, "w") as log:
-            path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-            env = environment() | {"PYTHONPATH": path}
-            process = subprocess.Popen(args, env=env, stdout=log, stderr=log, cwd=REPO)
+        process = start(args, output, program, ranks, dump)
         before = marks(output_dir)
         while process.poll() is None and marks(output_dir) == before:
             time.sleep(0.02)
         time.sleep(delay)
-        if rank >= 0:
+        if ranks:
             while process.poll() is None and not any(output_dir.glob("*/groups/*/step_*[0-9]")):
                 time.sleep(0.02)
             return kill_rank(process, rank, how, output)
@@ -99,27 +120,19 @@ def kill_once(args: list[str], output_dir: Path, how: int, delay: float, wanted:
     return f"{at} ({signal.Signals(how).name})"
 
 
-def kill_rank(launcher: subprocess.Popen, rank: int, how: int, output: Path) -> str:
+def kill_rank(launcher, rank: int, how: int, output: Path) -> str:
     """Kill a rank by SIGKILL, or send another signal to torchrun. Within a minute all ranks must have ended."""
-    ranks = psutil.Process(launcher.pid).children()
-    victim = next((child for child in ranks if environment_of(child).get("RANK") == str(rank)), None)
-    if launcher.poll() is not None or victim is None:
-        launcher.wait(timeout=60)
-        return "nothing: it had finished"
-    (victim if how == signal.SIGKILL else launcher).send_signal(how)
+    try:
+        ranks = psutil.Process(launcher.pid).children()
+        (ranks[rank] if how == signal.SIGKILL else launcher).send_signal(how)
+    except (psutil.Error, IndexError):
+        ranks = []
     code = launcher.wait(timeout=60)
     if any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in ranks):
         raise SystemExit(f"torchrun has ended, and a rank has not:\n{output.read_text()}")
     if code == 0:
         return "nothing: it had finished"
     return f"rank {rank} of {len(ranks)} ({signal.Signals(how).name})"
-
-
-def environment_of(process: psutil.Process) -> dict:
-    try:
-        return process.environ()
-    except psutil.Error:
-        return {}
 
 
 def what_it_is_at(process, dump: Path) -> str:
@@ -162,18 +175,17 @@ def corrupt_newest(output_dir: Path, rng: random.Random) -> str | None:
 
 
 def kill_and_resume(
-    folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0, ranks=0
+    folder: Path, kills: list[tuple], rng: random.Random, cut: float, *overrides, delay=3.0, ranks=0, program=None
 ) -> Counter:
     """Kill a process for each (signal, what it must be doing, number of ranks), and let the last one finish, by
     torchrun if it has `ranks`. Returns how often what was interrupted. Exits if the results differ from those of an
-    uninterrupted run.
+    uninterrupted run. With `program`, a ForkServer, all processes are forks.
     """
-    subprocess.run(command(folder / "whole", *overrides), env=environment(), cwd=REPO, check=True, capture_output=True)
-    hits = Counter()
+    run(command(folder / "whole", *overrides), folder / "log", program)
+    args, hits = command(folder / "killed", *overrides), Counter()
     for how, wanted, number in kills:
-        args = command(folder / "killed", *overrides, ranks=number)
         rank = rng.randrange(number) if number else -1
-        hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted, rank)
+        hit = kill_once(args, folder / "killed", how, rng.uniform(0, delay), wanted, number, rank, program)
         print(f"   {hit}", flush=True)
         if hit.startswith("nothing"):
             break
@@ -181,10 +193,7 @@ def kill_and_resume(
         if rng.random() < cut and (what := corrupt_newest(folder / "killed", rng)):
             print(f"      and {what}", flush=True)
             hits["a corrupt checkpoint"] += 1
-    args = command(folder / "killed", *overrides, ranks=ranks)
-    done = subprocess.run(args, env=environment(), cwd=REPO, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    run(args, folder / "log", program, ranks)
     whole, killed = digests(folder / "whole"), digests(folder / "killed")
     if different := [name for name in sorted({*whole, *killed}, key=str) if whole.get(name) != killed.get(name)]:
         raise SystemExit(f"different from the uninterrupted run: {different}")

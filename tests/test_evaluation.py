@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
 import sys
 import textwrap
 
@@ -576,11 +575,19 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
     assert "calibrate_threshold" in refused(tmp_path / "untrained")
 
 
-def test_closed_pipe_ends_the_command_quietly(run_folder):
+CLOSED_PIPE = """
+import os, runpy
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+runpy.run_path("evaluation.py", run_name="__main__")
+"""
+
+
+def test_closed_pipe_ends_the_command_quietly(run_folder, program):
     """`python evaluation.py RUN | head -1` writes evaluation.json and exits with 128 + SIGPIPE, without a traceback."""
     (run_folder / "evaluation.json").unlink(missing_ok=True)
-    command = f"'{sys.executable}' evaluation.py '{run_folder}' | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=DEMO_LM.parent.parent, capture_output=True, text=True)
+    done = program.run("-c", CLOSED_PIPE, run_folder)
     assert (done.returncode, done.stderr, done.stdout) == (141, "", "")
     assert (run_folder / "evaluation.json").is_file()
 

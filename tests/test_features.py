@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -255,7 +254,7 @@ def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
     assert [(page["i"], page["active"], page["examples"]) for page in page_of(tmp_path)["features"]] == [(3, 0, [])]
 
 
-def test_bad_input_is_one_line(run_folder, group, tmp_path):
+def test_bad_input_is_one_line(run_folder, group, tmp_path, program):
     """A missing run, feature or model, an SAE without a threshold, a corrupt record."""
 
     def refused(*args) -> str:
@@ -283,8 +282,7 @@ def test_bad_input_is_one_line(run_folder, group, tmp_path):
     sae.threshold_num_batches.zero_()
     save_sae(sae, other / "sae")
     assert "threshold" in refused(other)
-    command = [sys.executable, "features.py", "nosuch"]
-    done = subprocess.run(command, cwd=DEMO_LM.parent.parent, capture_output=True, text=True)
+    done = program.run("features.py", "nosuch")
     assert done.returncode == 2 and re.fullmatch("error: nosuch is not a folder; .*\n", done.stderr)
 
 

@@ -1,19 +1,17 @@
 """The model and the dataset by hub name, with the real libraries, from a local hub (hub_server.py).
 
-The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a separate process, a fork
-of one that has imported them.
+The libraries read HF_ENDPOINT when they are imported, so every test runs the program in a separate process.
 """
 
 import json
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import hub_server
 import pandas
 import pytest
-from fork_server import ForkServer
-from helpers import DEMO_LM, ONE_SMALL_RUN, REPO, empty_cache, hub_environment
+from helpers import DEMO_LM, ONE_SMALL_RUN, empty_cache
 from hub_server import Hub, commit_of
 
 FIRST_WORDS = """
@@ -31,7 +29,7 @@ for name in json.loads(sys.argv[1]):
     print(*(row["text"].split()[0] for row in load_text(get_default_cfg() | {"dataset_path": name})[0]))
 """
 RESUME = """
-import json, os, sys
+import json, os, sys, time
 import datasets, torch
 import training
 from activation_store import ActivationsStore
@@ -43,6 +41,7 @@ from main import DEMO_BASE
 from sae import SAE_CLASSES
 from hub import stay_offline_without_network
 torch.set_num_threads(1)
+sys.stdout.reconfigure(line_buffering=True)
 cfg = post_init_cfg(get_default_cfg() | DEMO_BASE | json.loads(sys.argv[1]))
 model = load_model(cfg)
 batches = 0
@@ -66,15 +65,20 @@ def train(stop_after, **how):
     else:
         print("finished")
 
+def wait_for(file):
+    print("waiting")
+    while not os.path.exists(file):
+        time.sleep(0.01)
+
 train(2)
 train(2)
-input()
+wait_for(sys.argv[2])
 train(2)
 train(2, resume_anyway=True)
 made_with = json.loads((run_folder(cfg) / "config.json").read_text())["_provenance"]
 print([(part["dataset_commit"], part["after_step"]) for part in [*made_with["earlier"], made_with]])
 datasets.load_dataset(cfg["dataset_path"])
-input()
+wait_for(sys.argv[3])
 stay_offline_without_network(cfg["dataset_path"])
 train(2)
 """
@@ -118,8 +122,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def hub(folder):
+@pytest.fixture
+def hub(folder, program):
     repos = {
         "models/gpt2": "models/openai-community/gpt2",  # moved, as on the real hub
         "models/openai-community/gpt2": {"main": DEMO_LM},
@@ -129,35 +133,28 @@ def hub(folder):
         "datasets/someone/script": {"main": folder / "script", "refs/convert/parquet": folder / "converted"},
         "datasets/someone/languages": {"main": folder / "card", "v2": folder / "branch"},
     } | {f"datasets/others/{kind}": {"main": folder / f"others {kind}"} for kind in ("jsonl", "parquet", "jsonl.gz")}
-    with Hub(repos) as hub:
+    with Hub(repos, program.port) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
-def local_record(folder, hub, program, tmp_path_factory) -> dict:
+def local_record(folder, program, tmp_path_factory) -> dict:
     """The record of a run on local files, to compare with the runs from the hub."""
     output_dir = tmp_path_factory.mktemp("local")
-    requests = len(hub.requests)
-    process = run_demo(output_dir, program, model_name=DEMO_LM, dataset_path=folder / "text" / "train.parquet")
+    with Hub({}, program.port) as hub:
+        process = run_demo(output_dir, program, model_name=DEMO_LM, dataset_path=folder / "text" / "train.parquet")
     assert process.returncode == 0, process.stderr
-    assert len(hub.requests) == requests, "local files need no hub"
+    assert not hub.requests, "local files need no hub"
     return record(output_dir)
 
 
-@pytest.fixture(scope="module")
-def program(hub, tmp_path_factory):
-    """The program, with `hub` as the hub."""
-    with ForkServer(hub_environment(tmp_path_factory.mktemp("cache")) | {"HF_ENDPOINT": hub.url}) as server:
-        yield server
-
-
-def run_python(program: ForkServer, *arguments) -> subprocess.CompletedProcess:
+def run_python(program, *arguments) -> subprocess.CompletedProcess:
     """Run Python in the repository root, with an empty cache."""
     empty_cache(program)
-    return program.run(*arguments)
+    return program.run(*arguments, figures=False)
 
 
-def run_demo(folder: Path, program: ForkServer, **overrides) -> subprocess.CompletedProcess:
+def run_demo(folder: Path, program, **overrides) -> subprocess.CompletedProcess:
     overrides = ONE_SMALL_RUN | {"output_dir": folder / "runs"} | overrides
     return run_python(program, "main.py", "demo", *(f"{key}={value}" for key, value in overrides.items()))
 
@@ -172,7 +169,7 @@ def record(folder: Path) -> dict:
     return json.loads(result.read_text()) | {"seconds": None, "made_with": made_with}
 
 
-def first_words(program: ForkServer, *dataset_keys: dict) -> list[str]:
+def first_words(program, *dataset_keys: dict) -> list[str]:
     """The first word of each of these datasets."""
     process = run_python(program, "-c", FIRST_WORDS, json.dumps(dataset_keys))
     assert process.returncode == 0, process.stderr
@@ -189,7 +186,7 @@ def test_training_from_the_hub_equals_training_from_local_files(tmp_path, hub, p
     assert not list(Path(program.env["HF_HOME"]).rglob("*.parquet")), "the dataset was downloaded, not streamed"
 
 
-def test_a_short_name_of_transformer_lens(program, folder):
+def test_a_short_name_of_transformer_lens(program, hub, folder):
     """Model and tokenizer are loaded from the hub by their name there."""
     code = """
 import sys
@@ -205,7 +202,7 @@ print(ActivationsStore(load_model(cfg), cfg).next_batch().shape)
     assert process.stdout == "torch.Size([256, 128])\n", process.stderr
 
 
-def test_dataset_that_is_only_a_loading_script(tmp_path, program, local_record):
+def test_dataset_that_is_only_a_loading_script(tmp_path, hub, program, local_record):
     """For a dataset that is only a script, the hub's conversion to parquet is read, which is reported."""
     process = run_demo(tmp_path, program, model_name="someone/lm", dataset_path="someone/script")
     assert process.returncode == 0, process.stderr
@@ -214,25 +211,31 @@ def test_dataset_that_is_only_a_loading_script(tmp_path, program, local_record):
     assert record(tmp_path) == local_record
 
 
-def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
+def wait_for_lines(process, file: Path, count: int) -> list[str]:
+    """The lines of the file once `count` of them say that the process waits."""
+    while file.read_text().splitlines().count("waiting") < count and process.poll() is None:
+        time.sleep(0.01)
+    return [line for line in file.read_text().splitlines() if line != "waiting"]
+
+
+def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, program, monkeypatch):
     """The recorded commit is the one that `datasets` resolved. A run resumes neither with another commit nor with the
     local cache, unless resume_anyway is set; its record then has both commits.
     """
     name = "datasets/someone/text"
     keys = ONE_SMALL_RUN | {"dataset_path": "someone/text", "output_dir": str(tmp_path / "runs")}
     old, new = commit_of(name, "main"), "5" * 40
-    with Hub({name: {"main": folder / "text"}}) as hub:
-        command, env = [sys.executable, "-u", "-c", RESUME, json.dumps(keys)], hub_environment(tmp_path / "cache")
-        env["HF_ENDPOINT"] = hub.url
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen(command, cwd=REPO, env=env, **pipes)
-        lines = [process.stdout.readline().strip() for _ in range(4)]
+    changed, gone, out, err = (tmp_path / file for file in ("changed", "gone", "out", "err"))
+    empty_cache(program)
+    with Hub({name: {"main": folder / "text"}}, program.port):
+        process = program.start("-c", RESUME, json.dumps(keys), changed, gone, out=out, err=err)
+        wait_for_lines(process, out, 1)
         monkeypatch.setattr(hub_server, "commit_of", lambda repo, revision: new)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        lines += [process.stdout.readline().strip() for _ in range(5)]
-    rest, err = process.communicate("\n", timeout=100)
-    lines += rest.splitlines()
+        changed.touch()
+        wait_for_lines(process, out, 2)
+    gone.touch()
+    process.wait(timeout=100)
+    lines, err = wait_for_lines(process, out, 2), err.read_text()
     assert lines[:5] == [old, "Stopped()", old, "Stopped()", new], err
     assert f"dataset_commit was {old} and is {new} (--resume-anyway" in lines[5]
     assert lines[6:10] == [new, "Stopped()", str([(old, 0), (new, 4)]), "None"], err
@@ -240,7 +243,7 @@ def test_a_dataset_that_changed_on_the_hub(tmp_path, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["model_name", "dataset_path"])
-def test_unknown_hub_name(tmp_path, program, key):
+def test_unknown_hub_name(tmp_path, hub, program, key):
     """A name that is not on the hub ends the program with code 2 and one line with the key and the name."""
     process = run_demo(
         tmp_path, program, **{"model_name": DEMO_LM, "dataset_path": "someone/text"} | {key: "someone/nothing"}
@@ -251,7 +254,7 @@ def test_unknown_hub_name(tmp_path, program, key):
     assert f"{key} = 'someone/nothing'" in line and "Without a network" not in line
 
 
-def test_dataset_keys_reach_the_hub(program):
+def test_dataset_keys_reach_the_hub(hub, program):
     """dataset_config, dataset_split and dataset_revision each select a part of a hub dataset."""
     languages = {"dataset_path": "someone/languages"}
     assert first_words(
@@ -263,7 +266,7 @@ def test_dataset_keys_reach_the_hub(program):
     ) == ["english_train", "german_train", "english_test", "branch"]
 
 
-def test_other_columns_do_not_matter(program):
+def test_other_columns_do_not_matter(hub, program):
     """In a hub dataset too only one column is read; the other columns and their types may differ between files."""
     names = [f"others/{kind}" for kind in ("jsonl", "parquet", "jsonl.gz")]
     process = run_python(program, "-c", ALL_TEXTS, json.dumps(names))

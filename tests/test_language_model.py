@@ -1,5 +1,6 @@
 """The language model is run up to the hook point and no further, whatever its architecture."""
 
+import ast
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import transformers
 from helpers import (
     BOS,
     DEMO_LM,
+    REPO,
     SEQ_LEN,
     all_contexts,
     counted_batches,
@@ -35,6 +37,15 @@ from language_model import (
     run_bridge_to_hook,
 )
 from sae import SAE_CLASSES
+
+
+def test_transformer_lens_is_imported_when_a_model_is_loaded():
+    """That takes seconds, which `python main.py --list` and a mistake on the command line need not cost."""
+    for module in REPO.glob("*.py"):
+        for node in ast.parse(module.read_text()).body:
+            names = [getattr(node, "module", "") or "", *(alias.name for alias in getattr(node, "names", []))]
+            assert not [name for name in names if name.startswith("transformer_lens")], module
+
 
 # Tokens -> activations
 

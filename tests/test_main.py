@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fork_server import ForkServer
 from helpers import DEMO_LM, REPO
 
 # Few tokens, and all runs in one group, so that a sweep takes seconds.
@@ -21,20 +20,10 @@ TINY = ["num_tokens=6000", "batch_size=512", "eval_tokens=512", "dict_size=64", 
 DEMO_RUNS, PAPER_RUNS = 18, 15
 
 
-def environment(home: Path) -> dict:
-    """No network, account or user settings: the hub is a closed port."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "HF_"))}
-    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
-    home.mkdir(parents=True, exist_ok=True)
-    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(home / "hf"), "NETRC": str(home / "netrc")}
-    return env | offline | {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """The program of a user without account or network."""
-    with ForkServer(environment(tmp_path_factory.mktemp("home"))) as server:
-        yield server
+def run_main(program, *args) -> subprocess.CompletedProcess:
+    """`python main.py ARGS` of a user without account or network."""
+    env = {key: value for key, value in program.env.items() if key != "WANDB_MODE"}
+    return program.run("main.py", *args, env=env)
 
 
 def run_folders(sweep: Path) -> list[Path]:
@@ -49,12 +38,11 @@ def snapshot(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(program, tmp_path_factory):
     """`python main.py demo` with fewer tokens: its arguments, what it said, the folder of its runs."""
     folder = tmp_path_factory.mktemp("demo")
-    args = ["demo", *TINY[:3], "perf_log_freq=6", f"output_dir={folder / 'runs'}"]
-    done = dict(capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
-    first = subprocess.run([sys.executable, "main.py", *args], cwd=REPO, env=environment(folder / "home"), **done)
+    args = ["demo", "num_tokens=3000", *TINY[1:3], "perf_log_freq=3", f"output_dir={folder / 'runs'}"]
+    first = run_main(program, *args)
     assert first.returncode == 0, first.stderr
     (sweep,) = (folder / "runs").iterdir()
     return args, first, sweep
@@ -69,9 +57,9 @@ def test_demo_trains_all_runs_and_draws_them(demo):
     for folder in folders:
         types.add(json.loads((folder / "config.json").read_text())["sae_type"])
         result = json.loads((folder / "result.json").read_text())
-        assert result["tokens"] == 6144 and np.isfinite(list(result.values())).all()
+        assert result["tokens"] == 3072 and np.isfinite(list(result.values())).all()
         assert (folder / "sae" / "sae_weights.safetensors").is_file()
-        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 12
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
     assert types == {"vanilla", "topk", "batchtopk", "jumprelu", "matryoshka"}
     assert sweep.name != "demo", "a sweep with overrides has a separate folder"
     assert (sweep / "results.png").read_bytes()[:4] == b"\x89PNG"
@@ -132,7 +120,7 @@ def merged(program, tmp_path_factory):
     """A demo whose overrides make all runs equal, with two seeds."""
     folder = tmp_path_factory.mktemp("merged")
     overrides = ["sae_type=batchtopk", "top_k=4", "l1_coeff=0", *TINY, f"output_dir={folder / 'runs'}"]
-    done = program.run("main.py", "demo", *overrides, "--seeds", "1", "2")
+    done = run_main(program, "demo", *overrides, "--seeds", "1", "2")
     assert done.returncode == 0, done.stderr
     (sweep,) = (folder / "runs").iterdir()
     return done, sweep
@@ -251,10 +239,11 @@ def test_arguments_in_any_order(main_here):
         assert main_here(*args.split()) == wanted, args
 
 
-def test_finished_runs_of_other_data(main_here, tmp_path, capfd):
+def test_finished_runs_of_other_data(main_here, tmp_path, capfd, monkeypatch):
     """If the file at dataset_path has changed since finished runs, a line warns about it; the runs are unchanged."""
     import main
 
+    monkeypatch.setattr("results.draw_results", lambda folder: None)  # figures take seconds
     data, runs = tmp_path / "text.jsonl", tmp_path / "runs"
     data.write_text("".join(json.dumps({"text": f"import module_{i} as m{i * i}"}) + "\n" for i in range(900)))
     overrides = [*TINY, "sae_type=topk", "top_k=4", "l1_coeff=0", "num_tokens=1000"]
@@ -389,7 +378,7 @@ def test_bad_input_as_a_user_sees_it(program, bad_files):
     ]
     patterns = ["sae_type = 'topkk'", "broken.jsonl", "short.jsonl' is too short"]
     for args, pattern in zip(cases, patterns):
-        process = program.run("main.py", *args, f"output_dir={bad_files / 'runs'}")
+        process = run_main(program, *args, f"output_dir={bad_files / 'runs'}")
         lines = [line for line in process.stderr.splitlines() if not line.startswith("warning: l1_coeff is 0")]
         assert re.search(pattern, the_error(process.returncode, "\n".join(lines)))
         assert "Traceback" not in process.stderr and process.stdout == ""
@@ -399,7 +388,7 @@ def test_bad_input_as_a_user_sees_it(program, bad_files):
 
 def test_without_a_network_it_points_to_the_demo(program, tmp_path):
     """`python main.py` without a network ends with one or two lines that suggest alternatives; no files are left."""
-    done = program.run("main.py", f"output_dir={tmp_path / 'runs'}")
+    done = run_main(program, f"output_dir={tmp_path / 'runs'}")
     assert done.returncode == 2
     assert 1 <= len(done.stderr.splitlines()) <= 2
     for text in ("error: ", "gpt2", "python main.py demo", "model_name", "dataset_path"):

@@ -4,9 +4,7 @@ The hub is a local server (hub_server.py); the client is the real huggingface_hu
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import FOREIGN, REPO, ours, published_forward
+from helpers import FOREIGN, ours, published_forward
 from hub_server import UploadHub
 
 import evaluation
@@ -224,27 +222,23 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
-def run_as_user(hub, folder: Path, *arguments) -> subprocess.CompletedProcess:
-    """Run in a separate process, because the client reads its environment at import."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
-
-
-def test_export_upload_and_load_from_the_hub(tmp_path, hub):
-    """A user uploads an export, and the code on the card downloads and loads it."""
-    sae = make_sae("batchtopk")
+def test_export_upload_and_load_from_the_hub(tmp_path, program):
+    """A user uploads an export, and the code on the card downloads and loads it: in processes of their own, because the
+    client reads HF_ENDPOINT at import.
+    """
+    sae, env = make_sae("batchtopk"), program.env | {"HF_TOKEN": TOKEN}
     run, out = make_run(tmp_path / "run", sae, some_metrics() | {"tokens": 9}), tmp_path / "out"
-    done = run_as_user(hub, tmp_path, "export.py", run, "--to", "safetensors", "--out", out, "--upload", "me/an-sae")
-    assert done.returncode == 0, done.stderr
-    assert f"Uploaded {out} to {hub.url}/me/an-sae, which is private" in done.stdout
-    assert hub.commits == [{"README.md": "regular", "cfg.json": "regular", "sae_weights.safetensors": "lfs"}]
-    for path in out.iterdir():
-        assert (hub.folder / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
-    code = code_of(card_of(out)) + "print(features.shape[1], reconstruction.shape[1], sae.threshold.item())"
-    assert 'snapshot_download("me/an-sae")' in code
-    done = run_as_user(hub, tmp_path, "-c", code)
+    with UploadHub(tmp_path / "hub", TOKEN, "me", program.port) as hub:
+        arguments = (run, "--to", "safetensors", "--out", out, "--upload", "me/an-sae")
+        done = program.run("export.py", *arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        assert f"Uploaded {out} to {hub.url}/me/an-sae, which is private" in done.stdout
+        assert hub.commits == [{"README.md": "regular", "cfg.json": "regular", "sae_weights.safetensors": "lfs"}]
+        for path in out.iterdir():
+            assert (hub.folder / "me" / "an-sae" / path.name).read_bytes() == path.read_bytes()
+        code = code_of(card_of(out)) + "print(features.shape[1], reconstruction.shape[1], sae.threshold.item())"
+        assert 'snapshot_download("me/an-sae")' in code
+        done = program.run("-c", code, env=env)
     assert done.stdout.split() == ["64", "16", str(sae.threshold.item())], done.stderr
 
 

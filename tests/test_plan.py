@@ -3,7 +3,6 @@
 import gc
 import re
 import statistics
-import subprocess
 import sys
 import time
 import weakref
@@ -27,13 +26,13 @@ PEAK = """
 import sys
 import psutil
 sys.path[:0] = [{repo!r}, {repo!r} + "/tests"]
-import plan, torch
+import plan
 from config import post_init_cfg
 from helpers import train
 from language_model import load_model
-cfgs = [post_init_cfg(cfg) for cfg in {cfgs!r}]
+small, cfgs = ([post_init_cfg(cfg) for cfg in group] for group in {groups!r})
 model = load_model(cfgs[0])
-model(torch.zeros(1, 16, dtype=torch.int64))
+train(model, small)  # whatever the libraries load or map at first
 before = psutil.Process().memory_info().rss
 train(model, cfgs)
 status = dict(line.split(":") for line in open("/proc/self/status"))
@@ -43,14 +42,13 @@ print(plan.memory_needed(cfgs, model), int(status["VmHWM"].split()[0]) * 1024 - 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("largest", ["weights", "activations"])
-def test_memory_estimate(training_cfg, largest):
+def test_memory_estimate(training_cfg, program, largest):
     """The peak memory of a training process is at most the estimate, and at least half of it."""
     sizes = dict(batch_size=64, dict_size=16384) if largest == "weights" else dict(batch_size=2048, dict_size=8192)
     few = dict(num_tokens=4 * sizes["batch_size"], num_epochs=9, checkpoint_freq=2, n_batches_to_dead=2)
     cfgs = [training_cfg(**(changes | sizes | few)) for changes in SAES[1:5]]
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK.format(repo=str(REPO), cfgs=cfgs)], capture_output=True, text=True, timeout=100
-    )
+    small = [training_cfg("small", **changes, checkpoint_freq=2) for changes in SAES[1:5]]
+    done = program.run("-c", PEAK.format(repo=str(REPO), groups=(small, cfgs)))
     assert done.returncode == 0, done.stderr
     estimate, peak = map(int, done.stdout.split())
     assert 0.5 * estimate < peak < estimate

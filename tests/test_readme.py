@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from fork_server import ForkServer
 from helpers import REPO
 
 import main
@@ -34,13 +33,6 @@ def clone(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def program(clone):
-    """Python in that folder."""
-    with ForkServer(cwd=clone) as server:
-        yield server
-
-
 def test_demo_command_then_examples(clone, program):
     """The main command, cut short, trains and draws; the Python examples and the other commands then run on what it
     left.
@@ -55,7 +47,7 @@ def test_demo_command_then_examples(clone, program):
     examples = {name: ALL_EXAMPLES.findall(text) for name, text in TEXT.items() if "```python" in text}
     assert {name: len(found) for name, found in examples.items()} == {"README.md": 1, "docs/config.md": 1}
     (inference,), (training,) = examples["README.md"], examples["docs/config.md"]
-    done = program.run("-c", training.replace("100_000", "10_000"))
+    done = program.run("-c", training.replace("100_000", "10_000").replace("8192", "4096"), cwd=clone)
     assert done.returncode == 0, done.stderr
     nmse, l0, _ = map(float, done.stdout.split())
     assert 0 < nmse < 1 and 0 < l0 < 512
@@ -64,7 +56,7 @@ def test_demo_command_then_examples(clone, program):
     checks = "\nassert reconstruction.shape == x.shape and len(features.shape) == 3 and (features >= 0).all()"
     checks += "\nassert ((x - reconstruction).norm(dim=-1) < x.norm(dim=-1))[:, 1:].all()"
     checks += "\nassert torch.equal(spliced_logits[:, 0], logits[:, 0]) and not torch.equal(spliced_logits, logits)"
-    done = program.run("-c", inference.replace("RUN", trained.name) + checks)
+    done = program.run("-c", inference.replace("RUN", trained.name) + checks, cwd=clone)
     assert done.returncode == 0, done.stderr
 
     # Every other command that needs no network, on that run; DIR and NAME stand for new folders.
@@ -77,7 +69,7 @@ def test_demo_command_then_examples(clone, program):
         form = next((word for before, word in zip(words, words[1:]) if before in ("--to", "--from")), "")
         commands.append([word.replace("DIR", f"out-{form}").replace("NAME", f"from-{form}") for word in words])
     commands.append(["evaluation.py", str(trained), "--eval-tokens", "0"])
-    done = [program.run(*words) for words in commands]
+    done = [program.run(*words, cwd=clone) for words in commands]
     # dictionary_learning's format has no input_unit_norm, which the example's SAE has: nothing to import either.
     for words, command in zip(commands, done):
         assert command.returncode == (2 if "dictionary_learning" in words or words[-1] == "0" else 0), command.stderr

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import wandb
 from helpers import REPO
 from safetensors.numpy import save_file
 from wandb_server import WandbServer, offline_run
@@ -26,14 +27,12 @@ METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_fro
 EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
 
 
-def run(*args: str, home: Path, **env: str) -> subprocess.CompletedProcess:
-    """`python results.py ARGS` without an account, in `home`, which is also the user's home folder."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    clean |= {"HOME": str(home), "WANDB_CONFIG_DIR": str(home), "NETRC": str(home / "netrc"), "no_proxy": "127.0.0.1"}
-    home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPO / "results.py"), *map(str, args)]
-    options = dict(cwd=home, env=clean | env, stdin=subprocess.DEVNULL, timeout=100)
-    return subprocess.run(command, capture_output=True, text=True, **options)
+@pytest.fixture
+def run(program, tmp_path):
+    """`python results.py ARGS` without an account, in the folder home."""
+    (tmp_path / "home").mkdir()
+    env = {key: value for key, value in program.env.items() if key != "WANDB_MODE"}
+    return lambda *args, **changes: program.run(REPO / "results.py", *args, cwd=tmp_path / "home", env=env | changes)
 
 
 # Records written by hand
@@ -284,6 +283,9 @@ def all_died(dict_size: int) -> tuple[dict, dict]:
 def test_a_run_whose_features_all_died(by_hand, sae_type, l0, monkeypatch, capsys):
     """It does not change how others are drawn; it is marked in the table, named, and hollow in the figures."""
     monkeypatch.setitem(plt.rcParams, "savefig.dpi", 30)
+    if sae_type != "batchtopk":  # a PDF takes as long again and is drawn alike
+        save = plt.Figure.savefig
+        monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path: path.suffix == ".pdf" or save(figure, path))
     sweep, written, _ = by_hand
     result, histograms = all_died(512)
     if l0:  # almost all died
@@ -387,12 +389,12 @@ def test_agreement_of_many_features():
     assert results.mmcs(a, a[::-1]) == pytest.approx(1)
 
 
-def test_unfinished_runs_are_named_and_skipped(by_hand, tmp_path):
+def test_unfinished_runs_are_named_and_skipped(by_hand, run):
     """`python results.py FOLDER` names unfinished runs and their tokens; the CSV has finished runs only."""
     sweep, written, unfinished = by_hand
     with open(sweep / unfinished[0] / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "tok')  # killed while it wrote
-    done = run(sweep, home=tmp_path / "home")
+    done = run(sweep)
     assert done.returncode == 0, done.stderr
     for name, tokens in zip(unfinished, ("2,000", "3,000")):
         (line,) = [line for line in done.stdout.splitlines() if name in line]
@@ -436,7 +438,7 @@ def test_other_folders_beside_runs(tmp_path, config):
     assert [run.name for run in results.local_runs(tmp_path / "sweep")] == [name]
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
+def test_bad_input_is_one_line(tmp_path, run, capsys):
     """No records, no folder, a corrupt record, no login, a wrong project name: one line, exit code 2.
 
     Called as functions, they raise InputError and leave the process running.
@@ -458,7 +460,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         ([tmp_path / "broken"], "is not JSON"),
     ]
     for command, said in commands:
-        done = run(*command, home=tmp_path / "home")
+        done = run(*command)
         assert done.returncode == 2 and not done.stdout
         assert re.fullmatch(r"error: .*\n", done.stderr) and said in done.stderr
     assert not (tmp_path / "missing").exists() and not list(tmp_path.glob("*/results*"))
@@ -472,10 +474,10 @@ def test_closed_pipe_ends_the_command_quietly(by_hand):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_nothing_finished_yet(tmp_path):
+def test_nothing_finished_yet(tmp_path, run):
     """Without finished runs there are curves and a note, but no table."""
     name = write_run(tmp_path / "sweep", None, losses(np.random.default_rng(0), 3))
-    done = run(tmp_path / "sweep", home=tmp_path / "home")
+    done = run(tmp_path / "sweep")
     assert done.returncode == 0, done.stderr
     assert name in done.stdout and "no finished run" in done.stdout
     assert {path.name for path in tmp_path.glob("sweep/results*")} == {"results_curves.png", "results_curves.pdf"}
@@ -508,6 +510,7 @@ def mirrored(tmp_path_factory):
         result = dict(zip(METRICS, rng.uniform(0.1, 0.9, len(METRICS)))) | {"tokens": 4000, "steps": 4, "seconds": 1.5}
         counts = {"l0": rng.integers(1, 9, size=20).tolist(), "log10_density": [1, 2, 3, 4], "never_active": 54}
         log.finish(result | {"l0": 4.0, "histograms": counts | {"log10_density_edges": EDGES}})
+    wandb.teardown()  # only then the files are complete
     runs = [offline_run(path) for path in folder.glob("runs/*/*/wandb/offline-run-*/*.wandb")]
     assert len(runs) == 4, "one W&B run per SAE"
     other = runs[0] | {"id": "other", "group": "other", "created": "2020-01-01T00:00:00Z"}
@@ -523,18 +526,18 @@ def mirrored(tmp_path_factory):
     server.close()
 
 
-def from_server(server, *args: str, home: Path) -> subprocess.CompletedProcess:
-    return run(*args, home=home, WANDB_BASE_URL=server.url, WANDB_API_KEY="0" * 40)
+def logged_in(server) -> dict:
+    return {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
 
 
-def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path):
+def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, run, tmp_path):
     """`results.py --wandb` writes the same table, numbers and pixels as local records."""
     local, server = mirrored
-    assert run(local, home=tmp_path).returncode == 0
-    done = from_server(server, "mine", "--wandb", "me/project", home=tmp_path)
+    assert run(local).returncode == 0
+    done = run("mine", "--wandb", "me/project", **logged_in(server))
     assert done.returncode == 0, done.stderr
     assert "Skipped runs of me/project that are not from a sweep of this program: 2" in done.stderr.splitlines()
-    folder = tmp_path / "runs" / "mine"
+    folder = tmp_path / "home" / "runs" / "mine"
     tables = [pd.read_csv(path / "results.csv") for path in (local, folder)]
     pd.testing.assert_frame_equal(*tables, check_dtype=False)
     assert len(tables[0]) == 3 and (folder / "results.md").read_text(encoding="utf-8").count("Not finished") == 1
@@ -545,30 +548,30 @@ def test_wandb_and_local_records_are_the_same_table_and_plots(mirrored, tmp_path
         assert np.array_equal(plt.imread(local / name), plt.imread(folder / name)), name
 
 
-def test_wandb_newest_sweep_and_bad_input(mirrored, tmp_path):
+def test_wandb_newest_sweep_and_bad_input(mirrored, run):
     """Without a name the newest run's sweep is used; a missing project or sweep gives one line."""
     _, server = mirrored
-    done = from_server(server, "--wandb", "me/project", home=tmp_path)
+    done = run("--wandb", "me/project", **logged_in(server))
     assert done.returncode == 0 and "runs/mine/results.csv" in done.stdout, done.stderr
     assert "Skipped runs of me/project that are not from a sweep of this program: 4" in done.stderr.splitlines()
     for args, said in [
         (("mine", "--wandb", "me/missing"), "me/missing"),
         (("missing", "--wandb", "me/project"), "no runs of a sweep missing"),
     ]:
-        done = from_server(server, *args, home=tmp_path)
+        done = run(*args, **logged_in(server))
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and said in done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_wandb_with_crashed_or_only_foreign_runs(mirrored, tmp_path):
+def test_wandb_with_crashed_or_only_foreign_runs(mirrored, run):
     """A run that crashed before logging is unfinished; a project without runs of a sweep gives one line."""
     _, server = mirrored
-    run = next(run for run in server.runs.values() if run["config"].get("sweep") == "mine")
-    crashed = run | {"id": "crashed", "name": "crashed", "summary": {}, "history": [], "state": "crashed"}
-    foreign = [run for name, run in server.runs.items() if name.startswith("foreign")]
+    mine = next(run for run in server.runs.values() if run["config"].get("sweep") == "mine")
+    crashed = mine | {"id": "crashed", "name": "crashed", "summary": {}, "history": [], "state": "crashed"}
+    foreign = [other for name, other in server.runs.items() if name.startswith("foreign")]
     for runs in ([crashed, *foreign], foreign):
         other_server = WandbServer(runs, "me", "project")
-        done = from_server(other_server, "--wandb", "me/project", home=tmp_path)
+        done = run("--wandb", "me/project", **logged_in(other_server))
         other_server.close()
         assert "Traceback" not in done.stderr and done.returncode == (0 if crashed in runs else 2)
         if crashed in runs:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import OFTEN, REPO, SAES, STEPS, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
+from helpers import OFTEN, SAES, STEPS, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
 from kill_and_resume import command, digests, environment, kill_and_resume
 from tqdm import tqdm
 
@@ -226,17 +226,16 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
     assert not groups_folder(cfgs[0]).exists()
 
 
-def test_real_kills(tmp_path):
+def test_real_kills(tmp_path, program):
     """`python main.py demo` and torchrun, with real signals and a corrupt checkpoint, finished by three ranks: a short
     run of tests/kill_and_resume.py with an SAE of each type.
     """
     kills = [(signal.SIGKILL, "save", 0), (signal.SIGKILL, "evaluation", 0)]
     kills += [(signal.SIGTERM, "", 1), (signal.SIGKILL, "", 2)]
-    hits = kill_and_resume(
-        tmp_path, kills, random.Random(7), 0.5, "top_k=8", "l1_coeff=0.01", "num_tokens=25_000", delay=0.2, ranks=3
-    )
+    overrides = ("top_k=8", "l1_coeff=0.01", "num_tokens=17_000", "eval_tokens=256", "checkpoint_freq=1")
+    hits = kill_and_resume(tmp_path, kills, random.Random(7), 1, *overrides, delay=0.2, ranks=3, program=program)
     assert hits["rank 0 of 1 (SIGTERM)"] and sum(hits[f"rank {i} of 2 (SIGKILL)"] for i in range(2))
-    assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"]
+    assert hits["a save (SIGKILL)"] and hits["an evaluation (SIGKILL)"] and hits["a corrupt checkpoint"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -568,23 +567,37 @@ def test_a_save_that_fails_leaves_the_one_before(
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
-def test_a_full_disk(tmp_path):
+IN_NAMESPACES_OF = """
+import ctypes, os, runpy, sys
+folder, process = os.getcwd(), sys.argv.pop(1)
+for namespace in ("user", "mnt"):
+    assert ctypes.CDLL(None).setns(os.open(f"/proc/{process}/ns/{namespace}", os.O_RDONLY), 0) == 0
+os.chdir(folder)
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def test_a_full_disk(tmp_path, program):
     """A file system of 1.5 MB, mounted in a user namespace: exit code 3 and a line; with more room the run finishes."""
     mount = f"mount -t tmpfs -o size=1500k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system allows no mount in a user namespace: a full disk was not tried")
-    args = command(tmp_path, "sae_type=topk", "l1_coeff=0", "num_tokens=10_000")
-    script = f"""{mount}
-        "$@"; echo "code $?"; ls -d {tmp_path}/*/groups/*/step_*
-        mount -o remount,size=99m {tmp_path}
-        "$@"; echo "code $?"; ls {tmp_path}/*/*/result.json"""
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *args],
-        env=environment(), cwd=REPO, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert re.findall(r"code (\d)", done.stdout) == ["3", "0"], done.stdout + done.stderr
-    assert "cannot be written: No space left on device" in done.stderr and "Traceback" not in done.stderr
-    assert "Trained and evaluated 3 SAEs" in done.stderr and done.stdout.count("result.json") == 3
+    script = f"{mount} && echo mounted && read line && mount -o remount,size=99m {tmp_path} && echo larger && read line"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(["unshare", "-rm", "sh", "-c", script], **pipes) as shell:
+        args = command(tmp_path, "sae_type=topk", "l1_coeff=0", "num_tokens=10_000", "eval_tokens=256")[1:]
+        args, how = ["-c", IN_NAMESPACES_OF, shell.pid, *args], dict(env=environment(), figures=False)
+        inside = Path(f"/proc/{shell.pid}/root{tmp_path}")
+        assert shell.stdout.readline() == "mounted\n"
+        done = program.run(*args, **how)
+        assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+        assert "cannot be written: No space left on device" in done.stderr and list(inside.glob("*/groups/*/step_*"))
+        shell.stdin.write("\n")
+        shell.stdin.flush()
+        assert shell.stdout.readline() == "larger\n"
+        done = program.run(*args, **how)
+        assert done.returncode == 0 and "Trained and evaluated 3 SAEs" in done.stderr, done.stderr
+        assert len(list(inside.glob("*/*/result.json"))) == 3
 
 
 def test_a_run_on_another_card_is_another_run(monkeypatch):

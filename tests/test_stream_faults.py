@@ -1,14 +1,12 @@
 """Faults in the text stream: a hub that fails, truncates, stalls or goes down, corrupt files, unusual documents.
 
-All tests use the real libraries. The hub's tests run the program in separate processes, which take every hub at one
-port for the hub (see test_hub.py).
+All tests use the real libraries. The hub's tests run the program in separate processes (see test_hub.py).
 """
 
 import itertools
 import json
 import random
 import re
-import socket
 import subprocess
 import threading
 import time
@@ -18,8 +16,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from fork_server import ForkServer
-from helpers import BOS, DEMO_LM, ONE_SMALL_RUN, SEQ_LEN, empty_cache, hub_environment, stream_cfg
+from helpers import BOS, DEMO_LM, ONE_SMALL_RUN, SEQ_LEN, empty_cache, stream_cfg
 from hub_server import Answer, Hub
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -27,10 +24,12 @@ from transformers import AutoTokenizer
 from console import InputError
 from text_stream import TextStream
 
-# By default the hub's client waits 1 and 2 s before its retries.
+# By default the hub's client waits 1 and 2 s before its retries, and up to 10 s for an answer.
 IMPATIENT = """
 import inspect, runpy
+from huggingface_hub import constants
 from huggingface_hub.utils import _http
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 1
 for function in (_http.http_backoff, _http.http_stream_backoff):
     inspect.unwrap(function).__kwdefaults__["base_wait_time"] = 0.1
 """
@@ -145,21 +144,10 @@ def repos(tmp_path_factory) -> dict:
     return {"models/demo/lm": {"main": DEMO_LM}} | repos
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """The program, for which the hub is whatever listens on `port`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-    with ForkServer(hub_environment(tmp_path_factory.mktemp("cache")) | endpoint) as server:
-        server.port = port
-        yield server
-
-
-def run_python(program: ForkServer, script: str, *arguments) -> subprocess.CompletedProcess:
+def run_python(program, script: str, *arguments) -> subprocess.CompletedProcess:
     """Run a script in the repository root, with an empty cache."""
     empty_cache(program)
-    return program.run("-c", IMPATIENT + script, *arguments)
+    return program.run("-c", IMPATIENT + script, *arguments, figures=False)
 
 
 def random_faults(seed: int, share: float):
@@ -208,8 +196,9 @@ def readings(program, repos) -> dict[str, SimpleNamespace]:
 
     for name, (_, seed, resumes, changes) in READINGS.items():
         cfg = stream_cfg(
-            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400, **changes
-        )
+            model_name="demo/lm", dataset_path=f"someone/{name}", num_tokens=40_000, batch_size=400,
+            model_batch_size=25, **changes,
+        )  # fmt: skip
         keys = {key: value for key, value in cfg.items() if key not in ("name", "hook_point")}
         requested.append((keys, random.Random(seed).sample(range(100), resumes)))
     datasets = {f"datasets/someone/{name}": repos[f"datasets/someone/{kind}"] for name, (kind, *_) in READINGS.items()}

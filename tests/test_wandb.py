@@ -2,14 +2,13 @@
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import wandb
-from helpers import OFTEN, REPO, SAES, STEPS, figures, lines_of, same_bits, stopping_store, train
-from kill_and_resume import command, environment
+from helpers import OFTEN, SAES, STEPS, figures, lines_of, same_bits, stopping_store, train
+from kill_and_resume import command
 from wandb_server import WandbServer, records
 
 import logs
@@ -115,15 +114,7 @@ def online(server, monkeypatch):
     logs.is_online.cache_clear()
 
 
-def start(server: WandbServer, args: list[str]) -> subprocess.Popen:
-    """`python main.py demo` of a user who is logged in to the server."""
-    env = environment() | credentials(server)
-    del env["WANDB_MODE"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(args, cwd=REPO, env=env, **pipes)
-
-
-def pause_after(process: subprocess.Popen, output_dir: Path, step: int) -> None:
+def pause_after(process, output_dir: Path, step: int) -> None:
     """Suspend a process, but not W&B's own, once it has logged a step."""
     while process.poll() is None and not any(
         b'"step": %d,' % step in path.read_bytes() for path in output_dir.glob("*/*/metrics.jsonl")
@@ -138,29 +129,32 @@ def local_record(output_dir: Path) -> tuple[list[dict], dict]:
     return lines_of(folder), json.loads((folder / "result.json").read_text())
 
 
-def test_an_online_run_is_resumed_by_its_id(tmp_path, server):
+def test_an_online_run_is_resumed_by_its_id(tmp_path, program, server):
     """Killed when W&B has more steps than the checkpoint: the same command resumes that run, which ends finished, with
     every step once, as in the local record, and the result."""
-    args = command(tmp_path, *ONE_SAE, "wandb_project=project", "log_freq=1", "checkpoint_freq=10")
-    process = start(server, args)
-    pause_after(process, tmp_path, 14)
+    few = ("num_tokens=12_000", "eval_tokens=256", "log_freq=1", "checkpoint_freq=10")
+    args = command(tmp_path / "runs", *ONE_SAE, "wandb_project=project", *few)
+    env = {key: value for key, value in program.env.items() if key != "WANDB_MODE"} | credentials(server)
+    log = tmp_path / "log"
+    how = dict(out=log, err=log, env=env, figures=False)
+    process = program.start(*args, **how)
+    pause_after(process, tmp_path / "runs", 14)
     while not server.runs or not (run := next(iter(server.runs.values())))["history"]:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         time.sleep(0.05)  # it is sent every 15 s
     process.kill()
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     sent = [row["_step"] for row in run["history"]]
     assert sent[-1] > 10, "or the step after the checkpoint was not sent before"
-    assert process.returncode == -signal.SIGKILL and run["state"] == "running"
-    out, err = (process := start(server, args)).communicate(timeout=100)
-    assert process.returncode == 0 and "Resuming after step 10" in err, err
-    lines, result = local_record(tmp_path)
+    assert run["state"] == "running"
+    assert program.start(*args, **how).wait(timeout=100) == 0 and "Resuming after step 10" in log.read_text()
+    lines, result = local_record(tmp_path / "runs")
     assert list(server.runs.values()) == [run] and run["state"] == "finished"
     assert [row["_step"] for row in run["history"]] == [line["step"] for line in lines]
     assert len(lines) == lines[-1]["step"] > sent[-1] and run["history"][-1]["tokens"] == lines[-1]["tokens"]
     assert [{key: row[key] for key in line} for row, line in zip(run["history"], lines)] == lines
     assert {key: run["summary"][key] for key in result} == result
-    assert json.loads(next(tmp_path.glob("*/*/config.json")).read_text())["_provenance"]["wandb_id"] == run["id"]
+    assert json.loads(next(tmp_path.glob("runs/*/*/config.json")).read_text())["_provenance"]["wandb_id"] == run["id"]
 
 
 def test_a_server_that_fails_during_training(model, training_cfg, online, capsys):
