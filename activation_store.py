@@ -35,15 +35,17 @@ class ActivationsStore:
 
     `model` is a TransformerBridge (language_model.load_model), `cfg` a completed config. The store's own `cfg` also has
     the values set by the model (complete_cfg). `eval_contexts` [n, seq_len] are held out and never trained on; they
-    begin in the documents `eval_documents` [n], numbered from 0. Tokens
-    in exclude_tokens are part of the contexts, but of no batch. Raises InputError for a dataset that cannot be read,
-    has none of the columns, is empty, or is too short for num_tokens. Memory: one buffer of activations
-    (num_batches_in_buffer · model_batch_size · seq_len rows of d values in activation_dtype) and one forward pass. With
-    `held_out_only` there are no batches and no buffer, and a dataset with a single context is long enough.
+    begin in the documents `eval_documents` [n], numbered from 0. Tokens in exclude_tokens are part of the contexts, but
+    of no batch. With `held_out_only` there are no batches and no buffer, and one context of text is enough.
+
+    Memory: one buffer of activations (num_batches_in_buffer · model_batch_size · seq_len rows of d values in
+    activation_dtype) and one forward pass. Raises InputError for a dataset that cannot be read, has none of the
+    columns, is empty, or is too short for num_tokens.
     """
 
     def __init__(self, model: TransformerBridge, cfg: dict, held_out_only: bool = False):
-        self.model, self.cfg = model, (cfg := complete_cfg(cfg, model))
+        self.model = model
+        self.cfg = cfg = complete_cfg(cfg, model)
         self.act_size = check_hook_point(model, cfg)
         if not cfg.get("has_bos", True):
             tell(f"{cfg['model_name']} has no BOS token: documents are joined without one")
@@ -51,8 +53,8 @@ class ActivationsStore:
         if "seq_len" in cfg.get("asked", {}):
             tell(f"seq_len is reduced to {self.seq_len}, the context length of {cfg['model_name']}")
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
-        text = cfg, tokenizer_of(model, cfg), model.cfg.d_vocab
-        self.stream = TextStream(*text, self.seq_len, num_held_out, held_out_only)
+        tokenizer = tokenizer_of(model, cfg)
+        self.stream = TextStream(cfg, tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out, held_out_only)
         self.eval_contexts, self.eval_documents = self.stream.held_out, self.stream.held_out_documents
         self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
         if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():
@@ -63,16 +65,16 @@ class ActivationsStore:
 
         batch_size = cfg["batch_size"]
         self.tokens_needed = num_steps(cfg) * batch_size
-        distributed.from_first(self.check_length)
+        distributed.from_rank_0(self.check_length)
         self.interruptible = lambda read: read()  # calls a function that reads text; a signal may interrupt it
         rows = cfg["num_batches_in_buffer"] * cfg["model_batch_size"] * self.seq_len
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)
-        self.storage = torch.empty(rows, self.act_size, dtype=getattr(torch, cfg["activation_dtype"]))
-        self.storage = self.storage.to(cfg["device"])
+        dtype = getattr(torch, cfg["activation_dtype"])
+        self.storage = torch.empty(rows, self.act_size, dtype=dtype, device=cfg["device"])
         self.num_harvested = 0  # rows, for the error message at the end of the data
         self.cache = None  # only rank 0 has one
         if cfg["activation_cache"]:
-            distributed.from_first(self.open_cache)
+            distributed.from_rank_0(self.open_cache)
         self.beginning = {"buffer": 0, "rows": 0, "stream": self.stream.state_dict(), "inside": 0, "offset": 0}
         self.load_state_dict(self.beginning)
         self.carry = self.storage[:0]  # the stream is already at its beginning
@@ -142,8 +144,8 @@ class ActivationsStore:
         return ~torch.isin(tokens, self.excluded.to(tokens.device))
 
     def from_text(self, function: Callable):
-        """The result of a function that reads the text, which rank 0 does for all ranks."""
-        return distributed.from_first(lambda: self.interruptible(function))
+        """Call a function that reads the text, on rank 0 only, and return its result on every rank."""
+        return distributed.from_rank_0(lambda: self.interruptible(function))
 
     def read_batches(self, missing: int) -> list[tuple[dict, torch.Tensor]]:
         """Positions in the text and contexts of the next forward passes: one per rank, or fewer if they give `missing`
@@ -153,7 +155,8 @@ class ActivationsStore:
         while missing > 0 and len(batches) < distributed.size():
             position, tokens = self.stream.state_dict(), self.get_batch_tokens()
             batches.append((position, tokens))
-            missing -= (rows := int(self.kept(tokens).sum()))
+            rows = int(self.kept(tokens).sum())
+            missing -= rows
             self.num_harvested += rows
         return batches
 
@@ -166,9 +169,8 @@ class ActivationsStore:
             if distributed.rank() < len(batches):
                 tokens = batches[distributed.rank()][1]
                 acts = self.get_activations(tokens).to(self.storage.dtype)
-                own = (
-                    acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
-                ).contiguous()
+                rows = acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
+                own = rows.contiguous()
             for source, (position, tokens) in enumerate(batches):
                 kept = int(self.kept(tokens).sum())
                 rows = own if source == distributed.rank() else self.storage.new_empty(kept, self.act_size)
@@ -186,7 +188,7 @@ class ActivationsStore:
         return buffer[rows].float()
 
     def peek(self) -> torch.Tensor:
-        """The buffer [rows, d] that holds the next batch, in text order and activation_dtype. The position stays."""
+        """The buffer [rows, d] of the next batch, in text order and activation_dtype. Does not advance the stream."""
         if self.buffer is None or self.offset == len(self.buffer):
             self.fill_buffer()
         return self.buffer
@@ -198,14 +200,14 @@ class ActivationsStore:
         buffer = self.storage[:missing]
         next_start = None
         if self.cfg["activation_cache"]:
-            next_start = distributed.from_first(lambda: self.cache.read(start["buffer"], buffer))
+            next_start = distributed.from_rank_0(lambda: self.cache.read(start["buffer"], buffer))
         if next_start is not None:
             distributed.broadcast(buffer, 0)
             self.carry = None
         else:
             next_start = self.harvest_rows(start, buffer)
             if self.cfg["activation_cache"]:
-                distributed.from_first(lambda: self.cache.write(start["buffer"], buffer, next_start))
+                distributed.from_rank_0(lambda: self.cache.write(start["buffer"], buffer, next_start))
         # One generator per buffer, so that its order does not depend on the buffers before it.
         order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
         self.order = torch.from_numpy(order).to(buffer.device)
@@ -221,17 +223,17 @@ class ActivationsStore:
                 ((_, rows),) = self.forwards(1)
                 self.carry = rows[start["inside"] :]
         self.num_harvested = start["rows"] + len(self.carry)
-        # Where the current forward pass begins in the text, and how many of its rows are used.
-        begin, used, filled = start["stream"], start["inside"], 0
-        for position, rows in chain([(begin, self.carry)], self.forwards(len(buffer) - len(self.carry))):
-            begin, used = position, used if rows is self.carry else 0
-            part = rows[: len(buffer) - filled]
+        filled = 0
+        for position, rows in chain([(start["stream"], self.carry)], self.forwards(len(buffer) - len(self.carry))):
+            begin, part = position, rows[: len(buffer) - filled]
             buffer[filled : filled + len(part)] = part
-            filled, used = filled + len(part), used + len(part)
+            filled += len(part)
+        # The next buffer begins inside the last forward pass, unless that is used up.
+        inside = len(part) + (start["inside"] if rows is self.carry else 0)
         self.carry = rows[len(part) :]
         if len(self.carry) == 0:
-            begin, used = self.from_text(self.stream.state_dict), 0
-        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": begin, "inside": used}
+            begin, inside = self.from_text(self.stream.state_dict), 0
+        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": begin, "inside": inside}
 
     def state_dict(self) -> dict:
         """The position in the stream of batches, as a small dict of plain values.

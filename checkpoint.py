@@ -1,4 +1,4 @@
-"""SAEs and checkpoints on disk, in safetensors and JSON; loading runs no code.
+"""Saves and loads SAEs and checkpoints, as safetensors and JSON; loading runs no code.
 
 A checkpoint holds everything that a group of runs needs to resume with bit-identical results:
 
@@ -211,7 +211,7 @@ class Checkpoints:
     def __init__(self, cfgs: list[dict], runs: list, provenance: dict, resume_anyway: bool):
         self.cfg, self.runs, self.provenance = cfgs[0], runs, provenance
         self.folder = group_folder(cfgs)
-        path, state = distributed.from_first(lambda: find_checkpoint(cfgs, provenance, resume_anyway))
+        path, state = distributed.from_rank_0(lambda: find_checkpoint(cfgs, provenance, resume_anyway))
         self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
         self.ahead = state.get("ahead", {})
         if path:
@@ -311,10 +311,10 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
             remove(old)
 
     digests = {}
-    distributed.from_first(begin)
+    distributed.from_rank_0(begin)
     distributed.on_all(write_runs)
     digests = dict(distributed.gather_lists(list(digests.items())))
-    distributed.from_first(finish)
+    distributed.from_rank_0(finish)
 
 
 def shards_of(state: dict) -> int:

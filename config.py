@@ -1,7 +1,7 @@
 """Config dicts: the keys and their defaults (those of arXiv 2412.06410), and their completion and validation.
 
-A config is a plain dict. Take `get_default_cfg()`, edit it, pass it through `post_init_cfg`, which checks
-every key and derives `hook_point` and `name`. `python config.py` prints the keys as a Markdown table.
+A config is a plain dict. Take `get_default_cfg()`, edit it, and pass it through `post_init_cfg`, which checks every key
+and derives `hook_point` and `name`. `python config.py` prints the keys as a Markdown table.
 """
 
 import difflib
@@ -30,7 +30,7 @@ class Key:
     default: bool | int | float | str | None
     doc: str
     _: KW_ONLY
-    optional: type | None = None  # if None is allowed: the type of all other values. Else the default's type is theirs
+    optional: type | None = None  # set if None is allowed: the type of the other values. Unset: that of the default
     choices: tuple[str, ...] = ()
     at_least: int | None = None
     above: int | None = None
@@ -40,49 +40,49 @@ class Key:
     in_point: bool = True  # runs that differ in it are not averaged to one point of a plot
     in_group: bool = True  # runs trained as one group agree on it: they see the same batches, report at the same steps
     in_cache: bool = False  # it identifies a cache of activations
-    added_later: bool = False  # in names and caches only where it is not the default: others had theirs before this key
+    added_later: bool = False  # left out of names and caches at its default, so that those from before it stay valid
     set_by_model: bool = False  # the model may allow only another value (language_model.complete_cfg)
     portable: bool = True  # it means something on other machines
 
 
-OfSAE = partial(Key, in_group=False)  # each SAE of a group may have its own
-NoResult = partial(Key, in_name=False, in_point=False)  # changes no result (another device only rounds differently)
+PerSAE = partial(Key, in_group=False)  # each SAE of a group may have its own
+Neutral = partial(Key, in_name=False, in_point=False)  # changes no result (another device only rounds differently)
 
 # fmt: off
 TABLE = (  # the keys under the titles of their sections
     "The SAE",
-    OfSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk", "jumprelu" or "matryoshka"', choices=SAE_TYPES),
-    OfSAE("dict_size", 12288, "F, number of features", at_least=1),
-    OfSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk, matryoshka)",
+    PerSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk", "jumprelu" or "matryoshka"', choices=SAE_TYPES),
+    PerSAE("dict_size", 12288, "F, number of features", at_least=1),
+    PerSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk, matryoshka)",
         at_least=1, types=TOP_K_TYPES),
-    OfSAE("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk, matryoshka)",
+    PerSAE("top_k_aux", 512, "dead features per token that the aux loss revives (topk, batchtopk, matryoshka)",
         at_least=1, types=TOP_K_TYPES),
-    OfSAE("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk, matryoshka)",
+    PerSAE("aux_penalty", 1 / 32, "coefficient of the aux loss (topk, batchtopk, matryoshka)",
         at_least=0, types=TOP_K_TYPES),
-    OfSAE("matryoshka_sizes", None, "sizes of the nested prefixes of the dictionary, as [64, 256, 1024], increasing to "
-        "dict_size (matryoshka); None: 1/32, 3/32, 7/32, 15/32 and all of it",
+    PerSAE("matryoshka_sizes", None, "sizes of the nested prefixes of the dictionary, as [64, 256, 1024], increasing "
+        "to dict_size (matryoshka); None: 1/32, 3/32, 7/32, 15/32 and all of it",
         optional=list, types=("matryoshka",), added_later=True),
-    OfSAE("l1_coeff", 0.0, "coefficient of the L1 penalty; of the L0 penalty for jumprelu", at_least=0),
-    OfSAE("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
+    PerSAE("l1_coeff", 0.0, "coefficient of the L1 penalty; of the L0 penalty for jumprelu", at_least=0),
+    PerSAE("bandwidth", 0.001, "width of the kernel that estimates the gradient of the thresholds (jumprelu)",
         above=0, types=("jumprelu",)),
-    OfSAE("n_batches_to_dead", 5, "a feature inactive for this many batches is dead", at_least=1),
-    NoResult("feature_shards", 1, "ranks of torchrun that share an SAE, each with a slice of its features", at_least=1,
+    PerSAE("n_batches_to_dead", 5, "a feature inactive for this many batches is dead", at_least=1),
+    Neutral("feature_shards", 1, "ranks of torchrun that share an SAE, each with a slice of its features", at_least=1,
         added_later=True, portable=False),
-    OfSAE("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1"),
-    OfSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
+    PerSAE("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1"),
+    PerSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
     "Its training",
-    OfSAE("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_point=False),
-    OfSAE("b_dec_init", "zero", 'initial b_dec: "zero", or "mean": the mean normalised activation of the first buffer',
+    PerSAE("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_point=False),
+    PerSAE("b_dec_init", "zero", 'initial b_dec: "zero", or "mean": the mean normalised activation of the first buffer',
         choices=("zero", "mean"), added_later=True),
     Key("batch_size", 4096, "tokens per training step", at_least=1),
     Key("num_tokens", 1_000_000_000, "tokens to train on, rounded up to whole batches", at_least=1),
-    OfSAE("lr", 3e-4, "Adam's learning rate", above=0),
-    OfSAE("lr_warmup_steps", 0, "linear warm-up steps: the rate rises from 0 to lr",
+    PerSAE("lr", 3e-4, "Adam's learning rate", above=0),
+    PerSAE("lr_warmup_steps", 0, "linear warm-up steps: the rate rises from 0 to lr",
         at_least=0),
-    OfSAE("lr_decay_steps", 0, "linear decay steps at the end: the rate falls to 0", at_least=0),
-    OfSAE("beta1", 0.9, "Adam's decay of the mean gradient", at_least=0, below=1),
-    OfSAE("beta2", 0.99, "Adam's decay of the mean squared gradient", at_least=0, below=1),
-    OfSAE("max_grad_norm", 100_000.0, "the norm of the whole gradient is clipped to this", above=0),
+    PerSAE("lr_decay_steps", 0, "linear decay steps at the end: the rate falls to 0", at_least=0),
+    PerSAE("beta1", 0.9, "Adam's decay of the mean gradient", at_least=0, below=1),
+    PerSAE("beta2", 0.99, "Adam's decay of the mean squared gradient", at_least=0, below=1),
+    PerSAE("max_grad_norm", 100_000.0, "the norm of the whole gradient is clipped to this", above=0),
     "The language model and where it is read",
     Key("model_name", "gpt2-small", "hub name, short name of transformer_lens, or local Hugging Face directory",
         in_cache=True),
@@ -92,7 +92,7 @@ TABLE = (  # the keys under the titles of their sections
         optional=int, at_least=2, in_name=False),
     Key("model_dtype", "float32", 'the model is run in "float32" (on CUDA with TF32 products), "bfloat16" or "float16"',
         choices=DTYPES, in_cache=True),
-    NoResult("device", "best present", '"cuda" or "cpu"; the default is cuda if it is there'),
+    Neutral("device", "best present", '"cuda" or "cpu"; the default is cuda if it is there'),
     "The stream of activations",
     Key("dataset_path", "Skylion007/openwebtext", "hub name, or a local file, folder or saved dataset", in_cache=True),
     Key("dataset_config", None, 'configuration of a hub dataset, e.g. "en"', optional=str, in_cache=True),
@@ -103,7 +103,7 @@ TABLE = (  # the keys under the titles of their sections
     Key("num_epochs", 1, "times that the dataset is read, at most", at_least=1),
     Key("bad_documents", "stop", 'corrupt or unusable data: "stop", or "skip" and report it',
         choices=("stop", "skip"), in_cache=True),
-    NoResult("stream_retries", 8, "retries after a network failure, after 1, 2, 4, ... 60 s",
+    Neutral("stream_retries", 8, "retries after a network failure, after 1, 2, 4, ... 60 s",
         at_least=0),
     Key("bos_per_context", False, "begin every context with BOS, not only every document",
         in_cache=True, set_by_model=True),
@@ -113,7 +113,7 @@ TABLE = (  # the keys under the titles of their sections
     Key("num_batches_in_buffer", 10, "forwards whose activations are shuffled together", at_least=1),
     Key("activation_dtype", "float32", 'activations are stored in the buffer as "float32", "bfloat16" or "float16"',
         choices=DTYPES, in_cache=True),
-    NoResult("activation_cache", None, "folder that stores activations for later runs",
+    Neutral("activation_cache", None, "folder that stores activations for later runs",
         optional=str, portable=False),
     Key("shuffle_seed", 49, "seed of the shuffle; only runs with the same seed share a stream",
         at_least=0, below=2**63),
@@ -124,16 +124,16 @@ TABLE = (  # the keys under the titles of their sections
     Key("eval_skip_positions", 1, "first positions of each context that evaluation ignores (attention sink)",
         at_least=0),
     "Records",
-    NoResult("log_freq", 50, "steps between lines of training metrics", at_least=1),
-    NoResult("perf_log_freq", 1000, "steps between evaluations on the first batch_size held-out tokens", at_least=1),
-    NoResult("checkpoint_freq", 10_000, "steps between checkpoints; also every 15 minutes", at_least=1),
-    NoResult("keep_checkpoints", 2, "number of checkpoints to keep", at_least=1),
-    NoResult("save_errors", "stop", 'if a checkpoint or record cannot be written: "stop", or "go_on" without it',
+    Neutral("log_freq", 50, "steps between lines of training metrics", at_least=1),
+    Neutral("perf_log_freq", 1000, "steps between evaluations on the first batch_size held-out tokens", at_least=1),
+    Neutral("checkpoint_freq", 10_000, "steps between checkpoints; also every 15 minutes", at_least=1),
+    Neutral("keep_checkpoints", 2, "number of checkpoints to keep", at_least=1),
+    Neutral("save_errors", "stop", 'if a checkpoint or record cannot be written: "stop", or "go_on" without it',
         choices=("stop", "go_on")),
-    NoResult("output_dir", "runs", "folder for records, in output_dir/sweep/name", in_group=False, portable=False),
-    NoResult("sweep", "single", "name of the sweep; main.py sets it", in_group=False),
-    NoResult("wandb_project", "sparse_autoencoders", "Weights & Biases project", in_group=False),
-    NoResult("wandb_mode", None, '"online", "offline" or "disabled"; None: online if logged in, or WANDB_MODE',
+    Neutral("output_dir", "runs", "folder for records, in output_dir/sweep/name", in_group=False, portable=False),
+    Neutral("sweep", "single", "name of the sweep; main.py sets it", in_group=False),
+    Neutral("wandb_project", "sparse_autoencoders", "Weights & Biases project", in_group=False),
+    Neutral("wandb_mode", None, '"online", "offline" or "disabled"; None: online if logged in, or WANDB_MODE',
         optional=str, choices=("online", "offline", "disabled"), in_group=False),
 )
 # fmt: on
@@ -255,10 +255,10 @@ def check_value(key: Key, value):
 
 
 def check_exclude_tokens(value) -> str | list[int]:
-    """The words as they are; ids, or a single one, as a sorted list."""
-    ids = list(value) if isinstance(value, list | tuple) else [value]
+    """The words "bos" and "special" as they are; token ids, or a single one, as a sorted list."""
     if value in ("bos", "special"):
         return value
+    ids = list(value) if isinstance(value, list | tuple) else [value]
     if not ids or any(type(i) is not int or i < 0 for i in ids):
         raise InputError(
             f"exclude_tokens = {value!r} is not allowed: it must be None, 'bos', 'special' or a list of token ids"
@@ -268,6 +268,7 @@ def check_exclude_tokens(value) -> str | list[int]:
 
 def check_matryoshka_sizes(value) -> list[int]:
     sizes = list(value) if isinstance(value, list | tuple) else []
+    # They equal sorted({0, …})[1:] only if they are positive and increasing.
     if not sizes or any(type(size) is not int for size in sizes) or sizes != sorted({0, *sizes})[1:]:
         raise InputError(
             f"matryoshka_sizes = {value!r} is not allowed: it must be None or a list of increasing numbers of "

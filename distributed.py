@@ -1,6 +1,6 @@
 """Training a group of SAEs with several processes (ranks): torchrun --nproc-per-node N main.py …
 
-The unit is an SAE. Each SAE lives on one rank, which trains, evaluates and records it. Every rank sees every batch.
+Each SAE is on one rank, which trains, evaluates and records it. Every rank sees every batch.
 What the ranks exchange, and when:
 
     tokens        rank 0 reads the text. Per round, it sends every rank the contexts of up to N forward passes.
@@ -116,7 +116,7 @@ def local_size() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
 
 
-def from_first(function: Callable):
+def from_rank_0(function: Callable):
     """The result of function() on rank 0, on every rank. If it raises an error that the program reports in one line,
     every rank raises it.
     """
@@ -201,7 +201,7 @@ def check_ranks(made_with: dict, folder: Path) -> None:
         differs = [f"{k} is {v!r}, not {of_ranks[0].get(k)!r}" for k, v in values.items() if v != of_ranks[0].get(k)]
         if differs:
             raise InputError(f"rank {i} differs from rank 0: {'; '.join(differs)}")
-    mark = folder / f".ranks-{from_first(lambda: secrets.token_hex(4))}"
+    mark = folder / f".ranks-{from_rank_0(lambda: secrets.token_hex(4))}"
 
     def write_mark():
         try:
@@ -210,7 +210,7 @@ def check_ranks(made_with: dict, folder: Path) -> None:
         except OSError as error:
             raise InputError(f"output_dir: {folder} cannot be written to: {error.strerror or error}") from error
 
-    from_first(write_mark)
+    from_rank_0(write_mark)
     missing = [i for i, found in enumerate(gather(mark.exists())) if not found]
     if rank() == 0:
         mark.unlink()

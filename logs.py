@@ -1,4 +1,4 @@
-"""One local record per run, optionally mirrored to Weights & Biases.
+"""Writes the record of a run to its folder, and optionally to Weights & Biases.
 
 output_dir/sweep/name/config.json     the completed config, and _provenance: versions, model, data and device
                       metrics.jsonl   one line per logged step

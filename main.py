@@ -81,13 +81,13 @@ def main(argv: list[str]) -> None:
                 print(*(cfg["name"] for cfg in cfgs), sep="\n")
             return
         distributed.check_device(cfgs[0]["device"])
-        todo = distributed.from_first(lambda: report(cfgs))
+        todo = distributed.from_rank_0(lambda: runs_to_train(cfgs))
         failed = train(todo, args.force, args.resume_anyway) if todo else []
-    if RANK == 0:  # the other ranks end without an error, which would make torchrun end this one
+    if RANK == 0:  # if finish raised on another rank, torchrun would end this one
         finish(sweep, cfgs, failed)
 
 
-def report(cfgs: list[dict]) -> list[dict]:
+def runs_to_train(cfgs: list[dict]) -> list[dict]:
     """The runs that are left to train. Prints how many are finished and which were stopped."""
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are skipped")
@@ -99,7 +99,7 @@ def report(cfgs: list[dict]) -> list[dict]:
 
 
 def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:
-    """Draw the results of a sweep."""
+    """Remove checkpoints that are no longer needed and draw the results. Raises InputError if NaN stopped an SAE."""
     folder = run_folder(cfgs[0]).parent
     remove_checkpoints(folder, has_ended)
     draw_results(folder)
@@ -138,7 +138,7 @@ def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, d
     Raises InputError for words that are neither.
     """
     seeds = None
-    if after_seeds is not None:  # argparse takes only one word with --seeds=
+    if after_seeds is not None:  # in `--seeds=49 50`, argparse gives --seeds only the 49
         seeds = [word for word in after_seeds if "=" not in word and word not in SWEEPS]
         seeds += [word for word in words if word.isdecimal()]
         words = [word for word in (*words, *after_seeds) if word not in seeds]
@@ -146,6 +146,7 @@ def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, d
         if bad is not None:
             raise InputError(f"--seeds {bad!r} is not allowed: it must be one or more integers, as in --seeds 49 50")
         seeds = list(map(int, seeds))
+    # The sweep comes first, so that any other word is reported as a bad override.
     names = sorted((word for word in words if "=" not in word), key=lambda name: name not in SWEEPS)
     sweep = names[0] if names else "paper"
     return sweep, dict(map(parse_override, (*names[1:], *(word for word in words if "=" in word)))), seeds
@@ -199,20 +200,21 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
 
     Returns a line for each group in which NaN or infinity stopped an SAE.
     """
-    groups = distributed.from_first(lambda: group_runs(cfgs))
+    distributed.from_rank_0(lambda: prepare_text(cfgs))
+    groups = distributed.from_rank_0(lambda: group_runs(cfgs))
     models, planned, failed = {}, [], []
     for _, group in groups:  # load all models before measuring the free memory
         shards = team(group[0]["feature_shards"])
-        shards.sum(torch.zeros(1, device=group[0]["device"]))  # NCCL allocates its memory
+        shards.sum(torch.zeros(1, device=group[0]["device"]))  # NCCL allocates its memory now, before it is measured
         stay_offline_without_network(group[0]["model_name"], group[0]["dataset_path"])
-        if loaded_as(group[0]) not in models:
-            models[loaded_as(group[0])] = load_model(group[0])
+        if model_key(group[0]) not in models:
+            models[model_key(group[0])] = load_model(group[0])
     for steps_done, group in groups:  # plan all groups before training the first
-        model = models[loaded_as(group[0])]
+        model = models[model_key(group[0])]
         width = check_hook_point(model, group[0])
         group = [complete_cfg(cfg | {"act_size": width}, model) for cfg in group]
         available = free_memory(group[0]["device"])
-        parts = distributed.from_first(partial(plan_group, group, model, steps_done, force, available))
+        parts = distributed.from_rank_0(partial(plan_group, group, model, steps_done, force, available))
         planned += [(part, model, steps_done, available) for part in parts]
     if len(planned) > 1:
         tell(f"{len(cfgs)} SAEs in {len(planned)} groups, each with a separate pass over the text")
@@ -224,24 +226,26 @@ def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
     return failed
 
 
-def group_runs(cfgs: list[dict]) -> list[tuple[int, list[dict]]]:
-    """Groups of runs that can share a stream, each with the number of steps that its checkpoint has done. Writes the
-    demo's text if it is needed.
-    """
-    groups = {}
-    for cfg in cfgs:
-        key = newest_checkpoint(cfg), json.dumps(values_of(cfg, "in_group"))
-        groups.setdefault(key, []).append(cfg)
+def prepare_text(cfgs: list[dict]) -> None:
+    """Write the demo's text if a run reads it."""
     if any(cfg["dataset_path"] == DEMO_BASE["dataset_path"] for cfg in cfgs):
         try:
             write_demo_text(Path(DEMO_BASE["dataset_path"]))
         except OSError as error:  # no source of the standard library, or a read-only folder
             raise InputError(f"the demo's text cannot be written: {error}") from error
+
+
+def group_runs(cfgs: list[dict]) -> list[tuple[int, list[dict]]]:
+    """Groups of runs that can share a stream, each with the number of steps that its checkpoint has done."""
+    groups = {}
+    for cfg in cfgs:
+        key = newest_checkpoint(cfg), json.dumps(values_of(cfg, "in_group"))
+        groups.setdefault(key, []).append(cfg)
     steps_done = [int(path.name.removeprefix("step_")) if path else 0 for path, _ in groups]
     return list(zip(steps_done, groups.values()))
 
 
-def loaded_as(cfg: dict) -> tuple:
+def model_key(cfg: dict) -> tuple:
     return cfg["model_name"], cfg["model_dtype"], cfg["device"]
 
 
@@ -250,7 +254,10 @@ def train_planned(group: list[dict], model, steps_done: int, available: int, for
     store = ActivationsStore(model, group[0])
     shards = team(group[0]["feature_shards"])
     owners = plan_time(group, store, steps_done, force, available)
-    saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.number else None for c, o in zip(group, owners)]
+    saes = [
+        SAE_CLASSES[cfg["sae_type"]](cfg, shards) if owner == shards.team_index else None
+        for cfg, owner in zip(group, owners)
+    ]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)
     tell(f"Trained and evaluated {len(group)} SAEs in {duration(time.time() - started)}")

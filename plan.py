@@ -168,10 +168,10 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
     by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
     shards = team(cfg["feature_shards"])
-    own = [i for i, owner in enumerate(by_size) if owner == shards.number]
+    own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
     step, reconstruction = zip(*(times[i] for i in range(len(group))))
-    harvest, forward = distributed.from_first(lambda: (harvest, forward))
+    harvest, forward = distributed.from_rank_0(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
     def slowest(seconds: list[float]) -> float:

@@ -29,6 +29,8 @@ from config import prefix_sizes
 from shards import WHOLE, Shards
 from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, sae_arithmetic
 
+SPARSE_AFTER = 10  # the sparse form is used after so many batches in a row with few active features
+
 
 class Counts(NamedTuple):
     until_sparse: int  # batches until the sparse form is used
@@ -52,17 +54,17 @@ class BaseAutoencoder(nn.Module):
         bound = (6 / dict_size) ** 0.5
         generator = torch.Generator().manual_seed(cfg["seed"])
         own = shards.features(dict_size)
-        features = torch.empty(d, own.stop - own.start, dtype=dtype)
-        for row in features:  # never the weights of all shards at once
+        weights = torch.empty(d, own.stop - own.start, dtype=dtype)
+        for row in weights:  # row by row: no rank holds the weights of all shards
             row.copy_(torch.rand(dict_size, generator=generator, dtype=dtype)[own])
-        features = ((features * 2 - 1) * bound).T.contiguous()
-        dict_size = len(features)
-        self.W_enc = nn.Parameter(features.T)  # shape [d, F], feature-major in memory: the sparse form reads columns
-        self.W_dec = nn.Parameter(F.normalize(features, dim=-1))
-        self.b_enc = nn.Parameter(torch.zeros(dict_size, dtype=dtype))
+        weights = ((weights * 2 - 1) * bound).T.contiguous()
+        num_own = len(weights)
+        self.W_enc = nn.Parameter(weights.T)  # shape [d, F], feature-major in memory: the sparse form reads columns
+        self.W_dec = nn.Parameter(F.normalize(weights, dim=-1))
+        self.b_enc = nn.Parameter(torch.zeros(num_own, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(d, dtype=dtype))
         # Training batches since each feature was last active.
-        self.register_buffer("num_batches_not_active", torch.zeros(dict_size, dtype=torch.int64))
+        self.register_buffer("num_batches_not_active", torch.zeros(num_own, dtype=torch.int64))
         self.to(cfg["device"])
 
     # What the subclasses define
@@ -87,10 +89,10 @@ class BaseAutoencoder(nn.Module):
         return acts.sum()
 
     def reconstructions(self, acts: torch.Tensor, pattern: SparsityPattern | None) -> list[torch.Tensor]:
-        """Those [B, d] whose mean squared errors the loss averages. The last one is of all features."""
+        """The reconstructions [B, d] whose mean squared errors the loss averages. The last uses all features."""
         return [self.shards.add(sparse_ops.decode(acts, self.W_dec, pattern)) + self.b_dec]
 
-    aux_loss_on_dead_features = False
+    aux_loss_on_dead_features = False  # whether the loss includes aux_loss
 
     # What they share
 
@@ -132,11 +134,10 @@ class BaseAutoencoder(nn.Module):
         tokens = acts.reshape(-1, acts.shape[-1])
         reconstruction = self.shards.add(sparse_ops.decode(tokens, self.W_dec)) + self.b_dec
         reconstruction = reconstruction.view(*acts.shape[:-1], -1)
-        return (
-            reconstruction
-            if like is None
-            else self.postprocess_output(reconstruction, *self.preprocess_input(like)[1:])
-        )
+        if like is None:
+            return reconstruction
+        _, mean, std = self.preprocess_input(like)
+        return self.postprocess_output(reconstruction, mean, std)
 
     @sae_arithmetic
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,16 +155,17 @@ class BaseAutoencoder(nn.Module):
         """
         from language_model import excluded_ids  # here, because it imports this module
 
-        skip, seen = self.cfg["eval_skip_positions"], []
+        skip = self.cfg["eval_skip_positions"]
+        seen = []  # the tokens of the current forward pass, from a hook on the embedding
         excluded = torch.tensor(excluded_ids(self.cfg, model) or [], dtype=torch.int64)
 
         def replace(acts, hook):
             x = acts[:, skip:]
-            keep = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+            replaced = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
             if len(excluded):
-                keep = ~torch.isin(seen.pop()[:, skip:], excluded.to(x.device))
-            reconstruction = self.reconstruct(x[keep])[0].to(acts)
-            return torch.cat([acts[:, :skip], x.masked_scatter(keep[..., None], reconstruction)], 1)
+                replaced = ~torch.isin(seen.pop()[:, skip:], excluded.to(x.device))
+            reconstruction = self.reconstruct(x[replaced])[0].to(acts)
+            return torch.cat([acts[:, :skip], x.masked_scatter(replaced[..., None], reconstruction)], 1)
 
         with model.hooks(fwd_hooks=[(self.cfg["hook_point"], replace)]), ExitStack() as stack:
             if len(excluded):
@@ -192,9 +194,11 @@ class BaseAutoencoder(nn.Module):
         pattern = self.select(tokens, wait)
         z = self.pre_activation(tokens, pattern)
         acts = self.activation(z, pattern)
-        *_, reconstruction = reconstructions = self.reconstructions(acts, pattern)
+        reconstructions = self.reconstructions(acts, pattern)
+        reconstruction = reconstructions[-1]
 
-        *_, l2_loss = l2_losses = [F.mse_loss(each, tokens) for each in reconstructions]
+        l2_losses = [F.mse_loss(each, tokens) for each in reconstructions]
+        l2_loss = l2_losses[-1]
         loss = sum(l2_losses[1:], start=l2_losses[0]) / len(l2_losses)
         if wait and not loss.isfinite():
             where = "the loss" if tokens.isfinite().all() else "the activations"
@@ -252,7 +256,7 @@ class BaseAutoencoder(nn.Module):
 
     known_counts = None  # set by training_step when it has read them
 
-    def counts(self) -> "Counts":
+    def counts(self) -> Counts:
         """What the host needs to choose a form and sizes. Waits for a CUDA device unless known_counts is set."""
         return self.known_counts or Counts(*self.counts_on_device().tolist())
 
@@ -291,7 +295,7 @@ class BaseAutoencoder(nn.Module):
 
 
 class AdaptiveSparseSAE(BaseAutoencoder):
-    """An SAE whose number of active features depends on its weights, so the form follows from the last batches.
+    """An SAE whose number of active features depends on its weights, so recent batches decide between the two forms.
 
     The buffer `batches_until_sparse` counts down while few features are active, and restarts when many are. It depends
     on counts alone and is saved with the weights.
@@ -299,7 +303,7 @@ class AdaptiveSparseSAE(BaseAutoencoder):
 
     def __init__(self, cfg: dict, shards: Shards = WHOLE):
         super().__init__(cfg, shards)
-        self.register_buffer("batches_until_sparse", torch.tensor(10, device=self.W_enc.device))
+        self.register_buffer("batches_until_sparse", torch.tensor(SPARSE_AFTER, device=self.W_enc.device))
 
     @torch.no_grad()
     def update_statistics(self, output):
@@ -309,7 +313,7 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         if not is_sparse:
             few &= self.batches_until_sparse > 0  # dense at 0 means that there were too many candidates: restart
         left = (self.batches_until_sparse - 1).clamp(min=0)
-        self.batches_until_sparse.copy_(torch.where(few, left, 10))
+        self.batches_until_sparse.copy_(torch.where(few, left, SPARSE_AFTER))
 
     def is_sparse(self) -> bool:
         return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts().until_sparse == 0

@@ -1,4 +1,4 @@
-"""One SAE over several ranks (config key feature_shards): each holds a slice of neighbouring features.
+"""One SAE over several ranks (config key feature_shards): each holds a contiguous slice of the features.
 
 With S = feature_shards, the ranks 0 … S − 1 are a team, the next S ranks another. A team trains its SAEs together. Each
 rank has its slice of W_enc, W_dec, the biases, the thresholds, the counters and Adam's state; all have b_dec. All see
@@ -25,7 +25,7 @@ import distributed
 from console import InputError
 from sparse_ops import keep_top_k
 
-MAX_COUNTS = 2**16  # numbers in the histograms of a round, of all rows together
+MAX_COUNTS = 2**16  # bins of a round's histograms, all rows together
 
 
 class Shards:
@@ -36,12 +36,12 @@ class Shards:
 
     @property
     def index(self) -> int:
-        """The number of this rank's slice."""
+        """The index of this rank's slice."""
         return distributed.rank() % self.count
 
     @property
-    def number(self) -> int:
-        """The number of the team."""
+    def team_index(self) -> int:
+        """The index of this rank's team."""
         return distributed.rank() // self.count
 
     def num_before(self, feature: int, dict_size: int) -> int:
@@ -138,8 +138,8 @@ class Shards:
         values [n] are positive and in row-major order, as are their rows [n]. Ties go to the first in row-major order
         of the whole dictionary.
 
-        Positive floats are in the order of their bits. Those of the k-th largest value are found from the highest on,
-        several at a time, from a histogram of these bits in all values that have the same higher bits.
+        A radix select over the bits of the values, which for positive floats have the same order. Each round finds the
+        next `digit` bits of the k-th largest value, from a histogram of them over the values with the same higher bits.
         """
         if self.count == 1:
             return torch.ones_like(values, dtype=torch.bool)
@@ -148,12 +148,12 @@ class Shards:
         wanted = torch.full((num_groups,), k if per_row else k * num_rows, device=values.device)
         bits = values.view({4: torch.int32, 8: torch.int64}[values.itemsize]).long()
         kth = torch.zeros_like(wanted)  # the bits found so far
-        left = 8 * values.itemsize - 1  # without the sign
+        left = 8 * values.itemsize - 1  # the number of bits still to be found; the sign is 0
         digit = min(11, max(1, (MAX_COUNTS // max(num_groups, 1)).bit_length() - 1))
         while left:
-            digit, last = min(digit, left), left
+            digit = min(digit, left)
+            found = (bits >> left) == (kth[group] >> left)  # equal to the k-th in the bits found so far
             left -= digit
-            found = (bits >> last) == (kth[group] >> last)
             place = (group[found] << digit) + (bits[found] >> left & (1 << digit) - 1)
             counts = self.sum(place.bincount(minlength=num_groups << digit)).view(num_groups, -1)
             at_least = counts.flip(1).cumsum(1).flip(1)  # per digit, how many have it or a higher one
@@ -176,7 +176,7 @@ class Shards:
         return keep & ~(tied & (nth > wanted[group]))
 
 
-WHOLE = Shards()
+WHOLE = Shards()  # of an SAE that is not split
 
 
 @lru_cache

@@ -21,8 +21,8 @@ from language_model import complete_cfg
 from logs import RunLog, has_ended, provenance
 from training_step import Run, group_step, learning_rate, make_optimizer, read_failures
 
-MAX_GAMMA = 0.5  # above it, a fifth of the features and more died at lr 1e-3 (docs/dead_features.md)
-TOGETHER = 1.0  # seconds within which a second signal counts as the first: timeout(1) sends two
+MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
+SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
 
 
 class Stopped(KeyboardInterrupt):
@@ -72,8 +72,9 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
                 runs.append(Run(cfg, sae.train(), make_optimizer(sae, cfg), log))
         checkpoints = Checkpoints(cfgs, runs, made_with, resume_anyway)
         activation_store.load_state_dict(checkpoints.stream or activation_store.beginning)
-        for run in recorded(runs):
-            run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
+        for run in runs:
+            if run.log:
+                run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
         baseline = heldout_baseline(activation_store)
 
         failed = train_steps(runs, activation_store, baseline, checkpoints)
@@ -89,41 +90,42 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
             if run.log:
                 with handle_save_errors("stop", f"{run.log.folder}"):
                     run.log.finish(result)
-        finished = dict(
+        all_results = dict(
             distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results) if run.log])
         )
-        distributed.from_first(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
+        distributed.from_rank_0(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
-    return [finished[cfg["name"]] for cfg in cfgs]
+    return [all_results[cfg["name"]] for cfg in cfgs]
 
 
 def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: Checkpoints) -> list[str]:
-    """All steps after the checkpoint's. Runs stopped by NaN are removed from `runs`; returns a line for each."""
+    """Train from the checkpoint to the last step. Removes runs stopped by NaN from `runs`; returns a line for each."""
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
-    failed, warned, num_saes = [], set(), sum(distributed.gather(len(recorded(runs))))
+    failed, warned = [], set()
+    num_saes = sum(distributed.gather(sum(run.log is not None for run in runs)))  # a sharded SAE counts once
     bar = TrainingBar(f"training {num_saes} SAEs", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"])
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
     cost = max(distributed.gather(evaluation_cost([run.sae for run in runs])))
     bar.seconds_per_context = baseline["seconds_per_context"] * cost
-    with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as memory:
+    with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as saver:
         for step in range(checkpoints.step + 1, last_step + 1):
             # The step
             position = activation_store.state_dict()
-            outputs = memory.begin(step, position)
+            outputs = saver.begin(step, position)
             for run in runs:
                 run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
             try:
                 if step == 1:
                     initialize = partial(initialize_b_dec, [run.sae for run in runs], activation_store)
-                    signals.harvesting(activation_store, partial(distributed.on_all, initialize))
-                x = signals.harvesting(activation_store, activation_store.next_batch)
+                    signals.call_harvest(activation_store, partial(distributed.on_all, initialize))
+                x = signals.call_harvest(activation_store, activation_store.next_batch)
                 group_step(runs, x, outputs, checkpoints.ahead)
                 failures = any(isinstance(output, FloatingPointError) for output in outputs)
-                if (failures or not runs) and not x.isfinite().all():  # then every rank raises it
+                if (failures or not runs) and not x.isfinite().all():  # ranks without SAEs check too: all must raise
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
             except (InputError, StreamError, Stopped) as error:
                 checkpoints.save(step - 1, position)
@@ -160,7 +162,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                     tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
                 for values, more in zip(metrics, evaluated):
                     values |= more
-            memory.position = None  # from here on nothing changes an SAE
+            saver.position = None  # the step is complete: an error from here on saves no checkpoint
             for run, values in zip(runs, metrics):
                 if run.log and values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
                     warned.add(run.cfg["name"])
@@ -172,21 +174,16 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                         run.log.log(step, step * cfg["batch_size"], values)
 
             # Checkpoints
-            stop, due, running = distributed.any_rank(signals.asked, checkpoints.due(step), bool(runs))
+            stop, due, running = distributed.any_rank(signals.stop_requested, checkpoints.due(step), bool(runs))
             if not running:
                 break
             if stop or due or step == last_step:
                 checkpoints.save(step, activation_store.state_dict())
-                (stop,) = distributed.any_rank(signals.asked)
+                (stop,) = distributed.any_rank(signals.stop_requested)
             if stop:
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return distributed.gather_lists(failed)
-
-
-def recorded(runs: list[Run]) -> list[Run]:
-    """The runs whose record this rank keeps."""
-    return [run for run in runs if run.log]
 
 
 class TrainingBar(tqdm):
@@ -243,8 +240,8 @@ class SaveOnError:
         return self.outputs
 
     def __exit__(self, kind, error, frames):
-        nobody_reads = isinstance(error, BrokenPipeError)
-        if error is None or self.position is None or not (nobody_reads or out_of_memory(error)):
+        broken_pipe = isinstance(error, BrokenPipeError)
+        if error is None or self.position is None or not (broken_pipe or out_of_memory(error)):
             return
         if distributed.size() > 1:
             return  # the other ranks cannot be asked to save now: the last checkpoint is kept
@@ -255,11 +252,11 @@ class SaveOnError:
         failed = read_failures([run.sae for run in self.runs], self.outputs)
         ahead = {
             run.cfg["name"]: {key: value.item() for key, value in output.items()}
-            for run, output, again in zip(self.runs, self.outputs, failed)
-            if not again and isinstance(output, dict)
+            for run, output, must_repeat in zip(self.runs, self.outputs, failed)
+            if not must_repeat and isinstance(output, dict)
         }
         self.checkpoints.save(self.step - 1, self.position, ahead)
-        if not nobody_reads:
+        if not broken_pipe:
             tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
 
 
@@ -267,7 +264,7 @@ class StopSignals:
     """Handles SIGINT and SIGTERM: stop at once while no SAE is being updated, else after the step."""
 
     def __enter__(self):
-        self.asked = self.at_once = False
+        self.stop_requested = self.interruptible = False
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
             self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -278,39 +275,39 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, *_):
-        if self.asked and time.monotonic() - self.asked_at > TOGETHER:
+        if self.stop_requested and time.monotonic() - self.requested_at > SIGNAL_DEBOUNCE:
             raise KeyboardInterrupt
-        if self.asked:
+        if self.stop_requested:
             return
-        self.asked, self.asked_at = True, time.monotonic()
+        self.stop_requested, self.requested_at = True, time.monotonic()
         tell("Stopping after saving a checkpoint (a second signal stops at once, without saving)")
-        if self.at_once:
+        if self.interruptible:
             raise Stopped
 
-    def harvesting(self, activation_store, function):
+    def call_harvest(self, activation_store, function):
         """Call function, which harvests activations. A signal interrupts it with Stopped; under torchrun, where a rank
         may not leave the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
         """
         if distributed.size() == 1:
-            return self.stop_at_once_in(function)
-        activation_store.interruptible = self.stop_at_once_in
+            return self.call_interruptibly(function)
+        activation_store.interruptible = self.call_interruptibly
         return function()
 
-    def stop_at_once_in(self, function):
+    def call_interruptibly(self, function):
         """Call function; a signal interrupts it with Stopped."""
-        self.at_once = True
+        self.interruptible = True
         try:
-            if self.asked:
+            if self.stop_requested:
                 raise Stopped
             return function()
         finally:
-            self.at_once = False
+            self.interruptible = False
 
 
 @torch.no_grad()
 def initialize_b_dec(saes: list, activation_store) -> None:
-    """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's buffer,
-    which is the first before training. A b_dec that is not 0 stays. The position of the stream does not change.
+    """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's current
+    buffer (the first, before training). A b_dec that is not 0 is kept. The stream does not advance.
 
     Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens
     (arXiv 2605.31518), and a warning if it exceeds MAX_GAMMA and b_dec starts from zero.

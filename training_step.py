@@ -1,4 +1,4 @@
-"""A training step: forward, gradient, clipped and projected, Adam, unit decoder rows. On CUDA as CUDA graphs."""
+"""A training step: forward, backward, clip and project the gradient, Adam, normalise W_dec. On CUDA, CUDA graphs."""
 
 from dataclasses import dataclass
 
@@ -93,7 +93,7 @@ class StepGraphs:
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
         self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
-        self.seen, self.recorded = {}, {}
+        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graph, learning rate and output
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""

@@ -46,7 +46,7 @@ def measure(repeats: int = 7) -> dict:
     tokens, rows = torch.zeros(FORWARD // SEQ_LEN, SEQ_LEN, dtype=torch.int64), torch.zeros(FORWARD, D)
     exchanges = {
         "flags of a step": lambda: distributed.any_rank(False, False, True),
-        "tokens of a round": lambda: distributed.from_first(lambda: [({}, tokens)] * distributed.size()),
+        "tokens of a round": lambda: distributed.from_rank_0(lambda: [({}, tokens)] * distributed.size()),
         "activations of a forward pass": lambda: distributed.broadcast(rows, 0),
         "metrics of 15 SAEs": lambda: distributed.gather_lists([dict.fromkeys("abcdefgh", 0.5)] * 15),
     }

@@ -360,7 +360,7 @@ def train_shared(model, cfgs, owner=None, before=lambda: None, **options):
     shards = team(cfgs[0]["feature_shards"])
     teams = distributed.size() // shards.count
     owners = [owner(i) if owner else i % teams for i in range(len(cfgs))]
-    saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.number else None for c, o in zip(cfgs, owners)]
+    saes = [SAE_CLASSES[c["sae_type"]](c, shards) if o == shards.team_index else None for c, o in zip(cfgs, owners)]
     return train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs, **options)
 
 

@@ -145,7 +145,7 @@ def test_seq_len_is_limited_by_the_model(model, jsonl, texts, tokens, capsys):
 # Held out
 
 
-def test_held_out_tokens_are_apart_from_the_training_tokens(model, jsonl):
+def test_held_out_and_training_tokens_are_disjoint(model, jsonl):
     """The stream's first eval_tokens are held out and never trained on."""
     documents = counted_documents(50, 10 * 40)  # the first document continues in the first training context
     store = ActivationsStore(model, stream_cfg(dataset_path=jsonl(documents, "tokens")))
@@ -362,7 +362,7 @@ def test_bad_folders_are_one_clear_line(model, tmp_path, texts):
     assert str(tmp_path / "mixed") in message and ".jsonl, .txt" in message
 
 
-def test_skipping_more_than_a_cut_context(model, jsonl, texts):
+def test_eval_skip_positions_beyond_a_reduced_seq_len(model, jsonl, texts):
     """eval_skip_positions that leave no position of the reduced contexts are an InputError, not NaN."""
     message = store_error(model, dataset_path=jsonl(texts * 8), seq_len=256, eval_skip_positions=127, eval_tokens=200)
     assert "eval_skip_positions = 127" in message

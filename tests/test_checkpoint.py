@@ -88,7 +88,7 @@ def test_an_invalid_state_is_corrupt(model, training_cfg, state):
         newest_checkpoint(cfg)
 
 
-def test_a_corrupt_newer_checkpoint_does_not_count_as_kept(model, training_cfg):
+def test_a_corrupt_newer_checkpoint_does_not_displace_an_older_one(model, training_cfg):
     """A save deletes only checkpoints that are older than itself."""
     cfg = training_cfg(**SAES[1], checkpoint_freq=2, keep_checkpoints=1)
     two = training_cfg(**SAES[1], checkpoint_freq=2)
@@ -212,7 +212,7 @@ def test_tensors_that_do_not_fit_are_an_error(model, training_cfg, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_older_than_a_buffer(model, training_cfg):
+def test_a_checkpoint_from_before_a_buffer_was_added(model, training_cfg):
     """It can be resumed: batches_until_sparse is then as in an untrained SAE."""
     cfg = training_cfg(**SAES[0])
     with pytest.raises(training.Stopped):

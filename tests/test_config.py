@@ -132,7 +132,7 @@ def test_a_key_changes_the_name_or_is_documented_as_not_changing_the_result(key)
     assert (before["name"] == after["name"]) == (not KEYS[key].in_name)
 
 
-def test_not_in_name_holds_only_what_cannot_change_the_result():
+def test_keys_left_out_of_the_name_do_not_change_the_result():
     """What is left out of the name is how a run is recorded, how its data come, and what follows from other keys."""
     records = {"log_freq", "perf_log_freq", "checkpoint_freq", "output_dir", "sweep", "wandb_project", "wandb_mode"}
     no_result = records | {

@@ -84,7 +84,7 @@ def test_a_store_in_the_middle_of_its_buffer_or_at_its_end(model, training_cfg):
         assert torch.equal(store.next_batch(), other.next_batch())
 
 
-def test_in_a_group_alone_from_a_cache_and_in_a_loop_of_ones_own(model, training_cfg, tmp_path):
+def test_b_dec_is_the_same_in_a_group_alone_cached_and_in_a_custom_loop(model, training_cfg, tmp_path):
     cfgs = [training_cfg(**changes) for changes in GROUP]
     group, results = train(model, cfgs)
     assert [result["decoder_similarity"] for result in results] == [
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_not_initialised_again(model, training_cfg, stop_in):
         assert same_bits(sae, other)
 
 
-def test_a_b_dec_that_was_loaded_stays(model, training_cfg):
+def test_a_loaded_b_dec_is_kept(model, training_cfg):
     cfg = training_cfg(**GROUP[1])
     sae = new_sae(cfg)
     sae.b_dec.data[3] = 0.5
@@ -144,7 +144,7 @@ def test_the_recommended_sweep_is_the_papers_with_other_settings():
         assert paper["name"] != recommended["name"]
 
 
-def test_nan_in_activations_is_no_mean(model, training_cfg):
+def test_nan_in_activations_is_an_error(model, training_cfg):
     cfg = training_cfg(**GROUP[1])
     store, sae = ActivationsStore(model, cfg), new_sae(cfg)
     store.peek()[-1, 0] = torch.nan

@@ -43,21 +43,21 @@ from training import NotFinite
 
 
 @pytest.mark.fast
-def test_one_rank_is_no_group():
+def test_without_torchrun_there_is_no_process_group():
     """Without torchrun nothing is started, and the functions return at once."""
     with distributed.process_group():
         assert (distributed.size(), distributed.rank(), distributed.local_size()) == (1, 0, 1)
-        assert distributed.from_first(lambda: 3) == 3 and distributed.gather(4) == [4]
+        assert distributed.from_rank_0(lambda: 3) == 3 and distributed.gather(4) == [4]
         assert distributed.any_rank(True, False) == [True, False] and distributed.gather_lists([5]) == [5]
         distributed.check_ranks({"versions": {}}, REPO / "no such folder")
 
 
-def test_the_ranks_exchange():
+def test_collectives():
     def all_of_them():
         rank = distributed.rank()
         rows = torch.full((3, 2), float(rank), dtype=torch.bfloat16)
         return (
-            distributed.from_first(lambda: f"from {rank}"), distributed.gather(rank * rank),
+            distributed.from_rank_0(lambda: f"from {rank}"), distributed.gather(rank * rank),
             distributed.gather_lists(["x"] * rank), distributed.any_rank(rank == 1, False, True),
             distributed.broadcast(rows, 2).tolist(),
         )  # fmt: skip
@@ -66,10 +66,10 @@ def test_the_ranks_exchange():
         assert result == ("from 0", [0, 1, 4], ["x"] * 3, [True, False, True], [[2.0, 2.0]] * 3)
 
 
-@pytest.mark.parametrize("where", ["from_first", "on_all"])
+@pytest.mark.parametrize("where", ["from_rank_0", "on_all"])
 def test_an_error_is_raised_on_every_rank_and_printed_once(where):
     def fails():
-        if distributed.rank() == (0 if where == "from_first" else 2):
+        if distributed.rank() == (0 if where == "from_rank_0" else 2):
             raise InputError("no such thing")
 
     ranks = run_ranks(3, lambda: getattr(distributed, where)(fails))
@@ -129,7 +129,7 @@ def test_a_position_is_loaded_with_any_number_of_ranks(model, counted):
                 assert all(map(torch.equal, found, expected))
 
 
-def test_the_forward_passes_are_shared_out(model, counted, monkeypatch):
+def test_forward_passes_are_distributed(model, counted, monkeypatch):
     """Each rank runs its share of them, and the text is read by rank 0 alone."""
     _, expected = counted_batches(model, counted)
     calls = []
@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_written_ends_all_ranks(model, training_cfg, tmp_
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"])
-def test_a_device_that_not_every_rank_can_have(device, monkeypatch):
+def test_devices_that_not_every_rank_has(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     ranks = run_ranks(2, lambda: distributed.check_device(device))
     expected = "--nproc-per-node 2 is not allowed: this machine has 0 GPUs" if device == "cuda" else "device = 'cuda:1'"
@@ -223,7 +223,7 @@ def assert_as_one_process(cfgs, uninterrupted, results=None):
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_the_saes_have_the_bits_of_one_process(model, training_cfg, uninterrupted, size):
+def test_saes_are_bit_identical_to_one_process(model, training_cfg, uninterrupted, size):
     """7: one rank has no SAE. Every rank returns all results, and rank 0 alone reports."""
     cfgs = [training_cfg(**changes, **OFTEN) for changes in SAES]
     ranks = run_ranks(size, lambda: train_shared(model, cfgs))
@@ -234,7 +234,7 @@ def test_the_saes_have_the_bits_of_one_process(model, training_cfg, uninterrupte
 
 
 @pytest.mark.parametrize("resumed_by", [1, 2, 3])
-def test_killed_and_resumed_by_another_number(model, training_cfg, uninterrupted, monkeypatch, resumed_by):
+def test_a_killed_run_resumes_with_another_number_of_ranks(model, training_cfg, uninterrupted, monkeypatch, resumed_by):
     """One rank dies. The others end within seconds with exit code 3."""
     cfgs = [training_cfg(**changes, **OFTEN, checkpoint_freq=3) for changes in SAES]
 
@@ -386,7 +386,7 @@ def test_all_saes_stop_at_a_logged_step(model, training_cfg):
     assert [code for code, *_ in ranks] == [2, 2] and "2 of 2 SAEs were stopped" in only_line(ranks)
 
 
-def test_a_silent_rank_is_given_up(monkeypatch):
+def test_a_silent_rank_times_out(monkeypatch):
     """No collective waits for longer than TIMEOUT."""
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=3))
 
@@ -420,7 +420,7 @@ def test_saes_are_assigned_by_cost_and_memory(training_cfg, model, monkeypatch):
             assert plan.memory_needed(part, model) <= available
 
 
-def test_the_plan_of_several_ranks(model, training_cfg):
+def test_plan_for_several_ranks(model, training_cfg):
     """All ranks agree on it. It says how the SAEs are distributed, and that some ranks have none."""
     cfgs = [training_cfg(**changes) for changes in SAES[:2]]
 

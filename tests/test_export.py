@@ -135,7 +135,7 @@ def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
         assert torch.equal(back.threshold, sae.threshold) and back.threshold_num_batches > 0
 
 
-def test_no_bias_is_trivial(make_sae):
+def test_fixtures_have_nonzero_biases(make_sae):
     """The round trips can only detect lost values that are not 0."""
     for sae_type in TYPES:
         assert make_sae(sae_type).b_dec.abs().min() > 0
@@ -228,7 +228,7 @@ def test_dictionary_learning_reads_outputs_of_blocks(make_sae, tmp_path):
     assert (trainer["layer"], trainer["submodule_name"]) == (1, "resid_post_layer_1")
 
 
-def test_float64_stays(acts, tmp_path):
+def test_float64_is_kept(acts, tmp_path):
     sae = trained_sae(acts, sae_type="vanilla", dtype="float64")
     export_sae(sae, "saelens", tmp_path / "out")
     back = import_sae(tmp_path / "out", "saelens")
@@ -429,7 +429,7 @@ def set_nan(tensors):
         ("dictionary_learning", "jumprelu", "ae.pt", tensors(set_nan), "NaN"),
     ],
 )
-def test_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, corrupt, message):
+def test_invalid_imports_are_refused(foreign, tmp_path, monkeypatch, source, sae_type, file, corrupt, message):
     """One line names the problem, and no code in the file is executed."""
     monkeypatch.chdir(tmp_path)
     folder = foreign(source, sae_type)

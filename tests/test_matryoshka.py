@@ -119,7 +119,7 @@ def test_l2_and_aux_loss_are_those_of_batchtopk():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_one_prefix_is_batchtopk_to_the_bit(dtype):
+def test_one_prefix_is_bit_identical_to_batchtopk(dtype):
     """Weights, counters, threshold and outputs after several steps, with dead features."""
     trained = {}
     for kind in ("matryoshka", "batchtopk"):

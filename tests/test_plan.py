@@ -134,7 +134,7 @@ def test_time_estimate_changes_nothing(training_cfg, model, capsys):
         assert torch.equal(store.next_batch(), estimated.next_batch())
 
 
-def test_the_announced_step_is_that_of_training(model, training_cfg, capsys):
+def test_the_estimated_step_time_is_about_right(model, training_cfg, capsys):
     """Within a factor of 3, which a busy machine keeps; steps in the first batches of JumpReLU are dense and slower."""
     sizes = dict(dict_size=2048, batch_size=256, num_tokens=256 * 30, n_batches_to_dead=100, num_epochs=2)
     kinds = (dict(sae_type="topk"), dict(sae_type="batchtopk"), dict(sae_type="jumprelu", l1_coeff=0.01))

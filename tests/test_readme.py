@@ -82,7 +82,7 @@ def test_demo_command_then_examples(clone, program):
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("main.py")])
-def test_other_commands_are_understood(command, capsys):
+def test_other_commands_parse(command, capsys):
     """Every other command line of main.py names a sweep and keys that exist."""
     _, *words = command.split()
     main.main([*words, "--list"])
@@ -124,7 +124,7 @@ def links(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", TEXT)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     """Every relative link names a file of the repository and, after #, one of its headings."""
     for link in links(TEXT[page]):
         if link.startswith("https://"):

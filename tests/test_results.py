@@ -412,7 +412,7 @@ def test_unfinished_runs_are_named_and_skipped(by_hand, run):
     assert {path.name for path in sweep.iterdir() if path.is_file()} == wanted
 
 
-def test_which_folder(tmp_path, monkeypatch):
+def test_folder_argument(tmp_path, monkeypatch):
     """A sweep is found by its folder, by its name in runs/, and as the newest in a folder of sweeps."""
     home = tmp_path / "home"
     home.mkdir()

@@ -43,7 +43,7 @@ def runs_here(cfgs):
 
 @pytest.mark.parametrize("checkpoint_freq", [1, 3, 1000])
 @pytest.mark.fast
-def test_stopped_anywhere_and_gone_on_the_bits_are_the_same(model, training_cfg, uninterrupted, checkpoint_freq):
+def test_a_run_stopped_anywhere_resumes_bit_identically(model, training_cfg, uninterrupted, checkpoint_freq):
     """KeyboardInterrupt out of nowhere (no checkpoint is saved then), Stopped, and a network that stays down."""
     rng = random.Random(checkpoint_freq)
     cfgs = [training_cfg("cut", **changes, **OFTEN, checkpoint_freq=checkpoint_freq) for changes in SAES]
@@ -83,7 +83,7 @@ def raising_at(call: int, function, then=lambda: None):
 
 
 @pytest.mark.parametrize("of, kind", [(0, "numpy"), (3, "cuda"), (len(SAES) - 1, "cpu")])
-def test_out_of_memory_in_a_step_the_bits_are_the_same(model, training_cfg, uninterrupted, monkeypatch, of, kind):
+def test_out_of_memory_in_a_step_resumes_bit_identically(model, training_cfg, uninterrupted, monkeypatch, of, kind):
     """In the forward of any SAE of the group at step 7: the step that others have taken is not taken twice."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
@@ -97,7 +97,7 @@ def test_out_of_memory_in_a_step_the_bits_are_the_same(model, training_cfg, unin
 
 
 @pytest.mark.parametrize("place", ["harvest", "evaluation"])
-def test_out_of_memory_elsewhere_the_bits_are_the_same(model, training_cfg, uninterrupted, monkeypatch, place):
+def test_out_of_memory_elsewhere_resumes_bit_identically(model, training_cfg, uninterrupted, monkeypatch, place):
     """In the language model's forward, and in the evaluation after step 8, whose line is logged once."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
@@ -140,7 +140,7 @@ class ClosedPipe:
 
 
 @pytest.mark.parametrize("text", [" 128/768", "After 256 tokens"])
-def test_nobody_reads_the_progress(model, training_cfg, uninterrupted, monkeypatch, text):
+def test_a_closed_pipe_ends_training_with_a_checkpoint(model, training_cfg, uninterrupted, monkeypatch, text):
     """`python main.py … 2>&1 | less`, and less is left: training ends with a checkpoint of the last step."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     with monkeypatch.context() as patch:
@@ -174,7 +174,7 @@ def test_out_of_memory_is_one_line_and_exit_code_3(monkeypatch, capsys, kind):
     assert caught.value.code == 3 and len(lines) == 1 and lines[0].startswith("error: out of memory: ")
 
 
-def test_warmup_and_decay_go_on_where_they_were(model, training_cfg):
+def test_warmup_and_decay_resume(model, training_cfg):
     """The learning rate follows from the step: stopped in the rise, between, and in the fall, the bits are the same."""
     changes = dict(SAES[2], lr_warmup_steps=5, lr_decay_steps=4)
     whole, _ = train(model, [training_cfg("whole", **changes)])
@@ -186,7 +186,7 @@ def test_warmup_and_decay_go_on_where_they_were(model, training_cfg):
     assert same_bits(whole[0], cut[0])
 
 
-def test_a_cut_seq_len_resumes_as_the_run_that_it_was(model, training_cfg):
+def test_a_run_with_a_reduced_seq_len_resumes(model, training_cfg):
     """Also where the record is from before the cut was recorded: the name, and so the checkpoint, is the same."""
     changes = dict(sae_type="topk", top_k=4, seq_len=1000, eval_tokens=200)
     whole, _ = train(model, [training_cfg("whole", **changes)])
@@ -226,7 +226,7 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
     assert not groups_folder(cfgs[0]).exists()
 
 
-def test_real_kills(tmp_path, program):
+def test_killed_processes_resume(tmp_path, program):
     """`python main.py demo` and torchrun, with real signals and a corrupt checkpoint, finished by three ranks: a short
     run of tests/kill_and_resume.py with an SAE of each type.
     """
@@ -255,7 +255,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
         os.kill(os.getpid(), number)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(training, "TOGETHER", 0.0)
+    monkeypatch.setattr(training, "SIGNAL_DEBOUNCE", 0.0)
     for save in (signalled_again, checkpoint.save_checkpoint):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
@@ -268,7 +268,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
-def test_a_signal_while_activations_are_awaited_stops_at_once(model, training_cfg):
+def test_a_signal_during_a_harvest_stops_at_once(model, training_cfg):
     """Harvesting takes minutes on a CPU: it is broken off, and nothing of it is lost or skipped."""
     cfg = training_cfg(**SAES[1])
 
@@ -292,7 +292,7 @@ def test_a_signal_while_activations_are_awaited_stops_at_once(model, training_cf
     "key",
     ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "dataset_commit", "device"],
 )
-def test_what_changed_since_the_checkpoint_is_refused(model, training_cfg, monkeypatch, capsys, key):
+def test_changed_provenance_is_refused(model, training_cfg, monkeypatch, capsys, key):
     """One line names what changed, both values and the flag; with the flag, training resumes."""
     cfg = training_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
@@ -329,7 +329,7 @@ def test_data_edited_since_the_checkpoint_is_refused(model, training_cfg, traini
     train(model, [cfg])
 
 
-def test_what_a_run_was_made_with_stays_in_its_record(model, training_cfg, monkeypatch):
+def test_provenance_stays_in_the_record(model, training_cfg, monkeypatch):
     """Every provenance that a step of the run was trained with, and from which step on; the last one on top."""
     cfg = training_cfg(**SAES[1])
     original = training.provenance
@@ -405,7 +405,7 @@ def test_runs_added_later_form_a_group_of_their_own(model, training_cfg, monkeyp
     assert not groups_folder(cfgs[0]).exists()
 
 
-def test_without_its_record_a_run_does_not_go_on(model, training_cfg):
+def test_a_run_without_its_record_does_not_resume(model, training_cfg):
     """No metrics before the checkpoint, or an SAE without a checkpoint: a line, and nothing is written over."""
     cfg = training_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
@@ -440,7 +440,7 @@ def test_a_run_that_was_moved_away_starts_from_scratch(model, training_cfg):
     assert same_bits(alone, train(model, [training_cfg("whole", **SAES[1])])[0][0])
 
 
-def test_a_store_that_was_used_begins_at_the_beginning(model, training_cfg):
+def test_a_used_store_is_rewound(model, training_cfg):
     """The same call again in a notebook, with the same store: nothing of the stream is skipped."""
     cfg = training_cfg(**SAES[1])
     store = ActivationsStore(model, cfg)
@@ -550,7 +550,7 @@ def file_size_limit():
 
 
 @pytest.mark.parametrize("save_errors", ["stop", "go_on"])
-def test_a_save_that_fails_leaves_the_one_before(
+def test_a_failed_save_keeps_the_previous_checkpoint(
     model, training_cfg, uninterrupted, file_size_limit, save_errors, capsys
 ):
     """Training ends or continues, as save_errors says; once there is space, the same call gives the same bits."""
@@ -600,7 +600,7 @@ def test_a_full_disk(tmp_path, program):
         assert len(list(inside.glob("*/*/result.json"))) == 3
 
 
-def test_a_run_on_another_card_is_another_run(monkeypatch):
+def test_the_gpu_is_part_of_the_provenance(monkeypatch):
     """The card, its capability, CUDA's version and TF32 are part of what a checkpoint was made with."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -94,7 +94,7 @@ def test_batchtopk_eval_without_a_threshold_raises():
 # What training_step keeps: thresholds and counters
 
 
-def test_batchtopk_threshold_is_the_forgetting_mean_of_the_smallest_kept():
+def test_batchtopk_threshold_is_a_running_mean_of_the_smallest_kept():
     """threshold += (v − threshold) · max(1/n, .01), n counting only the batches with something positive."""
     sae = make_sae("batchtopk", input_unit_norm=False)
     optimizer = make_optimizer(sae, sae.cfg)
@@ -155,7 +155,7 @@ def test_counters_equal_a_plain_loop(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_own_loop_needs_only_update_statistics(kind):
+def test_a_custom_loop_needs_only_update_statistics(kind):
     """forward and update_statistics do for the counters and the threshold what training_step does."""
     by_step, by_hand = make_sae(kind), make_sae(kind)
     optimizer = torch.optim.SGD(by_step.parameters(), lr=0.0)

@@ -69,7 +69,7 @@ def hard_activations(kind: str, dtype: torch.dtype, B: int, F: int) -> torch.Ten
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_largest_are_those_of_one_process(size):
+def test_selection_equals_one_process(size):
     """Of all shards, ties to the first in row-major order, as a stable sort of the whole matrix has them."""
     F, k = 48, 5
     cases = [
@@ -117,7 +117,7 @@ def steps_of(cfg, batches: list, shards=None) -> tuple[list[dict], dict, list, l
 
 @pytest.mark.parametrize("dict_size", [64, 768], ids=["dense", "sparse"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_steps_are_those_of_one_process(size, dict_size):
+def test_steps_equal_one_process(size, dict_size):
     """The same active places. Losses, gradients (by the weights) and counters agree in all steps."""
     cfg = get_default_cfg() | dict(act_size=24, device="cpu", top_k_aux=3, n_batches_to_dead=2, max_grad_norm=1e-3)
     own = dict(dict_size=dict_size, dtype="float64", bandwidth=0.03, feature_shards=size)
@@ -180,7 +180,7 @@ def test_one_rank_that_needs_the_dense_form():
     assert results_of(run_ranks(2, form)) == [False, False]
 
 
-def test_initial_weights_are_those_of_one_process():
+def test_initial_weights_equal_one_process():
     cfg = post_init_cfg(get_default_cfg() | dict(act_size=70, dict_size=96, device="cpu", feature_shards=4))
     expected = SAE_CLASSES["batchtopk"](cfg).state_dict()
     found = whole(results_of(run_ranks(4, lambda: dict(SAE_CLASSES["batchtopk"](cfg, team(4)).state_dict()))))
@@ -188,7 +188,7 @@ def test_initial_weights_are_those_of_one_process():
 
 
 @pytest.mark.parametrize("sae_type", ["topk", "batchtopk"])
-def test_losses_of_200_steps_differ_as_by_another_order_of_sums(sae_type):
+def test_losses_of_200_steps_differ_only_by_rounding(sae_type):
     """In float32, not more than a few times as much as those of one process whose inputs are permuted."""
     cfg = get_default_cfg() | dict(sae_type=sae_type, act_size=32, dict_size=512, top_k=4, device="cpu", lr=1e-3)
     cfg = post_init_cfg(cfg | dict(top_k_aux=8, n_batches_to_dead=2, feature_shards=2))
@@ -234,7 +234,7 @@ def assert_close(found: dict, expected: dict) -> None:
             assert found[key] == (pytest.approx(value, rel=2e-3, abs=2e-4) if isinstance(value, float) else value), key
 
 
-def test_a_run_is_that_of_one_process(model, training_cfg, sharded):
+def test_a_run_equals_one_process(model, training_cfg, sharded):
     """Up to rounding. Its sae/ is an ordinary one, and the first rank of a team alone keeps the record."""
     cfgs, results = sharded
     alone = [training_cfg(**one, **OFTEN) for one in ALL_TYPES]
@@ -253,7 +253,7 @@ def test_a_run_is_that_of_one_process(model, training_cfg, sharded):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_and_resumed_the_bits_are_the_same(model, training_cfg, sharded, monkeypatch, killed):
+def test_a_killed_run_resumes_bit_identically(model, training_cfg, sharded, monkeypatch, killed):
     cfgs = sharded_cfgs(training_cfg, 2, checkpoint_freq=3)
     steps, real = [], training.group_step
 
@@ -316,7 +316,7 @@ def test_resumed_with_another_number_of_shards(model, training_cfg, monkeypatch)
     assert results_of(ranks) and "resuming anyway" in ranks[0][1] and all(map(is_over, again))
 
 
-def test_checkpoints_of_before_there_were_shards():
+def test_checkpoints_from_before_feature_shards():
     before, now, path = {"versions": {}}, {"versions": {}, "feature_shards": 1}, Path("step_1")
     checkpoint.check_provenance(before, now, path, resume_anyway=False)
     with pytest.raises(InputError, match="feature_shards was 1 and is 2"):
@@ -324,7 +324,7 @@ def test_checkpoints_of_before_there_were_shards():
     assert checkpoint.file_of({"provenance": before, "runs": ["a", "b"]}, "b", 0) == "01.safetensors"
 
 
-def test_an_sae_without_its_shards_is_one_line(model, training_cfg):
+def test_an_unsharded_sae_is_refused(model, training_cfg):
     """From Python: train_sae of a whole SAE."""
     cfgs = sharded_cfgs(training_cfg, 2)[:1]
     with pytest.raises(InputError, match=r"feature_shards = 2, but the SAE of .* pass shards.team\(2\)"):
@@ -385,14 +385,14 @@ def test_a_full_disk_is_one_line(model, training_cfg, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks, shards", [(1, 2), (3, 2), (2, 4)])
-def test_ranks_that_do_not_fit_are_one_line(model, training_cfg, ranks, shards):
+def test_numbers_of_ranks_that_do_not_fit_are_refused(model, training_cfg, ranks, shards):
     cfgs = sharded_cfgs(training_cfg, shards)
     expected = f"feature_shards = {shards} is not allowed with {ranks} of torchrun's ranks"
     assert expected in only_line(run_ranks(ranks, lambda: main.train(cfgs, force=True, resume_anyway=False)))
 
 
 @pytest.mark.fast
-def test_shards_that_do_not_divide_are_one_line():
+def test_shards_must_divide_dict_size():
     with pytest.raises(InputError, match="feature_shards = 5 is not allowed: it must divide dict_size = 12288"):
         post_init_cfg({"feature_shards": 5})
 

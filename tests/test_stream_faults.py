@@ -212,7 +212,7 @@ def readings(program, repos) -> dict[str, SimpleNamespace]:
     return found
 
 
-def test_a_sound_hub(readings):
+def test_a_hub_without_faults(readings):
     """All files are read without a retry, also with stream_retries = 0."""
     sound = readings["sound"]
     assert len(sound.hashes) == len(set(sound.hashes)) == 101 and not RETRY.search(sound.lines)

@@ -352,7 +352,7 @@ def cached(model, sources, tmp_path):
 
 
 @pytest.mark.fast
-def test_cached_batches_are_the_live_ones(cached):
+def test_cached_batches_equal_harvested_batches(cached):
     """The first run writes the cache, the second reads it without the language model; all batches are bit-identical."""
     _, live, make_store = cached
     first, forwards = make_store()
@@ -379,7 +379,7 @@ def test_a_partial_cache_is_completed(cached, capsys):
     assert 0 < len(forwards) < 0.7 * whole
 
 
-def test_a_cache_is_resumed_like_the_live_stream(cached):
+def test_a_cached_stream_resumes(cached):
     """Cached and live stores have the same states, and each resumes from the other's."""
     cfg, live, make_store = cached
     batches_of(make_store()[0], 40)

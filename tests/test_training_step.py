@@ -106,7 +106,7 @@ def test_max_grad_norm_clips(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_do_not_pile_up(kind):
+def test_gradients_do_not_accumulate(kind):
     """Every step starts from no gradient: the second sees its own batch's gradient only."""
     sae = make_sae(kind)
     optimizer = make_optimizer(sae, sae.cfg)
@@ -148,7 +148,7 @@ def trained(kind, seed=0, steps=3, **changes):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fast
-def test_saved_and_loaded_is_the_same(kind, dtype, tmp_path):
+def test_save_and_load_round_trip(kind, dtype, tmp_path):
     """A loaded SAE has the saved one's type, config, parameters and buffers bit for bit, in eval mode."""
     sae = trained(kind, dtype=dtype)
     assert sae.num_batches_not_active.any()
@@ -167,7 +167,7 @@ def test_saved_and_loaded_is_the_same(kind, dtype, tmp_path):
         assert torch.equal(loaded(x)["sae_out"], sae(x)["sae_out"])
 
 
-def test_training_goes_on_after_loading(tmp_path):
+def test_training_continues_after_loading(tmp_path):
     """Counters and threshold continue from the saved values, not from 0."""
     sae = trained("batchtopk")
     save_sae(sae, tmp_path / "sae")
@@ -190,7 +190,7 @@ def test_saving_replaces_the_whole_folder(tmp_path):
 
 
 @pytest.mark.parametrize("breaks", ["write", "write_json"])
-def test_a_save_that_fails_leaves_the_old_one(breaks, tmp_path, monkeypatch):
+def test_a_failed_save_keeps_the_old_sae(breaks, tmp_path, monkeypatch):
     """If writing fails half way, the SAE saved before is still there; the next save works."""
     folder, first, second = tmp_path / "sae", trained("topk"), trained("topk", seed=1)
     save_sae(first, folder)
@@ -228,7 +228,7 @@ def save_and_die(sae, folder, cut_at: int) -> bool:
 
 
 @pytest.mark.parametrize("cut_before", [False, True])
-def test_a_save_that_is_killed_anywhere_leaves_the_old_one_or_the_new(tmp_path, cut_before):
+def test_a_killed_save_leaves_the_old_or_the_new_sae(tmp_path, cut_before):
     """At each step on files: what is loaded is one of the two, and the next save leaves that one alone."""
     first, second, third = (trained("topk", seed=seed) for seed in range(3))
     found = []
@@ -316,7 +316,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_loading_what_is_no_sae_is_a_clear_error(corruption, tmp_path):
+def test_loading_invalid_files_is_a_clear_error(corruption, tmp_path):
     """Missing, truncated or misfitting files raise InputError, in one line, never a half-loaded SAE."""
     folder = tmp_path / "sae"
     save_sae(trained("batchtopk"), folder)

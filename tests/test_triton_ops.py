@@ -167,7 +167,7 @@ def test_weights_too_large_for_the_screen_take_the_dense_form(with_offset):
     assert select(W, b) is None
 
 
-def test_the_dense_products_are_16_bits_exact():
+def test_dense_products_have_16_bits_of_precision():
     """In every layout, the error within its bound and beyond what one product of bfloat16 has."""
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 75, generator=g) * 10.0 ** torch.randint(-3, 4, (n, 1), generator=g) for n in (20, 30))
@@ -348,7 +348,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     assert min(sparse_ops._capacity.values()) > 3
 
 
-def test_more_candidates_than_pay_are_computed_densely(monkeypatch):
+def test_too_many_candidates_to_pay_off_take_the_dense_form(monkeypatch):
     """Above 1/DENSE_FROM of all entries the step takes the dense form, and is right."""
     expected = trained("batchtopk", False, monkeypatch, steps=1)[0]
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 40)

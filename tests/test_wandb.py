@@ -51,7 +51,7 @@ def test_wandb_mode_in_the_config_takes_precedence(training_cfg, monkeypatch):
     log.close()
 
 
-def test_wandb_offline_makes_one_run_of_a_resumed_run(model, training_cfg, monkeypatch):
+def test_wandb_offline_records_a_resumed_run_once(model, training_cfg, monkeypatch):
     """The newest offline folder has every step once, with the id of the first; the first is renamed."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     cfg = training_cfg(**SAES[1], **OFTEN)
