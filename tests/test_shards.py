@@ -115,8 +115,7 @@ def steps_of(cfg, batches: list, shards=None) -> tuple[list[dict], dict, list, l
     return numbers, {name: tensor.clone() for name, tensor in sae.state_dict().items()}, active, forms
 
 
-@pytest.mark.parametrize("dict_size", [64, 768], ids=["dense", "sparse"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dict_size, size", [(64, 2), (768, 2), (768, 4)], ids=["dense", "sparse", "sparse 4"])
 def test_steps_equal_one_process(size, dict_size):
     """The same active places. Losses, gradients (by the weights) and counters agree in all steps."""
     cfg = get_default_cfg() | dict(act_size=24, device="cpu", top_k_aux=3, n_batches_to_dead=2, max_grad_norm=1e-3)
@@ -124,14 +123,14 @@ def test_steps_equal_one_process(size, dict_size):
     cfgs = [post_init_cfg(cfg | changes | own) for changes in ALL_TYPES]
     cfgs[-1] = post_init_cfg(cfgs[-1] | {"matryoshka_sizes": [3, dict_size // 2 + 5, dict_size]})
     g = torch.Generator().manual_seed(0)
-    batches = list(torch.randn(6, 32, 24, generator=g, dtype=torch.float64) + 0.3)
+    batches = list(torch.randn(4, 32, 24, generator=g, dtype=torch.float64) + 0.3)
     ranks = results_of(run_ranks(size, lambda: [steps_of(cfg, batches, team(size)) for cfg in cfgs]))
     for i, cfg in enumerate(cfgs):
         expected, state, active, _ = steps_of(cfg, batches)
         for numbers, own, _, forms in (of_rank[i] for of_rank in ranks):
             assert numbers == ranks[0][i][0]  # to the bit
             assert all(name in FEATURE_DIM or torch.equal(own[name], ranks[0][i][1][name]) for name in own)
-            assert forms == [dict_size == 768] * 6
+            assert forms == [dict_size == 768] * 4
             for step, values in zip(expected, numbers):
                 assert values == pytest.approx(step, rel=1e-9, abs=1e-12), cfg["name"]
         for step, places in enumerate(active):
@@ -187,18 +186,17 @@ def test_initial_weights_equal_one_process():
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("sae_type", ["topk", "batchtopk"])
-def test_losses_of_200_steps_differ_only_by_rounding(sae_type):
+def test_losses_of_200_steps_differ_only_by_rounding():
     """In float32, not more than a few times as much as those of one process whose inputs are permuted."""
-    cfg = get_default_cfg() | dict(sae_type=sae_type, act_size=32, dict_size=512, top_k=4, device="cpu", lr=1e-3)
+    cfg = get_default_cfg() | dict(act_size=32, dict_size=256, top_k=4, device="cpu", lr=1e-3)
     cfg = post_init_cfg(cfg | dict(top_k_aux=8, n_batches_to_dead=2, feature_shards=2))
     g = torch.Generator().manual_seed(1)
     atoms = torch.randn(100, 32, generator=g)
-    batches = [(torch.rand(64, 100, generator=g) < 0.05).float() @ atoms for _ in range(200)]
+    batches = [(torch.rand(32, 100, generator=g) < 0.05).float() @ atoms for _ in range(200)]
     order = torch.randperm(32, generator=g)
 
     def losses(shards=WHOLE, order=slice(None)):
-        sae = SAE_CLASSES[sae_type](cfg, shards)
+        sae = SAE_CLASSES["batchtopk"](cfg, shards)
         with torch.no_grad():
             sae.W_enc.copy_(sae.W_enc[order].clone()), sae.W_dec.copy_(sae.W_dec[:, order].clone())
         optimizer = make_optimizer(sae, cfg)
@@ -252,14 +250,13 @@ def test_a_run_equals_one_process(model, training_cfg, sharded):
         assert len(lines) == len(wanted) and all(map(lambda a, b: assert_close(a, b) is None, lines, wanted))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_run_resumes_bit_identically(model, training_cfg, sharded, monkeypatch, killed):
+def test_a_killed_run_resumes_bit_identically(model, training_cfg, sharded, monkeypatch):
     cfgs = sharded_cfgs(training_cfg, 2, checkpoint_freq=3)
     steps, real = [], training.group_step
 
     def group_step(*args):
         steps.append(1)
-        if len(steps) == 8 and distributed.rank() == killed:
+        if len(steps) == 8 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
 
