@@ -50,7 +50,7 @@ DEMO += [dict(sae_type="matryoshka", top_k=k) for k in (16, 32)]
 DEMO_FOLDER = Path(os.path.relpath(Path(__file__).parent / "demo"))
 DEMO_BASE = dict(
     model_name=str(DEMO_FOLDER / "lm"), dataset_path=str(DEMO_FOLDER / "text.jsonl"), layer=2, act_size=128,
-    dict_size=512, top_k=16, top_k_aux=64, bandwidth=0.03, lr=3e-3, batch_size=1024, num_tokens=500_000,
+    dict_size=512, top_k=16, top_k_aux=64, bandwidth=0.03, lr=3e-3, batch_size=1024, num_tokens=700_000,
     model_batch_size=8, num_batches_in_buffer=256, n_batches_to_dead=20, eval_tokens=16_384, perf_log_freq=250,
 )  # fmt: skip
 
