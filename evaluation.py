@@ -63,6 +63,7 @@ from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
 from console import InputError, one_line, run_command, tell
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
+from sae import BaseAutoencoder
 from shards import Shards
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
@@ -74,7 +75,7 @@ CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows
 
 
 @torch.no_grad()
-def heldout_baseline(activation_store) -> dict:
+def heldout_baseline(activation_store: ActivationsStore) -> dict:
     """What does not depend on the SAE: `mean` [d], the mean held-out activation, and the CE of each context [n], in
     nats per token: ce_original, ce_zero_ablated (activations set to 0) and ce_mean_ablated (set to the mean). Also the
     seconds that a context took.
@@ -95,7 +96,7 @@ def heldout_baseline(activation_store) -> dict:
     return {"mean": mean, "seconds_per_context": seconds} | {key: torch.cat(losses) for key, losses in ce.items()}
 
 
-def evaluation_cost(saes: list) -> float:
+def evaluation_cost(saes: list[BaseAutoencoder]) -> float:
     """Time of evaluate in times of heldout_baseline, both on the whole set (benchmarks/evaluation_time.py)."""
     return (1 + sum(len(variants_of(sae.cfg, whole=True)) for sae in saes)) / 2.2
 
@@ -106,7 +107,12 @@ def progress(what: str, batches: list) -> tqdm:
 
 
 @torch.no_grad()
-def evaluate(saes: list, activation_store, baseline: dict, num_contexts: int | None = None) -> list[dict]:
+def evaluate(
+    saes: list[BaseAutoencoder],
+    activation_store: ActivationsStore,
+    baseline: dict,
+    num_contexts: int | None = None,
+) -> list[dict]:
     """The metrics above for each SAE, on the first `num_contexts` held-out contexts (default: all). dead_fraction,
     dense_fraction, decoder_similarity, the histograms and the metrics of prefixes are computed on the whole set only.
     Does not change the SAEs.
@@ -260,26 +266,28 @@ def histograms(token_l0: torch.Tensor, times_active: torch.Tensor, shards: Shard
     }
 
 
-def eval_batches(activation_store, num_contexts: int | None = None) -> list[torch.Tensor]:
+def eval_batches(activation_store: ActivationsStore, num_contexts: int | None = None) -> list[torch.Tensor]:
     """The held-out contexts in batches of about batch_size tokens, so that BatchTopK selects as in training."""
     cfg = activation_store.cfg
     contexts = activation_store.eval_contexts[:num_contexts].to(cfg["device"])
     return list(contexts.split(max(1, cfg["batch_size"] // activation_store.seq_len)))
 
 
-def heldout_activations(activation_store, tokens: torch.Tensor) -> torch.Tensor:
+def heldout_activations(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
     """[contexts, seq_len - eval_skip_positions, d]"""
     return activation_store.get_activations(tokens)[:, activation_store.cfg["eval_skip_positions"] :]
 
 
-def kept(activation_store, tokens: torch.Tensor) -> torch.Tensor:
+def kept(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
     """Mask [n, seq_len - skip] of the positions in contexts [n, seq_len] that hold no token of exclude_tokens. The
     first eval_skip_positions are cut off.
     """
     return activation_store.kept(tokens[:, activation_store.cfg["eval_skip_positions"] :])
 
 
-def predict(activation_store, tokens: torch.Tensor, acts: torch.Tensor, replacement=None, keep=None) -> torch.Tensor:
+def predict(
+    activation_store: ActivationsStore, tokens: torch.Tensor, acts: torch.Tensor, replacement=None, keep=None
+) -> torch.Tensor:
     """Logits [n, predictions, d_vocab] at the positions from eval_skip_positions on.
 
     `acts` [n, seq_len, d] are the model's activations at the hook point. A replacement (broadcast to
@@ -312,7 +320,7 @@ def prediction_losses(
     return torch.stack([torch.stack(of_context) for of_context in losses], 1)
 
 
-def in_mode(sae, training: bool, function, *args):
+def in_mode(sae: BaseAutoencoder, training: bool, function, *args):
     """Call `function` with the SAE in train() or eval() mode, then restore its mode."""
     before = sae.training
     sae.train(training)
@@ -323,7 +331,7 @@ def in_mode(sae, training: bool, function, *args):
 
 
 @torch.no_grad()
-def calibrate_threshold(sae, activations, target_l0: float | None = None) -> float:
+def calibrate_threshold(sae: BaseAutoencoder, activations, target_l0: float | None = None) -> float:
     """Set the inference threshold of a BatchTopK or Matryoshka SAE so that its mean L0 on these activations is
     `target_l0` (default: top_k). Use it for other text, another L0, or an SAE imported without a threshold. Returns the
     resulting mean L0. checkpoint.save_sae saves the SAE; result.json and evaluation.json of the run keep the metrics of

@@ -1,5 +1,7 @@
 """The training loop: any number of SAEs on one stream of activations, which can be stopped and resumed at any step."""
 
+from __future__ import annotations
+
 import signal
 import threading
 import time
@@ -7,11 +9,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 import distributed
+from activation_store import ActivationsStore
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0
 from console import InputError, out_of_memory, tell
@@ -19,7 +23,11 @@ from evaluation import evaluate, evaluation_cost, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
 from logs import RunLog, has_ended, provenance
+from sae import BaseAutoencoder
 from training_step import Run, group_step, learning_rate, make_optimizer, read_failures
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
 
 MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
 SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
@@ -33,12 +41,18 @@ class NotFinite(InputError):
     """NaN or infinity stopped some SAEs of a group; the others are trained."""
 
 
-def train_sae(sae, activation_store, model, cfg: dict) -> dict:
+def train_sae(sae: BaseAutoencoder, activation_store: ActivationsStore, model: TransformerBridge, cfg: dict) -> dict:
     """Train one SAE: a group of one. Returns its final metrics on held-out tokens."""
     return train_sae_group([sae], activation_store, model, [cfg])[0]
 
 
-def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resume_anyway: bool = False) -> list[dict]:
+def train_sae_group(
+    saes: list[BaseAutoencoder | None],
+    activation_store: ActivationsStore,
+    model: TransformerBridge,
+    cfgs: list[dict],
+    resume_anyway: bool = False,
+) -> list[dict]:
     """Train SAEs side by side on one stream: the language model runs once, and all see the same batches.
 
     `cfgs` are completed configs that agree on all `in_group` keys (config.py). Each run has its own record and its own
@@ -99,7 +113,9 @@ def train_sae_group(saes: list, activation_store, model, cfgs: list[dict], resum
     return [all_results[cfg["name"]] for cfg in cfgs]
 
 
-def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: Checkpoints) -> list[str]:
+def train_steps(
+    runs: list[Run], activation_store: ActivationsStore, baseline: dict, checkpoints: Checkpoints
+) -> list[str]:
     """Train from the checkpoint to the last step. Removes runs stopped by NaN from `runs`; returns a line for each."""
     cfg = checkpoints.cfg
     last_step = activation_store.tokens_needed // cfg["batch_size"]
@@ -113,7 +129,7 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
     bar.seconds_per_context = baseline["seconds_per_context"] * cost
     with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as saver:
         for step in range(checkpoints.step + 1, last_step + 1):
-            # The step
+            # Fetch a batch and take the step
             position = activation_store.state_dict()
             outputs = saver.begin(step, position)
             for run in runs:
@@ -135,20 +151,10 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                             save_sae(run.sae, run_folder(run.cfg) / "sae")
                 tell(f"Stopped after {step - 1} of {last_step} steps")
                 raise
-            for run, output in list(zip(runs, outputs)):
-                if isinstance(output, FloatingPointError):  # raised before the weights change
-                    runs.remove(run)
-                    outputs.remove(output)
-                    if run.log:
-                        failed.append(f"{run.cfg['name']}: step {step}: {output}")
-                        tell(failed[-1], any_rank=True)
-                    with handle_save_errors(cfg["save_errors"], f"{run_folder(run.cfg)}", any_rank=bool(run.log)):
-                        save_sae(run.sae, run_folder(run.cfg) / "sae")
-                        if run.log:
-                            run.log.stop(step, str(output))
+            failed += remove_failed(runs, outputs, step)
             bar.update(len(x))
 
-            # Records. Apart from group_step's failures, numbers are read from the device only here.
+            # Read the numbers and evaluate. Elsewhere only failures are read from the device.
             metrics = [{} for _ in runs]
             if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                 metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
@@ -163,17 +169,13 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 for values, more in zip(metrics, evaluated):
                     values |= more
             saver.position = None  # the step is complete: an error from here on saves no checkpoint
-            for run, values in zip(runs, metrics):
-                if run.log and values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
-                    warned.add(run.cfg["name"])
-                    where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
-                    hint = "so hardly any feature is active: lr or l1_coeff may be too high"
-                    tell(f"warning: {where}, {hint}", any_rank=True)
-                if run.log and values:
-                    with handle_save_errors(cfg["save_errors"], f"{run.log.folder}/metrics.jsonl"):
-                        run.log.log(step, step * cfg["batch_size"], values)
 
-            # Checkpoints
+            # Record them
+            for run, values in zip(runs, metrics):
+                if run.log and values:
+                    record(run, step, values, warned)
+
+            # Save a checkpoint
             stop, due, running = distributed.any_rank(signals.stop_requested, checkpoints.due(step), bool(runs))
             if not running:
                 break
@@ -184,6 +186,37 @@ def train_steps(runs: list[Run], activation_store, baseline: dict, checkpoints: 
                 tell(f"Stopped after {step} of {last_step} steps")
                 raise Stopped
     return distributed.gather_lists(failed)
+
+
+def remove_failed(runs: list[Run], outputs: list, step: int) -> list[str]:
+    """Stop, save and remove the runs whose output is a FloatingPointError, raised before their weights changed.
+
+    Returns a line for each whose record this rank keeps.
+    """
+    lines = []
+    for run, output in list(zip(runs, outputs)):
+        if isinstance(output, FloatingPointError):
+            runs.remove(run)
+            outputs.remove(output)
+            if run.log:
+                lines.append(f"{run.cfg['name']}: step {step}: {output}")
+                tell(lines[-1], any_rank=True)
+            with handle_save_errors(run.cfg["save_errors"], f"{run_folder(run.cfg)}", any_rank=bool(run.log)):
+                save_sae(run.sae, run_folder(run.cfg) / "sae")
+                if run.log:
+                    run.log.stop(step, str(output))
+    return lines
+
+
+def record(run: Run, step: int, values: dict, warned: set[str]) -> None:
+    """Log a run's metrics. Warns, once per run, if hardly any feature is active; `warned` holds the names of runs."""
+    if values.get("l0_norm", MIN_L0) < MIN_L0 and run.cfg["name"] not in warned:
+        warned.add(run.cfg["name"])
+        where = f"{run.cfg['name']}: L0 has fallen to {values['l0_norm']:.2g} after step {step}"
+        hint = "so hardly any feature is active: lr or l1_coeff may be too high"
+        tell(f"warning: {where}, {hint}", any_rank=True)
+    with handle_save_errors(run.cfg["save_errors"], f"{run.log.folder}/metrics.jsonl"):
+        run.log.log(step, step * run.cfg["batch_size"], values)
 
 
 class TrainingBar(tqdm):
@@ -284,7 +317,7 @@ class StopSignals:
         if self.interruptible:
             raise Stopped
 
-    def call_harvest(self, activation_store, function):
+    def call_harvest(self, activation_store: ActivationsStore, function):
         """Call function, which harvests activations. A signal interrupts it with Stopped; under torchrun, where a rank
         may not leave the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
         """
@@ -305,7 +338,7 @@ class StopSignals:
 
 
 @torch.no_grad()
-def initialize_b_dec(saes: list, activation_store) -> None:
+def initialize_b_dec(saes: list[BaseAutoencoder], activation_store: ActivationsStore) -> None:
     """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's current
     buffer (the first, before training). A b_dec that is not 0 is kept. The stream does not advance.
 
@@ -331,7 +364,7 @@ def initialize_b_dec(saes: list, activation_store) -> None:
         tell(f"warning: γ above {MAX_GAMMA} means that many features of {at_risk} SAEs may die: set b_dec_init=mean")
 
 
-def mean_and_std(sae, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [d] and standard deviation [d] over tokens, in float64, of residual-stream vectors [n, d] as `sae`
     normalises them.
     """

@@ -23,7 +23,7 @@ class Run:
         self.graphs = StepGraphs(self.sae, self.optimizer, self.cfg)
 
 
-def make_optimizer(sae, cfg: dict) -> torch.optim.Optimizer:
+def make_optimizer(sae: BaseAutoencoder, cfg: dict) -> torch.optim.Optimizer:
     """Adam, for training_step. It holds the transpose of W_enc (same memory): fused Adam copies other layouts."""
     parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
     return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
@@ -39,7 +39,7 @@ def learning_rate(cfg: dict, step: int) -> float:
     return cfg["lr"] * min(1, step / warmup if warmup else 1, max(left, 0) / decay if decay else 1)
 
 
-def training_step(sae, optimizer, x: torch.Tensor, cfg: dict) -> dict:
+def training_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict) -> dict:
     """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows stay unit vectors.
 
     The learning rate is the optimizer's; a schedule must set it before each step (learning_rate).
@@ -145,7 +145,7 @@ class StepGraphs:
 
 
 @sparse_ops.sae_arithmetic
-def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
     """Like training_step, but on CUDA the host does not wait for the device unless `wait` is set. If output["failure"]
     is not 0, nothing has changed, and the step must be repeated with wait=True (read_failures).
     """
@@ -164,7 +164,7 @@ def start_step(sae, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -
     return output
 
 
-def update_weights(sae, optimizer, cfg: dict) -> None:
+def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
     """Clip the gradient, remove its part parallel to the decoder rows, take Adam's step, normalise the rows."""
     norm = gradient_norm(sae)
     torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
@@ -178,7 +178,7 @@ def update_weights(sae, optimizer, cfg: dict) -> None:
     sae.normalize_decoder()
 
 
-def gradient_norm(sae) -> torch.Tensor:
+def gradient_norm(sae: BaseAutoencoder) -> torch.Tensor:
     """The norm [] of the gradient of all parameters, those on other shards included."""
     if sae.shards.count == 1:
         return torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
@@ -186,7 +186,7 @@ def gradient_norm(sae) -> torch.Tensor:
     return (sae.shards.sum(own**2) + sae.b_dec.grad.norm() ** 2).sqrt()
 
 
-def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
+def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
     """update_weights and update_statistics with the kernels of triton_ops.py. If the step failed, output["failure"] is
     not 0 and nothing changes.
     """
@@ -203,7 +203,7 @@ def update_on_device(sae, optimizer, cfg: dict, output: dict) -> None:
         buffer.copy_(torch.where(valid, buffer, old))
 
 
-def share_gradients(sae, optimizer) -> None:
+def share_gradients(sae: BaseAutoencoder, optimizer) -> None:
     """Give the optimizer the gradient of W_enc, whose transpose it holds (make_optimizer)."""
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
         if held is not parameter:
