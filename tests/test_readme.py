@@ -61,7 +61,7 @@ def test_demo_command_then_examples(clone, program):
 
     # Every other command that needs no network, on that run; DIR and NAME stand for new folders.
     commands, names = [], {"runs/demo/RUN": str(trained), "runs/<sweep>/<run>": str(trained)}
-    names["demo"] = Path(figure).parent.name
+    names |= {"demo": Path(figure).parent.name, "path/to/text": "demo/text.jsonl"}
     for command in COMMANDS:
         words = [names.get(word, word) for word in command.split()]
         if words[0] == "main.py" or "--upload" in words:
