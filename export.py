@@ -21,6 +21,7 @@ the Hugging Face hub. A new repository is private; an existing one keeps its vis
 import argparse
 import json
 import re
+import shutil
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -323,10 +324,12 @@ def write_folder(folder: Path, files: dict) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for killed in folder.glob(".export-*"):
+            shutil.rmtree(killed)
         if any(folder.iterdir()):
             raise InputError(f"{folder} is not an empty folder and is not overwritten: choose another --out")
         # The folder itself is not replaced: it may be a mount point or the working directory.
-        with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
             for name, content in files.items():
                 path = Path(temporary) / name
                 path.parent.mkdir(parents=True, exist_ok=True)

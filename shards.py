@@ -29,7 +29,7 @@ MAX_COUNTS = 2**16  # bins of a round's histograms, all rows together
 
 
 class Shards:
-    """The team of this rank: `count` ranks, in the order of their slices. With one rank, all methods return at once."""
+    """The team of this rank: `count` ranks, in the order of their slices. With one rank, nothing is exchanged."""
 
     def __init__(self, count: int = 1, group=None):
         self.count, self.group = count, group
@@ -141,8 +141,6 @@ class Shards:
         A radix select over the bits of the values, which for positive floats have the same order. Each round finds the
         next `digit` bits of the k-th largest value, from a histogram of them over the values with the same higher bits.
         """
-        if self.count == 1:
-            return torch.ones_like(values, dtype=torch.bool)
         num_groups = num_rows if per_row else 1
         group = rows if per_row else torch.zeros_like(rows)
         wanted = torch.full((num_groups,), k if per_row else k * num_rows, device=values.device)

@@ -11,19 +11,17 @@ runs must share model, text and held-out tokens.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from common import markdown_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from console import InputError, run_command  # noqa: E402
-from evaluation import eval_batches, heldout_activations, in_mode, kept, open_run, variants_of  # noqa: E402
-from language_model import tokenizer_of  # noqa: E402
-from results import LINES, STYLES, plt  # noqa: E402
+from console import InputError, run_command
+from evaluation import eval_batches, heldout_activations, in_mode, kept, open_run, variants_of
+from language_model import tokenizer_of
+from results import LINES, STYLES, plt
 
 QUANTILES = [0, 0.5, 0.9, 0.99, 0.999, 0.9999, 1]
 POSITIONS = [-1, 0, *(2**i - 1 for i in range(1, 20))]  # 0, 1, 2-3, 4-7, ...
@@ -83,9 +81,8 @@ def shares(tokens: pd.DataFrame, used: dict[str, pd.DataFrame], grouping: str) -
 
 def markdown(table: pd.DataFrame, grouping: str) -> str:
     forms = {"tokens": "{:.2%}", "variance": "{:.1%}", "fvu": "{:.4f}", "nmse": "{:.4f}", "l0": "{:.1f}"}
-    lines = [[GROUPINGS[grouping], "", *table.index], ["---"] * (len(table) + 2)]
-    lines += [[name, what, *table[name, what].map(forms[what].format)] for name, what in table]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[name, what, *table[name, what].map(forms[what].format)] for name, what in table]
+    return markdown_table([GROUPINGS[grouping], "", *table.index], *rows)
 
 
 def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:

@@ -22,12 +22,11 @@ from evaluation_reference import (
     metrics_by_hand,
     reconstruct_by_hand,
 )
-from helpers import DEMO_LM
+from helpers import DEMO_LM, REPO
 from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
-from benchmarks import fvu_by_token
 from checkpoint import save_sae, write_json
 from config import get_default_cfg, post_init_cfg
 from console import InputError, run_command
@@ -496,8 +495,11 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
     assert (run_folder / "result.json").read_bytes() == result
 
 
-def test_fvu_by_token(model, group, run_folder, capsys):
+def test_fvu_by_token(model, group, run_folder, capsys, monkeypatch):
     """The parts of the groups make up the metrics of evaluate; the groups hold the tokens that their names say."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(REPO / "benchmarks")])
+    import fvu_by_token
+
     store, sae = group[0], group[1]["batchtopk"]
     (expected,) = evaluate([sae], store, heldout_baseline(store))
     tokens, used, vocabulary = fvu_by_token.measure(run_folder)

@@ -196,6 +196,14 @@ def test_a_failed_write_leaves_an_empty_folder_empty(make_sae, tmp_path, monkeyp
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_killed_export_is_repeated(make_sae, tmp_path):
+    """What it left in the folder is removed."""
+    (tmp_path / "out" / ".export-x").mkdir(parents=True)
+    (tmp_path / "out" / ".export-x" / "cfg.json").touch()
+    export_sae(make_sae("topk"), "saelens", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "cfg.json", "sae_weights.safetensors"}
+
+
 @pytest.mark.fast
 def test_nothing_is_overwritten(make_sae, tmp_path):
     (tmp_path / "out").mkdir()
