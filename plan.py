@@ -20,7 +20,7 @@ from evaluation import eval_batches, kept, predict, prediction_losses, variants_
 from sae import SAE_CLASSES
 from shards import team
 from sparse_ops import screen_dtype
-from training_step import Run, group_step, make_optimizer
+from training_step import Run, group_step, is_small, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer is not started
 
@@ -91,6 +91,7 @@ def split(group: list[dict], model, available: int) -> list[list[dict]]:
 def memory_needed(group: list[dict], model) -> int:
     """Peak memory on a rank of training the group in bytes, without the language model's weights."""
     cfg, size = group[0], max(getattr(torch, cfg["dtype"]).itemsize for cfg in group)
+    threads = min(torch.get_num_threads(), sum(map(is_small, group)))
     shards = cfg["feature_shards"]
     d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group) // shards
     # Held permanently: 128 MiB for libraries and allocator; W_enc and W_dec with Adam's two moments; the activation
@@ -101,7 +102,9 @@ def memory_needed(group: list[dict], model) -> int:
     held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # The largest temporary allocation.
-    step = size * (2 * d * F + 6 * B * F)  # gradients and activations of an SAE, which are dense at first in JumpReLU
+    # Gradients and activations of an SAE, which are dense at first in JumpReLU. Small SAEs step side by side.
+    small = max((cfg["dict_size"] for cfg in group if is_small(cfg)), default=0)
+    step = size * (2 * d + 6 * B) * max(F, threads * small)
     harvest = 4 * forward * (5 * model.cfg.d_mlp + 4 * d)
     evaluation = 4 * 3 * max(B, cfg["seq_len"]) * model.cfg.d_vocab + size * B * F
     checkpoint = size * 2 * 6 * d * F  # one SAE and its moments, as bytes, twice
@@ -232,6 +235,7 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
 def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
     """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE of each config; 0 for an
     SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's weights are still in the CPU cache.
+    Small SAEs step side by side: of each, the seconds are its share.
     """
     runs = []
     for cfg in cfgs:
@@ -239,19 +243,25 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
         if hasattr(sae, "batches_until_sparse"):
             sae.batches_until_sparse.zero_()  # the first steps of training are dense
         runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
-    outputs, seconds = [[] for _ in runs], []
+    seconds = []
     warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps record CUDA graphs
     for _ in range(warm_up + 2):
+        outputs = [[] for _ in runs]
         steps = [partial(group_step, [run], x, output, {}) for run, output in zip(runs, outputs)]
         seconds.append([time_call(step, run.cfg["device"]) for step, run in zip(steps, runs)])
+    alone = [min(times) for times in zip(*seconds[warm_up:])]
+    share, small = 1.0, [i for i, cfg in enumerate(cfgs) if is_small(cfg)]
+    if len(small) > 1:
+        side_by_side = [partial(group_step, [runs[i] for i in small], x, [], {}) for _ in range(2)]
+        share = min(time_call(step, "cpu") for step in side_by_side) / sum(alone[i] for i in small)
     found = []
     for i, run in enumerate(runs):
-        if any(isinstance(output, FloatingPointError) for output in outputs[i]):
+        if isinstance(outputs[i][0], FloatingPointError):
             found.append((0.0, 0.0))  # training will report it
             continue
         with torch.no_grad():
             reconstruction = time_call(partial(run.sae.reconstruct, x), run.cfg["device"])
-        found.append((min(times[i] for times in seconds[warm_up:]), reconstruction))
+        found.append((alone[i] * (share if i in small else 1), reconstruction))
     return found
 
 

@@ -206,11 +206,11 @@ class BaseAutoencoder(nn.Module):
         l1_loss = self.cfg["l1_coeff"] * self.shards.add(self.sparsity(z, acts, pattern)) / len(tokens)
         loss = loss + l1_loss
         with torch.no_grad():
-            active = acts > 0
-            not_active = torch.where(sparse_ops.active_features(active, pattern), 0, self.num_batches_not_active + 1)
+            num_active, active_features = sparse_ops.count_active(acts, pattern)
+            not_active = torch.where(active_features, 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
-                "l0_norm": self.shards.sum(active.count_nonzero()).to(acts.dtype) / len(tokens),
+                "l0_norm": self.shards.sum(num_active).to(acts.dtype) / len(tokens),
                 "l1_norm": self.shards.sum(acts.sum()) / len(tokens),
                 "num_dead_features": self.shards.sum(dead.sum()),
                 "num_batches_not_active": not_active,
@@ -391,7 +391,7 @@ class BatchTopKSAE(TopKSAE):
         super().update_statistics(output)
         acts = output["feature_acts"].detach()
         acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # padded because there may be no values
-        smallest = self.shards.minimum(torch.where(acts > 0, acts, torch.inf).min())
+        smallest = self.shards.minimum(sparse_ops.smallest_positive(acts))
         found = smallest.isfinite()  # a batch without positive activations does not count
         self.threshold_num_batches += found
         weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
@@ -490,7 +490,7 @@ class NumActive(torch.autograd.Function):
     def forward(ctx, z, threshold, bandwidth):
         ctx.save_for_backward(z, threshold)
         ctx.bandwidth = bandwidth
-        return (z > threshold).count_nonzero().to(z.dtype)
+        return torch.gt(z, threshold, out=torch.empty_like(z)).sum()
 
     @staticmethod
     def backward(ctx, grad):

@@ -28,6 +28,7 @@ always come from the second computation.
 """
 
 import os
+import threading
 import warnings
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, wraps
@@ -65,8 +66,10 @@ class SparsityPattern:
     @classmethod
     def of(cls, matrix: torch.Tensor) -> "SparsityPattern":
         """The nonzero entries of a matrix [B, F], whose values are the products."""
-        rows, cols = matrix.detach().nonzero(as_tuple=True)
-        return cls(rows, cols, matrix.shape, matrix.detach()[rows, cols])
+        flat = matrix.detach().flatten()
+        index, num_features = nonzero(flat != 0), matrix.shape[1]
+        rows = index // num_features
+        return cls(rows, index - rows * num_features, matrix.shape, flat.index_select(0, index))
 
     def __len__(self):
         return len(self.rows)
@@ -85,13 +88,14 @@ class SparsityPattern:
             order = torch.from_numpy(np.argsort(cols.numpy(), kind="stable"))
         else:
             order = cols.sort(stable=True).indices
-        cols = self.cols[order]
-        return order, self.rows[order], cols, first_positions(cols, self.shape[1])
+        cols = self.cols.index_select(0, order)
+        return order, self.rows.index_select(0, order), cols, first_positions(cols, self.shape[1])
 
     def select(self, keep: torch.Tensor) -> "SparsityPattern":
         """The entries where the mask keep [n] is True."""
-        index = keep.nonzero().squeeze(-1)
-        return SparsityPattern(self.rows[index], self.cols[index], self.shape, self.products[index])
+        index = nonzero(keep)
+        rows, cols, products = (of.index_select(0, index) for of in (self.rows, self.cols, self.products))
+        return SparsityPattern(rows, cols, self.shape, products)
 
     def by_group(self, ends: list[int]) -> "SparsityPattern":
         """The places in [B·P, F] where row i·P + g has the entries of row i in the g-th of P groups of neighbouring
@@ -140,6 +144,13 @@ def first_positions(sorted_index: torch.Tensor, n: int) -> torch.Tensor:
     return torch.searchsorted(sorted_index, torch.arange(n, device=sorted_index.device))
 
 
+def nonzero(mask: torch.Tensor) -> torch.Tensor:
+    """The indices where the mask [n] is True. On a CPU NumPy is several times as fast as torch."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(-1)
+
+
 def weighted_sums(weights, index, bag_offsets, table):
     return F.embedding_bag(index, table, bag_offsets, mode="sum", per_sample_weights=weights)
 
@@ -170,13 +181,23 @@ def at_features(vector, pattern=None) -> torch.Tensor:
     return vector if pattern is None else AtFeatures.apply(vector, pattern)
 
 
-def active_features(active: torch.Tensor, pattern=None) -> torch.Tensor:
-    """Mask [F] of the features that are True anywhere in the mask `active` ([B, F], or [n] at the pattern)."""
+# Passes over [B, F]: a CPU needs several times as long to make or read a mask of bool as one of floats.
+
+
+@torch.no_grad()
+def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The number [] of positive activations ([B, F], or [n] at the pattern), and the mask [F] of their features."""
     if pattern is None:
-        return active.any(0)
-    num_features = pattern.shape[1]
-    found = torch.zeros(num_features + 1, dtype=torch.bool, device=active.device)  # the last one is a dummy
-    return found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)[:num_features]
+        return acts.sign().sum(-1).sum(dtype=torch.int64), acts.amax(0) > 0
+    active, num_features = acts > 0, pattern.shape[1]
+    found = torch.zeros(num_features + 1, dtype=torch.bool, device=acts.device)  # the last one is a dummy
+    found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)
+    return active.count_nonzero(), found[:num_features]
+
+
+def smallest_positive(acts: torch.Tensor) -> torch.Tensor:
+    """[]: the smallest of the positive activations; infinity if there is none."""
+    return F.threshold(acts, 0, torch.inf).amin()
 
 
 def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor:
@@ -184,7 +205,7 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
     room_for(upper_bound()), which needs no wait for the device, and unused places hold F.
     """
     if not uses_kernels(x):
-        return dead.nonzero().squeeze(-1)
+        return nonzero(dead)
     import triton_ops
 
     return triton_ops.packed_index(dead, room_for(upper_bound(), len(dead)))
@@ -222,21 +243,34 @@ def not_finite(number: torch.Tensor) -> torch.Tensor:
 
 def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
     """relu(z), z [n] or [B, n], with all but the k largest of the last dimension set to 0; ties go to the first."""
-    values = torch.relu(z)
-    if k >= values.shape[-1]:
-        return values
-    if values.ndim == 2 and uses_kernels(values):
-        import triton_ops
+    return KeepTopK.apply(z, k)
 
-        return torch.where(triton_ops.row_topk_mask(values.detach(), k), values, 0)
-    # A threshold is several times as fast as topk on a CPU. It is that of z, as NumPy's partition is five times slower
-    # over the many zeros of relu(z).
-    t = kth_largest(z.detach(), k).unsqueeze(-1)
-    kept = torch.ge(values, t, out=torch.empty_like(values))
-    if ((kept.count_nonzero(-1) > k) & (t.squeeze(-1) > 0)).any():  # several values equal the threshold
-        more, tied = values > t, values == t
-        kept.copy_(more | (tied & (tied.cumsum(-1) <= k - more.sum(-1, keepdim=True))))
-    return kept.mul_(values)
+
+class KeepTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, k):
+        acts = torch.relu(z)
+        if acts.ndim == 2 and k < acts.shape[1] and uses_kernels(acts):
+            import triton_ops
+
+            acts = torch.where(triton_ops.row_topk_mask(acts, k), acts, 0)
+        elif k < acts.shape[-1]:
+            # A threshold is several times as fast as topk on a CPU. It is that of z, as NumPy's partition is five times
+            # slower over the many zeros of relu(z).
+            t = kth_largest(z, k).unsqueeze(-1)
+            kept = torch.ge(acts, t, out=torch.empty_like(acts))
+            # If several values equal the threshold. A GPU does not ask, as the host would have to wait for the answer.
+            if acts.device.type != "cpu" or ((kept.sum(-1) > k) & (t.squeeze(-1) > 0)).any():
+                more, tied = acts > t, acts == t
+                kept.copy_(more | (tied & (tied.cumsum(-1) <= k - more.sum(-1, keepdim=True))))
+            acts = kept.mul_(acts)
+        ctx.save_for_backward(acts)
+        return acts
+
+    @staticmethod
+    def backward(ctx, grad):
+        (acts,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(grad, acts, 0), None
 
 
 class PreActivation(torch.autograd.Function):
@@ -394,24 +428,27 @@ def topk_mask(values: torch.Tensor, pattern: SparsityPattern | None, k: int) -> 
 
     Ties go to the first.
     """
+    n = len(values)
     if pattern is None:
-        table, rows = values[None], torch.zeros_like(values, dtype=torch.int64)
+        rows, table = values.new_zeros(n, dtype=torch.int64), values[None]
+        first = rows[:1]
     else:
-        rows, row_offsets = pattern.rows, pattern.row_offsets
-        place = torch.arange(len(rows), device=rows.device) - row_offsets[rows]
-        width = int(place.max()) + 1 if len(rows) else 0
-        table = values.new_full((pattern.shape[0], width), -torch.inf)
-        table[rows, place] = values
+        rows, first = pattern.rows, pattern.row_offsets
+        place = torch.arange(n, device=rows.device) - first.index_select(0, rows)
+        width = int(place.max()) + 1 if n else 0
+        table = values.new_full((len(first), width), -torch.inf)
+        table.view(-1).index_copy_(0, rows * width + place, values)
     if table.shape[1] <= k:
         return torch.ones_like(values, dtype=torch.bool)
-    t = kth_largest(table, k)
-    more, tied = values > t[rows], values == t[rows]
-    wanted = k - (table > t[:, None]).sum(-1)
-    nth_tie = tied.cumsum(0)
-    if pattern is not None:
-        first = row_offsets.clamp(max=len(rows) - 1)
-        nth_tie = nth_tie - (nth_tie - tied.long())[first][rows]
-    return more | (tied & (nth_tie <= wanted[rows]))
+    t = kth_largest(table, k).index_select(0, rows)
+    keep = values >= t
+    lengths = first.diff(append=first.new_full((1,), n))
+    if keep.count_nonzero() > lengths.clamp(max=k).sum():  # several values equal the threshold
+        tied = values == t
+        nth_tie = tied.cumsum(0)
+        nth_tie -= (nth_tie - tied.long())[first.clamp(max=n - 1)][rows]
+        keep &= ~tied | (nth_tie <= k - rows[values > t].bincount(minlength=len(first))[rows])
+    return keep
 
 
 # The screen
@@ -420,7 +457,7 @@ def topk_mask(values: torch.Tensor, pattern: SparsityPattern | None, k: int) -> 
 def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = None):
     """(x W_enc + offset) [B, F] in low precision and the bound e [B] on the error of each row before its last rounding.
 
-    The matrix is in scratch memory, which the next call on this device overwrites.
+    The matrix is in scratch memory, which the next call on this device and thread overwrites.
     """
     dtype = screen_dtype(x.device)
     W = W_enc.T
@@ -492,16 +529,18 @@ def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> Sp
     floor = floor.to(z.dtype)
     # The maximum of a group without positive numbers is unknown (group_maxima), so a negative floor includes it.
     flagged = maxima >= torch.where(floor > 0, floor, -torch.inf)[:, None]
-    group = flagged.flatten().nonzero().squeeze(-1)
-    members, level = z.view(-1, size).index_select(0, group), floor[group // groups][:, None]
+    group = nonzero(flagged.flatten())
+    row = group // groups
+    members, level = z.view(-1, size).index_select(0, group), floor.index_select(0, row)[:, None]
     if z.dtype == torch.bfloat16 and (floor > 0).all():  # positive numbers compare as integers, which is faster
         members, level = members.view(torch.int16), level.view(torch.int16)
     hits = members >= level
     if hits.count_nonzero() > z.numel() // DENSE_FROM:  # sum would convert to int64 first
         return None
-    hit = hits.flatten().nonzero().squeeze(-1)
-    flat = group[hit // size] * size + hit % size
-    return SparsityPattern(flat // num_features, flat % num_features, z.shape)
+    hit = nonzero(hits.flatten())
+    nth = hit >> size.bit_length() - 1  # size is a power of 2
+    first = (group - row * groups) * size
+    return SparsityPattern(row.index_select(0, nth), first.index_select(0, nth) + (hit & size - 1), z.shape)
 
 
 def what_is_not_finite(x, W, offset) -> str:
@@ -556,16 +595,16 @@ def triton_works(device: torch.device) -> bool:
     return True
 
 
-_scratch = {}
+_scratch = threading.local()  # each thread has its own
 
 
 def scratch(name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialised matrix in memory that is reused: allocating it costs a CPU a tenth of the product."""
-    key = (name, dtype, device)
+    kept, key = _scratch.__dict__, (name, dtype, device)
     size = shape[0] * shape[1]
-    if key not in _scratch or _scratch[key].numel() < size:
-        _scratch[key] = torch.empty(size, dtype=dtype, device=device)
-    return _scratch[key][:size].view(shape)
+    if key not in kept or kept[key].numel() < size:
+        kept[key] = torch.empty(size, dtype=dtype, device=device)
+    return kept[key][:size].view(shape)
 
 
 @lru_cache

@@ -1,6 +1,16 @@
-"""A training step: forward, backward, clip and project the gradient, Adam, normalise W_dec. On CUDA, CUDA graphs."""
+"""A training step: forward, backward, clip and project the gradient, Adam, normalise W_dec.
 
+On CUDA, steps are recorded as CUDA graphs. On a CPU, a step of a small SAE runs on one core, because more would hardly
+help, and the small SAEs of a group take their steps side by side. So its results do not depend on the number of cores.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -8,6 +18,8 @@ import sparse_ops
 from config import num_steps
 from logs import RunLog
 from sae import BaseAutoencoder, Counts
+
+SMALL = 2**27  # a small SAE has at most so many multiplications in a dense product: batch_size · d · F
 
 
 @dataclass
@@ -55,29 +67,81 @@ def training_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict) -
 def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
     """A training step of each run on the same batch. Appends to `outputs`, run by run, the scalars of the forward's
     output, or the FloatingPointError that stopped the run. Runs in `ahead` had taken this step before memory ran out:
-    they are skipped, and their numbers are moved from `ahead` to `outputs`.
+    they are skipped, and their numbers are moved from `ahead` to `outputs`. If memory runs out now, `outputs` has None
+    for the runs that have not taken the step.
 
     On CUDA the host waits for the device once, after it has queued the steps of all runs.
     """
 
-    def attempt(run, wait=False):
+    def attempt(i, wait=False):
         try:
-            return run.graphs.start_step(x, wait)
+            outputs[i] = runs[i].graphs.start_step(x, wait)
         except FloatingPointError as error:
-            return error
+            outputs[i] = error
 
     device = runs[0].sae.W_enc.device if runs else x.device
     if device.type == "cuda":  # CUDA graphs read the batch from a fixed address
         x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
 
-    for run in runs:
-        name = run.cfg["name"]
-        outputs.append(as_output(ahead.pop(name)) if name in ahead else attempt(run))
+    outputs += [as_output(ahead.pop(run.cfg["name"])) if run.cfg["name"] in ahead else None for run in runs]
+    waiting = [i for i, output in enumerate(outputs) if output is None]
+    small = [i for i in waiting if is_small(runs[i].cfg)]
+    if len(small) > 1:
+        with sparse_ops.full_precision():  # a setting of the process: the steps may not restore it one by one
+            steps = [one_core_each(torch.get_num_threads()).submit(attempt, i) for i in small]
+            wait(steps)
+        for step in steps:
+            step.result()  # raises its error
+    for i in waiting:
+        if outputs[i] is None:
+            attempt(i)
     failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
     for i in failed:
-        outputs[i] = None  # if memory runs out now, these runs have not taken the step
+        outputs[i] = None
     for i in failed:
-        outputs[i] = attempt(runs[i], wait=True)
+        attempt(i, wait=True)
+
+
+def is_small(cfg: dict) -> bool:
+    """Whether the steps of an SAE run on one core."""
+    size = cfg["batch_size"] * cfg["act_size"] * cfg["dict_size"]
+    return cfg["device"] == "cpu" and cfg["feature_shards"] == 1 and size <= SMALL
+
+
+@lru_cache
+def one_core_each(size: int) -> ThreadPoolExecutor:
+    """A pool of threads in each of which torch uses one core."""
+    ready = threading.Barrier(size + 1)
+
+    def start():
+        torch.get_num_threads()  # initialises torch's setting for this thread, which would otherwise happen later
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(size)
+    for _ in range(size):
+        pool.submit(start)
+    ready.wait()
+    torch.set_num_threads(size)  # the setting of this thread, and of all that start later
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=one_core_each.cache_clear)  # a fork has none of the threads
+
+
+@contextmanager
+def one_core_if_small(cfg: dict) -> Iterator[None]:
+    """Context manager in which torch uses one core if the SAE is small."""
+    before = torch.get_num_threads()
+    change = before > 1 and is_small(cfg)
+    if change:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if change:
+            torch.set_num_threads(before)
 
 
 class StepGraphs:
@@ -149,13 +213,14 @@ def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
     """Like training_step, but on CUDA the host does not wait for the device unless `wait` is set. If output["failure"]
     is not 0, nothing has changed, and the step must be repeated with wait=True (read_failures).
     """
-    output = sae(x, wait=wait)
-    output["loss"].backward()
-    if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
-        update_on_device(sae, optimizer, cfg, output)
-    else:
-        update_weights(sae, optimizer, cfg)
-        sae.update_statistics(output)
+    with one_core_if_small(cfg):
+        output = sae(x, wait=wait)
+        output["loss"].backward()
+        if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
+            update_on_device(sae, optimizer, cfg, output)
+        else:
+            update_weights(sae, optimizer, cfg)
+            sae.update_statistics(output)
     optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
     optimizer.zero_grad()
     sae.zero_grad()

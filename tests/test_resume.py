@@ -82,9 +82,14 @@ def raising_at(call: int, function, then=lambda: None):
     return wrapped
 
 
+@pytest.mark.parametrize("side_by_side", [False, True])
 @pytest.mark.parametrize("of, kind", [(0, "numpy"), (3, "cuda"), (len(SAES) - 1, "cpu")])
-def test_out_of_memory_in_a_step_resumes_bit_identically(model, training_cfg, uninterrupted, monkeypatch, of, kind):
+def test_out_of_memory_in_a_step_resumes_bit_identically(
+    model, training_cfg, uninterrupted, monkeypatch, of, kind, side_by_side
+):
     """In the forward of any SAE of the group at step 7: the step that others have taken is not taken twice."""
+    if not side_by_side:
+        monkeypatch.setattr(training_step, "SMALL", 0)
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
     monkeypatch.setattr(saes[of], "forward", raising_at(7, saes[of].forward, OUT_OF_MEMORY[kind]))
@@ -92,7 +97,8 @@ def test_out_of_memory_in_a_step_resumes_bit_identically(model, training_cfg, un
         train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
     path = newest_checkpoint(cfgs[0])
     state = json.loads((path / "state.json").read_text())
-    assert state["step"] == 6 and list(state["ahead"]) == [cfg["name"] for cfg in cfgs[:of]]
+    others = cfgs[:of] + cfgs[of + 1 :] if side_by_side else cfgs[:of]
+    assert state["step"] == 6 and list(state["ahead"]) == [cfg["name"] for cfg in others]
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
@@ -154,6 +160,7 @@ def test_a_closed_pipe_ends_training_with_a_checkpoint(model, training_cfg, unin
 
 def test_out_of_memory_again_at_the_same_step(model, training_cfg, uninterrupted, monkeypatch):
     """A second time, later in the same step: what is there is kept, and is still resumed from."""
+    monkeypatch.setattr(training_step, "SMALL", 0)
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     for of, call in ((1, 7), (4, 1)):
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]

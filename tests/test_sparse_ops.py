@@ -338,3 +338,12 @@ def test_keep_top_k_keeps_k(kind, shape):
     assert ((kept == values) | (kept == 0)).all()
     kept.sum().backward()
     assert (values.grad[kept > 0] == 1).all() and (values.grad[(kept == 0) & (values > 0)] == 0).all()
+
+
+def test_keep_top_k_does_not_wait_for_a_gpu():
+    """A CUDA graph could not record it. A tensor on "meta" raises an error if the host asks for its values."""
+    z = torch.empty(40, device="meta", requires_grad=True)
+    sparse_ops.keep_top_k(z, 7).sum().backward()
+    assert z.grad.shape == z.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(z.any())

@@ -16,7 +16,7 @@ import checkpoint
 from checkpoint import load_sae, save_sae
 from console import InputError
 from sae import SAE_CLASSES
-from training_step import make_optimizer, training_step
+from training_step import Run, group_step, make_optimizer, training_step
 
 
 def gradients_at_the_optimizer(sae, optimizer, x, cfg):
@@ -33,6 +33,57 @@ def gradients_at_the_optimizer(sae, optimizer, x, cfg):
 
 
 # The step
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_small_saes_side_by_side_have_the_bits_of_one_core(threads):
+    """Of sparse and dense steps, on more threads than cores: each SAE as if alone on one core, in the group's order."""
+    kinds = [*KINDS, "topk", "batchtopk", "topk", "batchtopk"]
+    shape = dict(d=64, F=1024, batch_size=256, dtype="float32")
+    cfgs = [sae_cfg(kind, k=4 + i, seed=i, **shape) for i, kind in enumerate(kinds)]
+
+    def runs():
+        saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
+        return [Run(cfg, sae, make_optimizer(sae, cfg), None) for cfg, sae in zip(cfgs, saes)]
+
+    together, alone = runs(), runs()
+    for step in range(15):
+        x, outputs = make_x(256, 64, step, torch.float32), []
+        threads(4)
+        group_step(together, x, outputs, {})
+        assert torch.get_num_threads() == 4
+        threads(1)
+        for run, output in zip(alone, outputs):
+            expected = training_step(run.sae, run.optimizer, x, run.cfg)
+            assert output and all(torch.equal(value, expected[key]) for key, value in output.items())
+    for one, other in zip(together, alone):
+        assert_same_state(state(one.sae), state(other.sae))
+
+
+def test_only_small_steps_take_one_core(threads, monkeypatch):
+    """training_step too; the number of threads is restored, also after an error."""
+    threads(3)
+    used = []
+    for size in (64, 2**14):
+        sae = SAE_CLASSES["topk"](sae_cfg("topk", d=64, F=size, k=4, dtype="float32", batch_size=256))
+        forward = sae.forward
+        monkeypatch.setattr(
+            sae,
+            "forward",
+            lambda x, wait=True, forward=forward: used.append(torch.get_num_threads()) or forward(x, wait),
+        )
+        training_step(sae, make_optimizer(sae, sae.cfg), make_x(256, 64, 0, torch.float32), sae.cfg)
+        with pytest.raises(FloatingPointError):
+            training_step(sae, make_optimizer(sae, sae.cfg), make_x(256, 64, 0, torch.float32) / 0, sae.cfg)
+        assert torch.get_num_threads() == 3
+    assert used == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("lr", [3e-4, 0.3])
