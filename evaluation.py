@@ -144,7 +144,7 @@ def evaluate(
         log_p = predict(activation_store, tokens, acts).float().log_softmax(-1)
         p = log_p.exp()
         original = p, log_p.mul_(p).sum(-1)
-        parts = part[done : done + len(tokens), None].expand_as(here)[here]
+        in_part = F.one_hot(part[done : done + len(tokens), None].expand_as(here)[here], num_parts)  # [tokens, parts]
         done += len(tokens)
         for variant in variants:
             i, _, training, size = variant
@@ -154,14 +154,13 @@ def evaluate(
                 reconstruction = saes[i].decode(features, like=x)
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)
-            active = features > 0
+            active = features.sign()  # sums of bool are slow on CPUs
             del features
-            l0 = saes[i].shards.sum(active.sum(1))
+            l0 = saes[i].shards.sum(active.sum(1).long())
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
             if num_contexts is None:
-                zeros = parts.new_zeros(num_parts, active.shape[1], dtype=torch.int32)
-                times_active[variant] = times_active[variant] + zeros.index_add_(0, parts, active.int())
+                times_active[variant] = times_active[variant] + (in_part.to(active.dtype).T @ active).int()
                 token_l0[variant].append(l0)
             del active
             spliced = x.new_empty(*here.shape, x.shape[1]).masked_scatter_(here[..., None], reconstruction)

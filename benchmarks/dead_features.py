@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+import torch
 from common import markdown_table
 
 from activation_store import ActivationsStore
@@ -31,24 +32,29 @@ from training import mean_and_std, train_sae_group
 from training_step import make_optimizer, training_step
 
 DEAD_TOKENS, STEPS = 102_400, 4
+MEDIAN_TOKENS, MEDIAN_STEPS = 16_384, 20
 HIGH, MEAN, PATIENT = dict(lr=1e-3), dict(b_dec_init="mean"), dict(n_batches_to_dead=50)
-# Not config keys: the norm of the encoder's columns, and b_dec as a share of the mean activation, at the first step.
-OWN = ("encoder_norm", "share")
+RECOMMENDED = HIGH | SWEEPS["recommended"][0]
+# Not config keys, but set at the first step: the norm of the encoder's columns, b_dec as a share of the mean
+# activation, and b_dec as the geometric median of activations.
+OWN = ("encoder_norm", "share", "median")
 SETS = {  # overrides of the published settings
     "published": {},
     "mean": MEAN,
     "50 batches": PATIENT,
-    "encoder norm 1": dict(encoder_norm=1.0),
     "schedule": dict(lr=2.67e-4, lr_warmup_steps=6, lr_decay_steps=13),  # 2e-4 / √(F / 2¹⁴), of 64 steps
     "recommended": SWEEPS["recommended"][0],
     "lr 1e-3": HIGH,
     "lr 1e-3, mean": HIGH | MEAN,
-    "lr 1e-3, recommended": HIGH | SWEEPS["recommended"][0],
-    "lr 1e-3, mean, aux 8 x": HIGH | MEAN | dict(aux_penalty=1 / 4),
-    "lr 1e-3, mean, encoder norm 1": HIGH | MEAN | dict(encoder_norm=1.0),
-    "lr 1e-3, encoder norm 1": HIGH | dict(encoder_norm=1.0),
-    "lr 1e-3, 1/2 mean": HIGH | dict(share=0.5),
-    "lr 1e-3, 3/4 mean": HIGH | dict(share=0.75),
+    "lr 1e-3, recommended": RECOMMENDED,
+    "lr 1e-3, 50 batches, median": HIGH | PATIENT | dict(median=True),
+    "lr 1e-3, recommended, aux 8 x": RECOMMENDED | dict(aux_penalty=1 / 4),
+    "lr 1e-3, recommended, top_k_aux half d": RECOMMENDED | dict(top_k_aux=288),  # of d 576
+    "lr 1e-3, recommended, warm-up": RECOMMENDED | dict(lr_warmup_steps=16),
+    "lr 1e-3, recommended, decay": RECOMMENDED | dict(lr_decay_steps=13),
+    "lr 1e-3, recommended, encoder norm 1": RECOMMENDED | dict(encoder_norm=1.0),
+    "lr 1e-3, half the mean": HIGH | dict(share=0.5),
+    "lr 1e-3, 3 quarters of the mean": HIGH | dict(share=0.75),
 }
 TYPES = ("topk", "batchtopk")
 POINT = ["set", "dict_size", "top_k", "num_tokens", "sae_type"]
@@ -73,9 +79,20 @@ def new_sae(name: str, cfg: dict, store: ActivationsStore):
     sae = SAE_CLASSES[cfg["sae_type"]](cfg)
     if share := SETS[name].get("share"):
         sae.b_dec.data.copy_(share * mean_and_std(sae, store.peek())[0])
+    if SETS[name].get("median"):
+        sae.b_dec.data.copy_(geometric_median(sae.preprocess_input(store.peek()[:MEDIAN_TOKENS])[0]))
     if norm := SETS[name].get("encoder_norm"):
         sae.W_enc.data.copy_(norm * sae.W_dec.data.T)
     return sae
+
+
+def geometric_median(x: torch.Tensor) -> torch.Tensor:
+    """The point [d] with the lowest sum of distances to the rows of x [n, d], by Weiszfeld's iteration."""
+    median = x.mean(0)
+    for _ in range(MEDIAN_STEPS):
+        weights = 1 / (x - median).norm(dim=1).clamp(min=1e-6)
+        median = weights @ x / weights.sum()
+    return median
 
 
 def step_seconds(sae, x) -> float:
