@@ -260,7 +260,8 @@ class KeepTopK(torch.autograd.Function):
             t = kth_largest(z, k).unsqueeze(-1)
             kept = torch.ge(acts, t, out=torch.empty_like(acts))
             # If several values equal the threshold. A GPU does not ask, as the host would have to wait for the answer.
-            if acts.device.type != "cpu" or ((kept.sum(-1) > k) & (t.squeeze(-1) > 0)).any():
+            count = kept.sum(-1) if k < 2**23 else kept.count_nonzero(-1)  # float32 is exact to 2²⁴, and faster
+            if acts.device.type != "cpu" or ((count > k) & (t.squeeze(-1) > 0)).any():
                 more, tied = acts > t, acts == t
                 kept.copy_(more | (tied & (tied.cumsum(-1) <= k - more.sum(-1, keepdim=True))))
             acts = kept.mul_(acts)

@@ -97,7 +97,7 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
             attempt(i)
     failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
     for i in failed:
-        outputs[i] = None
+        outputs[i] = None  # if memory runs out now, these runs have not taken the step
     for i in failed:
         attempt(i, wait=True)
 
