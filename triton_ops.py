@@ -841,19 +841,21 @@ def mask_kept(values, row_offsets, state, mask, BLOCK: tl.constexpr):
 def self_test(device: torch.device) -> None:
     """Raises RuntimeError unless the kernels agree with dense products on a small problem."""
     generator = torch.Generator().manual_seed(0)
-    B, d, num_features, k = 2 * CHUNK, 40, 96, 4
+    B, d, num_features, k = CHUNK + 6, 40, 48, 4
     x, W, table = (torch.randn(n, d, generator=generator).to(device) for n in (B, num_features, num_features))
+    x += 1
     W[7] = 0
-    W[3] = x.mean(0) * 100  # active on most tokens: its entries are more than a chunk
+    W[3] = 10  # active on every token: its entries are more than a chunk
+    capacity = B * num_features
     z = (x.double() @ W.double().T).float()
     kth = z.topk(k).values[:, -1:]
     found, expected = [row_topk_mask(z, k).float()], [((z >= kth) & (z > 0)).float()]
     products = [(z, table), (z.T, x), (x, W.T)]
     found, expected = found + [matmul(a, b) for a, b in products], expected + [a @ b for a, b in products]
     patterns = [
-        (select_topk(x, W.T, k, True, 4096), z * (z >= kth) * (z > 0)),
-        (select_topk(x, W.T, k, False, 4096), z * (z >= z.flatten().topk(B * k).values[-1])),
-        (select_above(x, W.T, torch.full_like(W[:, 0], -3.0), 0.5, 4096), z * (z - 3 > -0.5)),
+        (select_topk(x, W.T, k, True, capacity), z * (z >= kth) * (z > 0)),
+        (select_topk(x, W.T, k, False, capacity), z * (z >= z.flatten().topk(B * k).values[-1])),
+        (select_above(x, W.T, torch.full_like(W[:, 0], -3.0), 0.5, capacity), z * (z - 3 > -0.5)),
     ]
     for pattern, acts in patterns:
         grad_values, grad_W = pattern.decode_gradients(pattern.products, table, x)

@@ -416,19 +416,15 @@ def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
 
 
-@pytest.fixture
-def short_chunks(monkeypatch):
-    """The self-test has as many rows as a chunk has entries, and a few more: fewer for the interpreter."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(triton_ops, "CHUNK", 16)
-
-
-def test_the_kernels_test_themselves(short_chunks):
+def test_the_kernels_test_themselves():
+    """At the real size: a self-test that fails turns the kernels off."""
     triton_ops.self_test(torch.device(DEVICE))
 
 
-def test_the_self_test_notices_wrong_kernels(monkeypatch, short_chunks):
-    monkeypatch.setattr(triton_ops.PaddedPattern, "spmm", lambda self, values, table: table[: self.shape[0]])
+def test_the_self_test_notices_wrong_kernels(monkeypatch):
+    monkeypatch.setattr(triton_ops, "CHUNK", 16)  # fewer rows
+    wrong = lambda self, values, table: table.new_ones(self.shape[0], table.shape[1])  # noqa: E731
+    monkeypatch.setattr(triton_ops.PaddedPattern, "spmm", wrong)
     with pytest.raises(RuntimeError, match="wrong"):
         triton_ops.self_test(torch.device(DEVICE))
 
