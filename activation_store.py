@@ -8,9 +8,9 @@ a resumed run harvests only the buffer that it stopped in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ import distributed
 from activation_cache import ActivationCache
 from config import num_steps, values_of
 from console import InputError, tell
+from hub import StreamError
 from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint, tokenizer_of
 from text_stream import TextStream
 
@@ -39,8 +40,8 @@ class ActivationsStore:
     of no batch. With `held_out_only` there are no batches and no buffer, and one context of text is enough.
 
     Memory: one buffer of activations (num_batches_in_buffer · model_batch_size · seq_len rows of d values in
-    activation_dtype) and one forward pass. Raises InputError for a dataset that cannot be read, has none of the
-    columns, is empty, or is too short for num_tokens.
+    activation_dtype; two buffers under torchrun) and one forward pass. Raises InputError for a dataset that cannot be
+    read, has none of the columns, is empty, or is too short for num_tokens.
     """
 
     def __init__(self, model: TransformerBridge, cfg: dict, held_out_only: bool = False):
@@ -71,6 +72,8 @@ class ActivationsStore:
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)
         dtype = getattr(torch, cfg["activation_dtype"])
         self.storage = torch.empty(rows, self.act_size, dtype=dtype, device=cfg["device"])
+        self.spare_storage = torch.empty_like(self.storage) if distributed.size() > 1 else self.storage
+        self.exchanges = []  # functions that wait for activations which ranks are exchanging
         self.num_harvested = 0  # rows, for the error message at the end of the data
         self.cache = None  # only rank 0 has one
         if cfg["activation_cache"]:
@@ -160,22 +163,28 @@ class ActivationsStore:
             self.num_harvested += rows
         return batches
 
-    def forwards(self, missing: int) -> Iterator[tuple[dict, torch.Tensor]]:
-        """The next forward passes in text order, until they give `missing` rows: position in the text, and activations
-        [n, d] without those of exclude_tokens, in activation_dtype. Each rank runs one of them at a time.
+    def forwards(self, missing: int, room: torch.Tensor) -> list[tuple[dict, torch.Tensor]]:
+        """The next forward passes in text order, one per rank, or fewer if they give `missing` rows: position in the
+        text, and activations [n, d] without those of exclude_tokens, in activation_dtype. They are in `room`, one after
+        the other, as long as they fit. They may be used after wait_for_activations().
         """
-        while missing > 0:
-            batches = self.from_text(partial(self.read_batches, missing))
-            if distributed.rank() < len(batches):
-                tokens = batches[distributed.rank()][1]
-                acts = self.get_activations(tokens).to(self.storage.dtype)
-                rows = acts[self.kept(tokens).to(acts.device)] if len(self.excluded) else acts.flatten(0, 1)
-                own = rows.contiguous()
-            for source, (position, tokens) in enumerate(batches):
-                kept = int(self.kept(tokens).sum())
-                rows = own if source == distributed.rank() else self.storage.new_empty(kept, self.act_size)
-                missing -= len(rows)
-                yield position, distributed.broadcast(rows, source)
+        passes = []
+        for source, (position, tokens) in enumerate(self.from_text(partial(self.read_batches, missing))):
+            kept = self.kept(tokens)
+            n = int(kept.sum())
+            rows = room[:n] if n <= len(room) else room.new_empty(n, self.act_size)
+            room = room[n:]
+            if source == distributed.rank():
+                acts = self.get_activations(tokens)
+                rows.copy_(acts[kept.to(acts.device)] if len(self.excluded) else acts.flatten(0, 1))
+            self.exchanges.append(distributed.start_broadcast(rows, source))
+            passes.append((position, rows))
+        return passes
+
+    def wait_for_activations(self) -> None:
+        """Wait for the activations of other ranks."""
+        while self.exchanges:
+            self.exchanges.pop()()
 
     def next_batch(self) -> torch.Tensor:
         """The next [batch_size, d] shuffled activations, float32, unscaled.
@@ -185,6 +194,8 @@ class ActivationsStore:
         buffer = self.peek()
         rows = self.order[self.offset : self.offset + self.cfg["batch_size"]]
         self.offset += self.cfg["batch_size"]
+        if distributed.size() > 1:
+            self.harvest_ahead()
         return buffer[rows].float()
 
     def peek(self) -> torch.Tensor:
@@ -193,47 +204,80 @@ class ActivationsStore:
             self.fill_buffer()
         return self.buffer
 
+    def harvest_ahead(self) -> None:
+        """Harvest as much of the next buffer as has been handed out of this one. The ranks exchange these activations
+        while they train. An error is raised where the next buffer is needed.
+        """
+        if self.filling is None:
+            self.filling = self.fill_in_parts()
+            self.rows_ahead = 0 if self.next_start["rows"] < self.tokens_needed else math.inf
+        try:
+            while self.rows_ahead < self.offset:
+                self.rows_ahead = next(self.filling)
+        except (InputError, StreamError, OSError) as error:
+            self.filling, self.rows_ahead = raising(error), math.inf
+
     def fill_buffer(self) -> None:
         """Harvest the next buffer, or read it from the cache, and shuffle it."""
+        for _ in self.filling or self.fill_in_parts():
+            pass
+        self.filling = None
+
+    def fill_in_parts(self) -> Iterator[float]:
+        """fill_buffer as an iterator. Before each wait for activations of other ranks, yields the number of rows that
+        will then be there, or inf if no more are needed.
+        """
         start = self.next_start
         missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
-        buffer = self.storage[:missing]
+        buffer = self.spare_storage[:missing]
         next_start = None
         if self.cfg["activation_cache"]:
             next_start = distributed.from_rank_0(lambda: self.cache.read(start["buffer"], buffer))
         if next_start is not None:
-            distributed.broadcast(buffer, 0)
+            self.exchanges.append(distributed.start_broadcast(buffer, 0))
+            yield math.inf
+            self.wait_for_activations()
             self.carry = None
         else:
-            next_start = self.harvest_rows(start, buffer)
+            next_start = yield from self.harvest_rows(start, buffer)
             if self.cfg["activation_cache"]:
                 distributed.from_rank_0(lambda: self.cache.write(start["buffer"], buffer, next_start))
         # One generator per buffer, so that its order does not depend on the buffers before it.
         order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
         self.order = torch.from_numpy(order).to(buffer.device)
+        self.storage, self.spare_storage = self.spare_storage, self.storage
         self.buffer_start, self.next_start, self.buffer, self.offset = start, next_start, buffer, 0
 
-    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> dict:
-        """Fill `buffer` with the rows from `start` on; returns the start of the next buffer."""
+    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, dict]:
+        """Fill `buffer` with the rows from `start` on, yielding as fill_in_parts. Returns the start of the next buffer."""
         if self.carry is None:  # after load_state_dict or a buffer from the cache
             self.from_text(partial(self.stream.load_state_dict, start["stream"]))
-            self.carry = self.storage[:0]
+            self.carry = buffer[:0]
             if start["inside"]:
                 self.num_harvested = start["rows"]
-                ((_, rows),) = self.forwards(1)
+                ((_, rows),) = self.forwards(1, buffer[:0])
+                self.wait_for_activations()
                 self.carry = rows[start["inside"] :]
         self.num_harvested = start["rows"] + len(self.carry)
-        filled = 0
-        for position, rows in chain([(start["stream"], self.carry)], self.forwards(len(buffer) - len(self.carry))):
-            begin, part = position, rows[: len(buffer) - filled]
-            buffer[filled : filled + len(part)] = part
-            filled += len(part)
+        position, rows, filled = start["stream"], self.carry, min(len(self.carry), len(buffer))
+        buffer[:filled] = rows[:filled]
+        used, inside = filled, start["inside"] + filled
+        while filled < len(buffer):
+            passes = self.forwards(len(buffer) - filled, buffer[filled:])
+            ahead = filled + sum(len(rows) for _, rows in passes)
+            yield ahead if ahead < len(buffer) else math.inf
+            self.wait_for_activations()
+            for _, rows in passes:
+                used = inside = min(len(rows), len(buffer) - filled)
+                filled += used
+            position = passes[-1][0]
+        if used < len(rows) and rows is not self.carry:
+            buffer[-used:] = rows[:used]  # all others were received in their place
         # The next buffer begins inside the last forward pass, unless that is used up.
-        inside = len(part) + (start["inside"] if rows is self.carry else 0)
-        self.carry = rows[len(part) :]
+        self.carry = rows[used:]
         if len(self.carry) == 0:
-            begin, inside = self.from_text(self.stream.state_dict), 0
-        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": begin, "inside": inside}
+            position, inside = self.from_text(self.stream.state_dict), 0
+        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": position, "inside": inside}
 
     def state_dict(self) -> dict:
         """The position in the stream of batches, as a small dict of plain values.
@@ -251,7 +295,8 @@ class ActivationsStore:
         Harvests at most one buffer and the forward pass that it begins in.
         """
         self.next_start = {key: value for key, value in state.items() if key != "offset"}
-        self.buffer = self.carry = None
+        self.wait_for_activations()
+        self.buffer = self.carry = self.filling = None
         self.offset = 0
         if state["offset"]:
             self.fill_buffer()
@@ -260,3 +305,9 @@ class ActivationsStore:
     def fingerprint(self) -> str:
         """SHA-256 of the held-out tokens. It changes with the dataset, the tokenizer and the contexts."""
         return hashlib.sha256(self.eval_contexts.numpy().tobytes()).hexdigest()
+
+
+def raising(error: Exception) -> Iterator:
+    """An iterator that raises this error."""
+    raise error
+    yield

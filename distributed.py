@@ -5,7 +5,8 @@ What the ranks exchange, and when:
 
     tokens        rank 0 reads the text. Per round, it sends every rank the contexts of up to N forward passes.
     activations   rank i runs the i-th of these forward passes and sends its activations to all others. The forward
-                  passes, and the order of their activations, are those of a single process.
+                  passes, and the order of their activations, are those of a single process. The next buffer is
+                  exchanged while the ranks train on this one.
     flags         after each step: whether to stop, whether to save a checkpoint, whether SAEs are left
     records       metrics for the progress bar, the table of an evaluation, and results go to rank 0
     checkpoints   every rank writes its SAEs; rank 0 writes the manifest when all have verified theirs
@@ -38,6 +39,8 @@ from console import InputError, one_line, out_of_memory
 # A rank that is silent for longer is lost. The evaluation of another rank may take hours on a CPU.
 TIMEOUT = timedelta(hours=6)
 
+activation_group = None  # all ranks; for activations, so that what is exchanged after a step does not wait for them
+
 
 class RankLost(RuntimeError):
     """Another rank has ended or does not respond. The same command resumes from the last checkpoint."""
@@ -51,6 +54,7 @@ def process_group() -> Iterator[None]:
 
     Raises InputError if torch's build does not allow it.
     """
+    global activation_group
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
@@ -65,6 +69,7 @@ def process_group() -> Iterator[None]:
     with connection():
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        activation_group = dist.new_group(timeout=TIMEOUT)
     try:
         yield
     except BaseException:
@@ -88,7 +93,8 @@ def check_device(device: str) -> None:
             raise InputError(
                 f"--nproc-per-node {local_size()} is not allowed: this machine has {torch.cuda.device_count()} GPUs"
             )
-        broadcast(torch.zeros(1, device=device), 0)  # NCCL allocates its memory now, before free memory is measured
+        # NCCL allocates its memory now, before free memory is measured.
+        start_broadcast(torch.zeros(1, device=device), 0)()
 
 
 @contextmanager
@@ -182,12 +188,20 @@ def is_expected(error: BaseException) -> bool:
     return hasattr(error, "exit_code") or isinstance(error, OSError | KeyboardInterrupt)
 
 
-def broadcast(rows: torch.Tensor, source: int) -> torch.Tensor:
-    """The tensor of rank `source`, in the memory of `rows`, which has the same shape on every rank."""
-    if size() > 1:
+def start_broadcast(rows: torch.Tensor, source: int) -> Callable[[], None]:
+    """Start to replace `rows`, of the same shape on every rank, by those of rank `source`. Returns a function that
+    waits for the end. Until then, they must not be used.
+    """
+    if size() == 1:
+        return lambda: None
+    with connection():
+        work = dist.broadcast(rows.view(torch.uint8), source, activation_group, async_op=True)
+
+    def wait():
         with connection():
-            dist.broadcast(rows.view(torch.uint8), source)
-    return rows
+            work.wait()
+
+    return wait
 
 
 def check_ranks(made_with: dict, folder: Path) -> None:

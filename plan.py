@@ -95,11 +95,12 @@ def memory_needed(group: list[dict], model) -> int:
     shards = cfg["feature_shards"]
     d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group) // shards
     # Held permanently: 128 MiB for libraries and allocator; W_enc and W_dec with Adam's two moments; the activation
-    # buffer; the operands and output of a step's screen.
+    # buffers; the operands and output of a step's screen.
     held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] // shards for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
-    held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer
+    buffers = 2 if distributed.size() > 1 else 1
+    held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer * buffers
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # The largest temporary allocation.
     # Gradients and activations of an SAE, which are dense at first in JumpReLU. Small SAEs step side by side.

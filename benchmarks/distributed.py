@@ -47,7 +47,7 @@ def measure(repeats: int = 7) -> dict:
     exchanges = {
         "flags of a step": lambda: distributed.any_rank(False, False, True),
         "tokens of a round": lambda: distributed.from_rank_0(lambda: [({}, tokens)] * distributed.size()),
-        "activations of a forward pass": lambda: distributed.broadcast(rows, 0),
+        "activations of a forward pass": lambda: distributed.start_broadcast(rows, 0)(),
         "metrics of 15 SAEs": lambda: distributed.gather_lists([dict.fromkeys("abcdefgh", 0.5)] * 15),
     }
     found = {}

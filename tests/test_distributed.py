@@ -36,6 +36,7 @@ import training
 from activation_store import ActivationsStore
 from checkpoint import load_sae, newest_checkpoint
 from console import InputError
+from hub import StreamError
 from logs import RunLog, run_folder
 from training import NotFinite
 
@@ -59,7 +60,7 @@ def test_collectives():
         return (
             distributed.from_rank_0(lambda: f"from {rank}"), distributed.gather(rank * rank),
             distributed.gather_lists(["x"] * rank), distributed.any_rank(rank == 1, False, True),
-            distributed.broadcast(rows, 2).tolist(),
+            distributed.start_broadcast(rows, 2)() or rows.tolist(),
         )  # fmt: skip
 
     for result in results_of(run_ranks(3, all_of_them)):
@@ -147,6 +148,64 @@ def test_forward_passes_are_distributed(model, counted, monkeypatch):
     forwards = -(-len(expected) // (3 * SEQ_LEN))
     (first, moved), (second, untouched) = results_of(run_ranks(2, count))
     assert first + second == forwards and abs(first - second) <= 1 and not moved and untouched
+
+
+def test_activations_are_exchanged_during_training(model, counted):
+    """The next buffer is harvested as far as this one is used, and nobody waits before the activations are needed."""
+
+    def progress():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted, num_batches_in_buffer=6))  # 7 batches
+        real, calls, waiting = store.get_activations, [], []
+        store.get_activations = lambda tokens: calls.append(store.offset) or real(tokens)
+        for _ in range(10):
+            store.next_batch()
+            waiting.append(len(store.exchanges))
+        return calls, waiting
+
+    # The second buffer has 120 rows: 8 left over from the first, 2 forward passes of 48 rows, and one of 16.
+    expected = [2, 2, 1, 1, 1, 1, 1, 0, 0, 0]
+    of_0, of_1 = results_of(run_ranks(2, progress))
+    assert of_0 == ([0, 0, 0, 40, 120], expected) and of_1 == ([0, 0, 0, 40], expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_error_is_raised_where_its_buffer_is_needed(model, counted, monkeypatch, size):
+    """Not where the buffer is harvested ahead: all batches before it are trained on, as in one process."""
+    expected, _ = counted_batches(model, counted)
+    real, calls = ActivationsStore.get_batch_tokens, []
+
+    def get_batch_tokens(self):
+        calls.append(1)
+        if len(calls) == 5:
+            raise StreamError("the hub is down")
+        return real(self)
+
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", get_batch_tokens)
+
+    def batches():
+        store, number = ActivationsStore(model, stream_cfg(dataset_path=counted)), 0
+        with pytest.raises(StreamError, match="the hub is down"):
+            while True:
+                store.next_batch()
+                number += 1
+        position = store.state_dict()
+        store.load_state_dict(position)  # the hub is up again
+        return number, torch.stack([store.next_batch() for _ in range(10 - number)])
+
+    for number, rest in results_of(run_ranks(size, batches)):
+        assert number == 4 and torch.equal(rest, expected[4:])
+
+
+def test_a_position_is_loaded_during_an_exchange(model, counted):
+    def batches():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+        store.next_batch()
+        in_flight = len(store.exchanges)
+        store.load_state_dict(store.beginning)
+        return in_flight, torch.stack([store.next_batch() for _ in range(10)])
+
+    for in_flight, found in results_of(run_ranks(2, batches)):
+        assert in_flight and torch.equal(found, counted_batches(model, counted)[0])
 
 
 def test_the_cache_is_that_of_one_process(model, counted, tmp_path):
