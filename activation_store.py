@@ -249,7 +249,7 @@ class ActivationsStore:
         self.buffer_start, self.next_start, self.buffer, self.offset = start, next_start, buffer, 0
 
     def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, dict]:
-        """Fill `buffer` with the rows from `start` on, yielding as fill_in_parts. Returns the start of the next buffer."""
+        """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next one."""
         if self.carry is None:  # after load_state_dict or a buffer from the cache
             self.from_text(partial(self.stream.load_state_dict, start["stream"]))
             self.carry = buffer[:0]
