@@ -1,12 +1,15 @@
 """distributed.py: several ranks give the bits of one, and end together when one of them fails.
 
-Each rank is a fork of the test process, joined by torch.distributed's gloo. test_resume.test_real_kills runs torchrun.
+Each rank is a fork of the test process, joined by torch.distributed's gloo. test_resume.test_killed_processes_resume
+runs torchrun.
 """
 
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -26,7 +29,9 @@ from helpers import (
     same_bits,
     stream_cfg,
     train_shared,
+    unused_port,
 )  # fmt: skip
+from kill_and_resume import TORCHRUN, command, digests, environment, start
 
 import activation_cache
 import checkpoint
@@ -457,6 +462,29 @@ def test_a_silent_rank_times_out(monkeypatch):
     started = time.monotonic()
     ranks = run_ranks(2, silent)
     assert ranks[0][0] == 3 and "does not respond" in only_line(ranks) and time.monotonic() - started < 60
+
+
+# GPUs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL needs a GPU")
+def test_nccl_gives_the_bits_of_one_process(tmp_path):
+    """Two machines of one rank each, which in fact share a GPU: NCCL is given another name for each."""
+    args = ["dict_size=1024", "top_k=8", "l1_coeff=0.01", "num_tokens=20_000", "device=cuda"]
+    port, nodes = unused_port(), []
+    start(command(tmp_path / "one", *args), tmp_path / "log").wait(timeout=300)
+    for i in range(2):
+        env = dict(NCCL_HOSTID=f"machine {i}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        where = ["--nnodes=2", f"--node-rank={i}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        torchrun = [sys.executable, "-c", TORCHRUN, *where, "--nproc-per-node=1", *command(tmp_path / "two", *args)]
+        with open(tmp_path / f"log{i}", "w") as log:
+            nodes.append(subprocess.Popen(torchrun, env=environment() | env, stdout=log, stderr=log, cwd=REPO))
+    try:
+        assert [node.wait(timeout=300) for node in nodes] == [0, 0], (tmp_path / "log0").read_text()
+    finally:
+        for node in nodes:
+            node.kill()
+    assert digests(tmp_path / "one") == digests(tmp_path / "two") != {}
 
 
 # The plan
