@@ -217,11 +217,11 @@ def measure(sae_type: str, names: list[str], args: argparse.Namespace) -> dict:
 
 
 def table(results: dict) -> str:
-    rows = [["SAE", "trainer", "seconds per step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
+    rows = [["SAE", "trainer", "ms per step", "tokens/s", "ratio to this project", "peak RSS", "imports"]]
     for sae_type, trainers in results.items():
         for name, result in trainers.items():
             ratios = [a / b for a, b in zip(result["seconds"], trainers[OURS]["seconds"])]
-            rows.append([sae_type, name, quartiles(result["seconds"], ".3f")])
+            rows.append([sae_type, name, quartiles([1000 * s for s in result["seconds"]], ",.1f")])
             rows[-1] += [f"{B / statistics.median(result['seconds']):,.0f}", quartiles(ratios, ".2f")]
             rows[-1] += [f"{result[key] / 2**20:,.0f} MiB" for key in ("peak_rss", "imports")]
     return markdown_table(*rows)
