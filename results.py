@@ -502,8 +502,9 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
     for note in notes:
         print(note)
     for name, figure in figures.items():
-        for ending in ("png", "pdf"):
-            figure.savefig(folder / f"{name}.{ending}")
+        figure.savefig(folder / f"{name}.png")
+        figure.set_layout_engine("none")  # the PDF has the layout of the PNG, which takes a while to compute
+        figure.savefig(folder / f"{name}.pdf")
         plt.close(figure)
         print(f"Figure: {folder / name}.png and .pdf")
     if len(finished):
