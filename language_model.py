@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from config import post_init_cfg
 from console import InputError, one_line, tell
@@ -35,6 +36,8 @@ LOCAL_FILES = {  # a model's folder must have one file of each kind
     "weights (model.safetensors)": ("*.safetensors", "pytorch_model*.bin"),
     "tokenizer (tokenizer.json)": ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"),
 }
+
+UNFUSED_GELU = NewGELUActivation, FastGELUActivation
 
 
 def load_model(cfg: dict) -> TransformerBridge:
@@ -144,8 +147,8 @@ def excluded_ids(cfg: dict, model: TransformerBridge) -> list[int] | None:
 
 
 class Loader:
-    """Loads the model for the bridge, which replaces some of its modules. `plain` is a copy with the
-    original modules and the same weights.
+    """Loads the model for the bridge, which replaces some of its modules. `plain` is a copy with the same weights and
+    the original modules, except that attention and GELU are fused.
     """
 
     def from_pretrained(self, name: str, **options) -> transformers.PreTrainedModel:
@@ -160,6 +163,9 @@ class Loader:
         self.plain = copy.deepcopy(model, shared)
         with suppress(ValueError):  # not supported by this architecture: the attention stays as loaded
             self.plain.set_attn_implementation("sdpa")
+        for name, module in list(self.plain.named_modules()):
+            if isinstance(module, UNFUSED_GELU):  # GPT-2's: eight passes over the MLP's activations
+                self.plain.set_submodule(name, torch.nn.GELU("tanh"))
         return model
 
 

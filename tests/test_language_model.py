@@ -28,6 +28,7 @@ from checkpoint import load_sae, save_sae
 from console import InputError
 from export import export_sae
 from language_model import (
+    UNFUSED_GELU,
     Loader,
     Predictor,
     check_hook_point,
@@ -113,6 +114,16 @@ def test_the_plain_model_and_the_bridge_share_their_weights(model):
     plain = {name: tensor.data_ptr() for name, tensor in model.plain.named_parameters()}
     bridge = {tensor.data_ptr() for tensor in model.original_model.parameters()}
     assert plain and set(plain.values()) <= bridge
+
+
+def test_gelu_is_fused(model):
+    """In the plain model; it is the function that GPT-2 computes in eight passes."""
+    plain = [module for block in model.plain.transformer.h for module in block.mlp.modules()]
+    assert sum(isinstance(module, torch.nn.GELU) for module in plain) == len(model.plain.transformer.h)
+    assert not any(isinstance(module, UNFUSED_GELU) for module in model.plain.modules())
+    x, fused = 3 * torch.randn(10_000, dtype=torch.float64), model.plain.transformer.h[0].mlp.act
+    for unfused in UNFUSED_GELU:
+        assert torch.allclose(fused(x), unfused()(x), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("site", ["blocks.2.ln2.hook_normalized", "blocks.2.mlp.hook_post"])
