@@ -190,8 +190,8 @@ def sources(tmp_path_factory) -> dict[str, tuple[str, dict]]:
         lines = [json.dumps({"text": part}) for part in parts[i : i + 9]]
         (folder / "text" / f"{i:02}.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "small").mkdir()
-    for i, part in enumerate(parts):
-        (folder / "small" / f"{i:02}.txt").write_text(part)
+    for i in range(0, len(parts), 2):
+        (folder / "small" / f"{i:02}.txt").write_text("".join(parts[i : i + 2]))
     tokens = datasets.Dataset.from_dict({"input_ids": documents_of_random_length(3, 3000)})
     tokens.to_parquet(folder / "tokens.parquet", batch_size=20)
     datasets.Dataset.from_dict({"text": parts}).save_to_disk(folder / "saved")
@@ -219,7 +219,7 @@ def test_a_stream_resumes_from_its_state(sources, name):
     assert len({state["epoch"] for state in states[:-1]}) == changes.get("num_epochs", 1)
     edges = [i for i in range(1, len(contexts)) if states[i]["epoch"] > states[i - 1]["epoch"]]
     assert len(edges) == changes.get("num_epochs", 1) - 1
-    for at in [*random.Random(0).sample(range(len(contexts)), 20), *(i + by for i in edges for by in (-1, 0, 1))]:
+    for at in [*random.Random(0).sample(range(len(contexts)), 12), *(i + by for i in edges for by in (-1, 0, 1))]:
         stream.load_state_dict(states[at])
         assert stream.state_dict() == states[at]
         assert torch.equal(torch.cat(drain(stream)), torch.cat(contexts[at:])), at
@@ -228,7 +228,7 @@ def test_a_stream_resumes_from_its_state(sources, name):
 @pytest.mark.parametrize("buffer", [(3, 2), (4, 5)])
 @pytest.mark.parametrize("name", ["files of text", "a file per document", "parquet of tokens", "saved dataset"])
 def test_resumed_batches_are_bit_identical(model, sources, name, buffer):
-    """After load_state_dict, all later batches are bit-identical: at 20 points, including the beginning and the middle
+    """After load_state_dict, all later batches are bit-identical: at 12 points, including the beginning and the middle
     of a buffer, and after resuming twice. The state is small."""
     path, changes = sources[name]
     changes = changes | dict(model_batch_size=buffer[0], num_batches_in_buffer=buffer[1], num_tokens=1600)
@@ -242,7 +242,8 @@ def test_resumed_batches_are_bit_identical(model, sources, name, buffer):
     offsets = {json.loads(state)["offset"] for state in states}
     assert 0 in offsets and len(offsets) > 1
 
-    points = random.Random(1).sample(range(38), 20)
+    points = random.Random(1).sample(range(38), 12)
+    assert {json.loads(states[at])["offset"] == 0 for at in points} == {True, False}
     resumed = ActivationsStore(model, cfg)
     for at in points:
         resumed.load_state_dict(json.loads(states[at]))
