@@ -21,7 +21,6 @@ import distributed
 from activation_cache import ActivationCache
 from config import num_steps, values_of
 from console import InputError, tell
-from hub import StreamError
 from language_model import Harvester, Predictor, check_hook_point, complete_cfg, model_fingerprint, tokenizer_of
 from text_stream import TextStream
 
@@ -72,6 +71,7 @@ class ActivationsStore:
         rows = min(max(rows // batch_size, 1) * batch_size, self.tokens_needed)
         dtype = getattr(torch, cfg["activation_dtype"])
         self.storage = torch.empty(rows, self.act_size, dtype=dtype, device=cfg["device"])
+        # Where the next buffer is harvested; with one rank, that is after this one is used up.
         self.spare_storage = torch.empty_like(self.storage) if distributed.size() > 1 else self.storage
         self.exchanges = []  # functions that wait for activations which ranks are exchanging
         self.num_harvested = 0  # rows, for the error message at the end of the data
@@ -191,12 +191,12 @@ class ActivationsStore:
 
         Raises InputError if the dataset ends before num_tokens, StreamError if the hub stays down.
         """
-        buffer = self.peek()
-        rows = self.order[self.offset : self.offset + self.cfg["batch_size"]]
-        self.offset += self.cfg["batch_size"]
+        buffer, end = self.peek(), self.offset + self.cfg["batch_size"]
+        batch = buffer[self.order[self.offset : end]].float()
         if distributed.size() > 1:
-            self.harvest_ahead()
-        return buffer[rows].float()
+            self.harvest_ahead(end)
+        self.offset = end
+        return batch
 
     def peek(self) -> torch.Tensor:
         """The buffer [rows, d] of the next batch, in text order and activation_dtype. Does not advance the stream."""
@@ -204,28 +204,38 @@ class ActivationsStore:
             self.fill_buffer()
         return self.buffer
 
-    def harvest_ahead(self) -> None:
-        """Harvest as much of the next buffer as has been handed out of this one. The ranks exchange these activations
-        while they train. An error is raised where the next buffer is needed.
+    def harvest_ahead(self, num_rows: int) -> None:
+        """Harvest at least num_rows of the next buffer, unless there is none. The ranks exchange them while they train.
+        An error that all ranks raise, because reading the text failed, is raised where the next buffer is needed.
         """
-        if self.filling is None:
-            self.filling = self.fill_in_parts()
-            self.rows_ahead = 0 if self.next_start["rows"] < self.tokens_needed else math.inf
+        if self.next_start["rows"] >= self.tokens_needed:
+            return
+        filling, self.filling = self.filling or self.fill_in_parts(), None
         try:
-            while self.rows_ahead < self.offset:
-                self.rows_ahead = next(self.filling)
-        except (InputError, StreamError, OSError) as error:
-            self.filling, self.rows_ahead = raising(error), math.inf
+            while self.rows_ahead < num_rows:
+                self.rows_ahead = next(filling)
+        except Exception as error:
+            if not getattr(error, "is_from_rank_0", False):
+                raise
+            filling, self.rows_ahead = raising(error), math.inf
+        self.filling = filling
+
+    def drop_next_buffer(self) -> None:
+        """Forget what was harvested of the next buffer."""
+        self.wait_for_activations()
+        self.filling = self.carry = None
+        self.rows_ahead = 0  # rows of the next buffer that are there or being exchanged; inf if it is complete
 
     def fill_buffer(self) -> None:
         """Harvest the next buffer, or read it from the cache, and shuffle it."""
-        for _ in self.filling or self.fill_in_parts():
+        filling, self.filling, self.rows_ahead = self.filling or self.fill_in_parts(), None, 0
+        for _ in filling:
             pass
-        self.filling = None
 
     def fill_in_parts(self) -> Iterator[float]:
-        """fill_buffer as an iterator. Before each wait for activations of other ranks, yields the number of rows that
-        will then be there, or inf if no more are needed.
+        """fill_buffer as an iterator. Before it waits for activations of other ranks, it yields the number of rows that
+        will then be there, or inf if no more are needed. (It does not yield before the forward pass that a loaded
+        position begins in.)
         """
         start = self.next_start
         missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
@@ -258,24 +268,28 @@ class ActivationsStore:
                 ((_, rows),) = self.forwards(1, buffer[:0])
                 self.wait_for_activations()
                 self.carry = rows[start["inside"] :]
+                del rows
         self.num_harvested = start["rows"] + len(self.carry)
-        position, rows, filled = start["stream"], self.carry, min(len(self.carry), len(buffer))
-        buffer[:filled] = rows[:filled]
-        used, inside = filled, start["inside"] + filled
+        filled = min(len(self.carry), len(buffer))
+        buffer[:filled] = self.carry[:filled]
+        position, inside, rest = start["stream"], start["inside"] + filled, self.carry[filled:].clone()
+        self.carry = None  # if an error occurs, the text is read from `start` again
+        if filled == len(buffer):
+            yield math.inf
         while filled < len(buffer):
             passes = self.forwards(len(buffer) - filled, buffer[filled:])
             ahead = filled + sum(len(rows) for _, rows in passes)
             yield ahead if ahead < len(buffer) else math.inf
             self.wait_for_activations()
             for _, rows in passes:
-                used = inside = min(len(rows), len(buffer) - filled)
-                filled += used
-            position = passes[-1][0]
-        if used < len(rows) and rows is not self.carry:
-            buffer[-used:] = rows[:used]  # all others were received in their place
+                inside = min(len(rows), len(buffer) - filled)
+                if inside < len(rows):  # all others were received in their place
+                    buffer[filled:] = rows[:inside]
+                filled += inside
+            position, rest = passes[-1][0], rows[inside:].clone()
         # The next buffer begins inside the last forward pass, unless that is used up.
-        self.carry = rows[used:]
-        if len(self.carry) == 0:
+        self.carry = rest
+        if len(rest) == 0:
             position, inside = self.from_text(self.stream.state_dict), 0
         return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": position, "inside": inside}
 
@@ -295,9 +309,8 @@ class ActivationsStore:
         Harvests at most one buffer and the forward pass that it begins in.
         """
         self.next_start = {key: value for key, value in state.items() if key != "offset"}
-        self.wait_for_activations()
-        self.buffer = self.carry = self.filling = None
-        self.offset = 0
+        self.drop_next_buffer()
+        self.buffer, self.offset = None, 0
         if state["offset"]:
             self.fill_buffer()
             self.offset = state["offset"]

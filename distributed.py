@@ -124,7 +124,7 @@ def local_size() -> int:
 
 def from_rank_0(function: Callable):
     """The result of function() on rank 0, on every rank. If it raises an error that the program reports in one line,
-    every rank raises it.
+    every rank raises it, with the attribute is_from_rank_0.
     """
     if size() == 1:
         return function()
@@ -140,6 +140,7 @@ def from_rank_0(function: Callable):
         dist.broadcast_object_list(message := [result, error])
     result, error = message
     if error is not None:
+        error.is_from_rank_0 = True
         raise error
     return result
 

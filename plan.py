@@ -99,7 +99,7 @@ def memory_needed(group: list[dict], model) -> int:
     held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] // shards for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
-    buffers = 2 if distributed.size() > 1 else 1
+    buffers = 2 if max(distributed.size(), shards) > 1 else 1
     held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer * buffers
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # The largest temporary allocation.

@@ -92,6 +92,7 @@ def train_sae_group(
         baseline = heldout_baseline(activation_store)
 
         failed = train_steps(runs, activation_store, baseline, checkpoints)
+        activation_store.drop_next_buffer()  # of SAEs that were all stopped early
         seconds = checkpoints.elapsed()
 
         num_tokens = activation_store.tokens_needed

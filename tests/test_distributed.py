@@ -4,6 +4,7 @@ Each rank is a fork of the test process, joined by torch.distributed's gloo. tes
 runs torchrun.
 """
 
+import gc
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -170,7 +172,7 @@ def test_activations_are_exchanged_during_training(model, counted):
     # The second buffer has 120 rows: 8 left over from the first, 2 forward passes of 48 rows, and one of 16.
     expected = [2, 2, 1, 1, 1, 1, 1, 0, 0, 0]
     of_0, of_1 = results_of(run_ranks(2, progress))
-    assert of_0 == ([0, 0, 0, 40, 120], expected) and of_1 == ([0, 0, 0, 40], expected)
+    assert of_0 == ([0, 0, 0, 0, 80], expected) and of_1 == ([0, 0, 0, 0], expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -193,12 +195,60 @@ def test_an_error_is_raised_where_its_buffer_is_needed(model, counted, monkeypat
             while True:
                 store.next_batch()
                 number += 1
-        position = store.state_dict()
-        store.load_state_dict(position)  # the hub is up again
-        return number, torch.stack([store.next_batch() for _ in range(10 - number)])
+        return number, torch.stack([store.next_batch() for _ in range(10 - number)])  # the hub is up again
 
     for number, rest in results_of(run_ranks(size, batches)):
         assert number == 4 and torch.equal(rest, expected[4:])
+
+
+def test_an_error_of_one_rank_ends_all_ranks(model, training_cfg, monkeypatch):
+    """If it occurs where the next buffer is harvested ahead: the other ranks wait for this rank's activations."""
+    cfgs = [training_cfg(**changes) for changes in SAES[:2]]
+    real = ActivationsStore.get_activations
+
+    def get_activations(self, tokens):
+        if distributed.rank() == 1 and self.buffer is not None:
+            raise OSError(5, "Input/output error")
+        return real(self, tokens)
+
+    monkeypatch.setattr(ActivationsStore, "get_activations", get_activations)
+    ranks = run_ranks(2, lambda: train_shared(model, cfgs), timeout=60)
+    assert [code for code, *_ in ranks] == [3, "OSError(5, 'Input/output error')"]  # an unexpected error: a traceback
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_buffers_smaller_than_a_forward_pass(model, counted, size):
+    """Some are filled by what the forward pass before them has left over."""
+
+    def batches():
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted, model_batch_size=7, num_batches_in_buffer=1))
+        states, found = [], []
+        for _ in range(10):
+            states.append(store.state_dict())
+            found.append(store.next_batch())
+        return states, torch.stack(found)
+
+    states, expected = batches()
+    assert {state["buffer"] for state in states} == set(range(5))
+    for states_of_rank, found in results_of(run_ranks(size, batches)):
+        assert states_of_rank == states and torch.equal(found, expected)
+
+
+def test_a_used_store_is_freed(model, counted):
+    """At once, without the garbage collector: its buffers may fill half of a GPU."""
+
+    def use(number):
+        store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+        for _ in range(number):
+            store.next_batch()
+        if number < 10:
+            store.drop_next_buffer()
+        alive = weakref.ref(store)
+        gc.disable()
+        del store
+        return alive() is None
+
+    assert results_of(run_ranks(2, lambda: [use(3), use(10)])) == [[True, True]] * 2
 
 
 def test_a_position_is_loaded_during_an_exchange(model, counted):
