@@ -223,7 +223,7 @@ def test_300_steps_differ_no_more_than_two_dense_runs_do(kind, monkeypatch):
     tokens = torch.tensor(tokens[: len(tokens) // 128 * 128]).view(-1, 128)
     x = Harvester(model, "blocks.2.hook_resid_pre")(tokens).flatten(0, 1).float()
     x = x[: len(x) // 64 * 64]  # whole batches
-    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    shuffled = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
     changes = dict(d=128, F=512, k=8, top_k_aux=64, lr=3e-3, n_batches_to_dead=20, aux_penalty=1 / 32, dtype="float32")
 
     def losses(sparse: bool, order: torch.Tensor) -> torch.Tensor:
