@@ -54,6 +54,15 @@ def test_memory_estimate(training_cfg, program, largest):
     assert 0.5 * estimate < peak < estimate
 
 
+@pytest.mark.fast
+def test_memory_of_shards_is_that_under_torchrun(model, training_cfg, monkeypatch):
+    """Where the plan proposes feature_shards, there is one process; the run that it proposes has two buffers."""
+    cfg = training_cfg(sae_type="topk", top_k=2, feature_shards=2)
+    proposed = plan.memory_needed([cfg], model)
+    monkeypatch.setattr(plan.distributed, "size", lambda: 2)
+    assert proposed == plan.memory_needed([cfg], model)
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.fast
 def test_memory_left_in_a_container(tmp_path, version):
