@@ -174,7 +174,7 @@ class BaseAutoencoder(nn.Module):
             yield model
 
     @sae_arithmetic
-    def forward(self, x: torch.Tensor, wait: bool = True) -> dict:
+    def forward(self, x: torch.Tensor) -> dict:
         """Reconstruct residual-stream vectors [..., d], B of them; returns a dict of tensors.
 
         sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
@@ -183,11 +183,17 @@ class BaseAutoencoder(nn.Module):
         have another (`reconstructions`). The SAE does not change: a training loop of your own must call
         update_statistics(output), as training_step.training_step does.
         Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
+        """
+        tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
+        output, reconstruction = self.forward_normalised(tokens)
+        return {"sae_out": self.postprocess_output(reconstruction, mean, std).view(x.shape)} | output
+
+    def forward_normalised(self, tokens: torch.Tensor, wait: bool = True) -> tuple[dict, torch.Tensor]:
+        """forward of normalised inputs [B, d]: its output without sae_out, and the normalised reconstruction [B, d].
 
         With wait=False, which is for training_step, the host does not wait for a CUDA device. The output then has the
         scalar `failure`. If it is not 0, the rest is invalid (triton_ops.py).
         """
-        tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
         wait = wait or not sparse_ops.uses_kernels(tokens) or self.shards.count > 1
         if wait:
             self.known_counts = None
@@ -224,14 +230,14 @@ class BaseAutoencoder(nn.Module):
             loss = loss + output["aux_loss"]
             if not wait:
                 output["failure"] |= (output["num_dead_features"] > len(index)) * sparse_ops.OVERFLOW
-        return {
-            "sae_out": self.postprocess_output(reconstruction, mean, std).view(x.shape),
+        output = {
             "feature_acts": acts if pattern is None else pattern.sparse_tensor(acts),
             "loss": loss,
             "l2_loss": l2_loss,
             "l1_loss": l1_loss,
             **output,
         }
+        return output, reconstruction
 
     def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """aux_penalty · mean (e − ê)² of the residual e [B, d] and its reconstruction ê from the top_k_aux largest dead

@@ -644,12 +644,20 @@ def sae_arithmetic(function):
     return wrapped
 
 
+_precision = None  # what full_precision has set, while a call of it is active
+
+
 @contextmanager
 def full_precision(float32: str = "ieee"):
     """Sets the precision of matrix products, and restores the user's settings afterwards. float32 operands are not
-    rounded to bfloat16, nor to TF32 unless float32="tf32"; products of 16-bit operands accumulate in float32.
+    rounded to bfloat16, nor to TF32 unless float32="tf32"; products of 16-bit operands accumulate in float32. Setting
+    them takes a while, so a call within another one does nothing.
     """
-    cuda = torch.backends.cuda.matmul
+    global _precision
+    if _precision == float32:
+        yield
+        return
+    outer, cuda = _precision, torch.backends.cuda.matmul
     sums = [name for name in SUMS_IN_16_BITS if hasattr(cuda, name)]
     sums_before = [getattr(cuda, name) for name in sums]
     if hasattr(cuda, "fp32_precision"):
@@ -658,6 +666,7 @@ def full_precision(float32: str = "ieee"):
     else:  # torch before 2.9
         modules, before = (), torch.get_float32_matmul_precision()
     try:
+        _precision = float32
         for name in sums:
             setattr(cuda, name, False)
         for module in modules:
@@ -666,6 +675,7 @@ def full_precision(float32: str = "ieee"):
             torch.set_float32_matmul_precision("highest" if float32 == "ieee" else "high")
         yield
     finally:
+        _precision = outer
         for name, value in zip(sums, sums_before):
             setattr(cuda, name, value)
         for module, precision in zip(modules, before):

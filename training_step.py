@@ -52,11 +52,14 @@ def learning_rate(cfg: dict, step: int) -> float:
 
 
 def training_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict) -> dict:
-    """One step on activations x [batch_size, d]; returns the forward's output. Decoder rows stay unit vectors.
+    """One step on activations x [batch_size, d]; returns the forward's output, without sae_out. Decoder rows stay unit
+    vectors.
 
     The learning rate is the optimizer's; a schedule must set it before each step (learning_rate).
     Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
     """
+    with torch.no_grad():
+        x = sae.preprocess_input(x)[0]
     output = start_step(sae, optimizer, x, cfg)
     if read_failures([sae], [output])[0]:
         del output  # frees memory for the repeated step
@@ -75,14 +78,11 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
 
     def attempt(i, wait=False):
         try:
-            outputs[i] = runs[i].graphs.start_step(x, wait)
+            outputs[i] = runs[i].graphs.start_step(inputs[i], wait)
         except FloatingPointError as error:
             outputs[i] = error
 
-    device = runs[0].sae.W_enc.device if runs else x.device
-    if device.type == "cuda":  # CUDA graphs read the batch from a fixed address
-        x = sparse_ops.scratch("batch", x.shape, x.dtype, device).copy_(x)
-
+    inputs = normalised([run.sae for run in runs], x)
     outputs += [as_output(ahead.pop(run.cfg["name"])) if run.cfg["name"] in ahead else None for run in runs]
     waiting = [i for i, output in enumerate(outputs) if output is None]
     small = [i for i in waiting if is_small(runs[i].cfg)]
@@ -100,6 +100,23 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
         outputs[i] = None  # if memory runs out now, these runs have not taken the step
     for i in failed:
         attempt(i, wait=True)
+
+
+@torch.no_grad()
+def normalised(saes: list[BaseAutoencoder], x: torch.Tensor) -> list[torch.Tensor]:
+    """The normalised input [batch_size, d] of each SAE, computed once for all that share it. On CUDA it is in scratch
+    memory, because CUDA graphs read it from a fixed address.
+    """
+    inputs, found = [], {}
+    for sae in saes:
+        key = "batch" if sae.cfg["input_unit_norm"] else "unnormalised batch", sae.W_enc.dtype, sae.W_enc.device
+        if key not in found:
+            found[key] = sae.preprocess_input(x)[0]
+            if sae.W_enc.is_cuda:
+                name, dtype, device = key
+                found[key] = sparse_ops.scratch(name, x.shape, dtype, device).copy_(found[key])
+        inputs.append(found[key])
+    return inputs
 
 
 def is_small(cfg: dict) -> bool:
@@ -160,7 +177,7 @@ class StepGraphs:
         self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graph, learning rate and output
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
-        """scalars(start_step(…)) for a batch x. On CUDA, batches of the same shape must be at the same address."""
+        """scalars(start_step(…)). On CUDA, inputs x of the same shape must be at the same address."""
         sae, optimizer, cfg = self.sae, self.optimizer, self.cfg
         if not sae.W_enc.is_cuda or sae.shards.count > 1:
             return scalars(start_step(sae, optimizer, x, cfg, wait))
@@ -210,11 +227,12 @@ class StepGraphs:
 
 @sparse_ops.sae_arithmetic
 def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
-    """Like training_step, but on CUDA the host does not wait for the device unless `wait` is set. If output["failure"]
-    is not 0, nothing has changed, and the step must be repeated with wait=True (read_failures).
+    """Like training_step, but for normalised inputs x, and on CUDA the host does not wait for the device unless `wait`
+    is set. If output["failure"] is not 0, nothing has changed, and the step must be repeated with wait=True
+    (read_failures).
     """
     with one_core_if_small(cfg):
-        output = sae(x, wait=wait)
+        output = sae.forward_normalised(x, wait)[0]
         output["loss"].backward()
         if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
             update_on_device(sae, optimizer, cfg, output)

@@ -92,7 +92,7 @@ def test_out_of_memory_in_a_step_resumes_bit_identically(
         monkeypatch.setattr(training_step, "SMALL", 0)
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
-    monkeypatch.setattr(saes[of], "forward", raising_at(7, saes[of].forward, OUT_OF_MEMORY[kind]))
+    monkeypatch.setattr(saes[of], "forward_normalised", raising_at(7, saes[of].forward_normalised, OUT_OF_MEMORY[kind]))
     with pytest.raises((torch.OutOfMemoryError, RuntimeError, MemoryError)):
         train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
     path = newest_checkpoint(cfgs[0])
@@ -164,7 +164,8 @@ def test_out_of_memory_again_at_the_same_step(model, training_cfg, uninterrupted
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     for of, call in ((1, 7), (4, 1)):
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
-        monkeypatch.setattr(saes[of], "forward", raising_at(call, saes[of].forward, out_of_cuda_memory))
+        raises = raising_at(call, saes[of].forward_normalised, out_of_cuda_memory)
+        monkeypatch.setattr(saes[of], "forward_normalised", raises)
         with pytest.raises(torch.OutOfMemoryError):
             train_sae_group(saes, ActivationsStore(model, cfgs[0]), model, cfgs)
         state = json.loads((newest_checkpoint(cfgs[0]) / "state.json").read_text())

@@ -279,7 +279,7 @@ def precision_settings():
 
 
 def check_precision(change_settings):
-    """A step, encode and reconstruct in float32 are those in float64 to float32's rounding; settings are restored."""
+    """forward, a step and reconstruct in float32 are those in float64 to float32's rounding; settings are restored."""
     change_settings()
     before = list(precision_settings())
     for kind in ("batchtopk", "jumprelu"):
@@ -290,10 +290,13 @@ def check_precision(change_settings):
         outputs, rebuilt = [], []
         for sae in (exact, low):
             x = make_x(256, 64).to(sae.W_dec)
-            outputs.append(training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)["sae_out"].double())
+            outputs.append([sae(x)["sae_out"].detach().double()])
+            step = training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+            outputs[-1].append(step["feature_acts"].detach().to_dense().double())
             with torch.no_grad():
                 rebuilt.append(sae.eval().reconstruct(x)[0].double())
-        assert (outputs[1] - outputs[0]).norm() < 1e-5 * outputs[0].norm()
+        for exact, low in zip(*outputs):
+            assert (low - exact).norm() < 1e-5 * exact.norm()
         assert (rebuilt[1] - rebuilt[0]).norm() < 1e-3 * rebuilt[0].norm()
     assert list(precision_settings()) == before
 

@@ -44,10 +44,16 @@ def threads():
 
 
 def test_small_saes_side_by_side_have_the_bits_of_one_core(threads):
-    """Of sparse and dense steps, on more threads than cores: each SAE as if alone on one core, in the group's order."""
+    """Of sparse and dense steps, on more threads than cores: each SAE as if alone on one core, in the group's order,
+    and with its own input: normalised or not, in float32 or float64.
+    """
     kinds = [*KINDS, "topk", "batchtopk", "topk", "batchtopk"]
-    shape = dict(d=64, F=1024, batch_size=256, dtype="float32")
-    cfgs = [sae_cfg(kind, k=4 + i, seed=i, **shape) for i, kind in enumerate(kinds)]
+    shape = dict(d=64, F=1024, batch_size=256)
+    dtypes = ["float64" if i in (2, 5) else "float32" for i in range(len(kinds))]
+    cfgs = [
+        sae_cfg(kind, k=4 + i, seed=i, dtype=dtype, input_unit_norm=i % 4 > 0, **shape)
+        for i, (kind, dtype) in enumerate(zip(kinds, dtypes))
+    ]
 
     def runs():
         saes = [SAE_CLASSES[cfg["sae_type"]](cfg) for cfg in cfgs]
@@ -73,10 +79,10 @@ def test_only_small_steps_take_one_core(threads, monkeypatch):
     used = []
     for size in (64, 2**14):
         sae = SAE_CLASSES["topk"](sae_cfg("topk", d=64, F=size, k=4, dtype="float32", batch_size=256))
-        forward = sae.forward
+        forward = sae.forward_normalised
         monkeypatch.setattr(
             sae,
-            "forward",
+            "forward_normalised",
             lambda x, wait=True, forward=forward: used.append(torch.get_num_threads()) or forward(x, wait),
         )
         training_step(sae, make_optimizer(sae, sae.cfg), make_x(256, 64, 0, torch.float32), sae.cfg)

@@ -339,7 +339,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
     before, moments = state(sae), [t.clone() for s in optimizer.state.values() for t in s.values()]
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
-    output = start_step(sae, optimizer, x, sae.cfg)
+    output = start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
     assert output["failure"] == sparse_ops.OVERFLOW
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
     assert all(map(torch.equal, moments, [t for s in optimizer.state.values() for t in s.values()]))
@@ -446,7 +446,7 @@ def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
     x = make_x(6, 12, 4, torch.float32).to(DEVICE)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        start_step(sae, optimizer, x, sae.cfg)
+        start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
