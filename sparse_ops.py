@@ -574,7 +574,7 @@ def has_sparse_kernels(device: torch.device) -> bool:
 
 def uses_kernels(x: torch.Tensor) -> bool:
     """Whether the kernels of triton_ops.py are used for this tensor: float32, CUDA, compute capability ≥ 8.0."""
-    return x.dtype == torch.float32 and x.device.type == "cuda" and triton_works(x.device)
+    return x.is_cuda and x.dtype == torch.float32 and triton_works(x.device)
 
 
 @lru_cache

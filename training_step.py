@@ -240,8 +240,7 @@ def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
             update_weights(sae, optimizer, cfg)
             sae.update_statistics(output)
     optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
-    optimizer.zero_grad()
-    sae.zero_grad()
+    clear_gradients(sae, optimizer)
     if wait and output.pop("failure", 0):
         raise FloatingPointError("NaN or infinity in the gradient")
     return output
@@ -250,10 +249,11 @@ def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
 def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
     """Clip the gradient, remove its part parallel to the decoder rows, take Adam's step, normalise the rows."""
     norm = gradient_norm(sae)
-    torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
     if not norm.isfinite():
-        sae.zero_grad()
+        clear_gradients(sae, optimizer)
         raise FloatingPointError("NaN or infinity in the gradient")
+    if norm > 0.999 * cfg["max_grad_norm"]:  # otherwise clipping multiplies by 1
+        torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
     optimizer.is_updating = True
     sae.make_decoder_weights_and_grad_unit_norm()
     share_gradients(sae, optimizer)
@@ -263,10 +263,12 @@ def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
 
 def gradient_norm(sae: BaseAutoencoder) -> torch.Tensor:
     """The norm [] of the gradient of all parameters, those on other shards included."""
+    norms = {p: torch.linalg.vector_norm(p.grad) for p in sae.parameters() if p.grad is not None}
     if sae.shards.count == 1:
-        return torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
-    own = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p is not sae.b_dec and p.grad is not None])
-    return (sae.shards.sum(own**2) + sae.b_dec.grad.norm() ** 2).sqrt()
+        return torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    of_b_dec = norms.pop(sae.b_dec)
+    own = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    return (sae.shards.sum(own**2) + of_b_dec**2).sqrt()
 
 
 def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
@@ -291,6 +293,11 @@ def share_gradients(sae: BaseAutoencoder, optimizer) -> None:
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
         if held is not parameter:
             held.grad = parameter.grad.T
+
+
+def clear_gradients(sae: BaseAutoencoder, optimizer) -> None:
+    for parameter in (*sae.parameters(), *optimizer.param_groups[0]["params"]):
+        parameter.grad = None
 
 
 def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[bool]:
