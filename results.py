@@ -503,7 +503,7 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
         print(note)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
-        figure.set_layout_engine("none")  # the PDF has the layout of the PNG, which takes a while to compute
+        figure.set_layout_engine(None)  # the PDF has the layout of the PNG, which takes a while to compute
         figure.savefig(folder / f"{name}.pdf")
         plt.close(figure)
         print(f"Figure: {folder / name}.png and .pdf")
