@@ -1,11 +1,15 @@
-"""The command line's output: messages, one-line errors and exit codes. Imports no torch, so results.py starts fast."""
+"""What all commands share: messages, one-line errors, exit codes, tables, and reading JSON. Imports no torch, so
+results.py starts fast.
+"""
 
 import functools
+import json
 import os
 import re
 import select
 import sys
 import warnings
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -78,6 +82,35 @@ def one_line(error: Exception) -> str:
     """The first line of another library's error message, cut to a readable length."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return line if len(line) <= 200 else line[:200] + " …"
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; {} if there is no file. Raises InputError if it is corrupt."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is corrupt: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is corrupt: it holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def text_table(rows: list, right: bool = False) -> str:
+    """Rows of strings as aligned text. `right` aligns all but the first column to the right. A row may lack its last
+    cells.
+    """
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    pad = str.rjust if right else str.ljust
+    lines = ((row[0].ljust(widths[0]), *map(pad, row[1:], widths[1:])) for row in rows)
+    return "\n".join("   ".join(line).rstrip() for line in lines)
+
+
+def markdown_table(rows: list, right: bool = False) -> str:
+    """Rows of strings, the first of which is the head, as a Markdown table. `right` aligns columns to the right."""
+    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * (width - right) + ":" * right for width in widths], *rows[1:]]
+    pad = str.rjust if right else str.ljust
+    return "\n".join(f"| {' | '.join(map(pad, row, widths))} |" for row in rows)
 
 
 def gib(size: float) -> str:

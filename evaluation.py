@@ -47,7 +47,6 @@ On the whole held-out set, results also contain `histograms`, in eval():
 """
 
 import argparse
-import json
 import re
 import time
 from pathlib import Path
@@ -60,7 +59,7 @@ import distributed
 from activation_store import ActivationsStore
 from checkpoint import load_sae, write_json
 from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
-from console import InputError, one_line, run_command, tell
+from console import InputError, one_line, read_json, run_command, tell, text_table
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 from sae import BaseAutoencoder
@@ -381,7 +380,7 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     """
     if not run.is_dir():
         raise InputError(f"{run} is not a folder; RUN must be a run's folder, runs/<sweep>/<name>")
-    record = read_record(run / "config.json")
+    record = read_json(run / "config.json")
     device = str(record.get("device"))
     sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
     if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:
@@ -402,17 +401,6 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     return sae, model, activation_store
 
 
-def read_record(file: Path) -> dict:
-    """The JSON of a run's record; {} if the file does not exist. Raises InputError if it is corrupt."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is corrupt: {one_line(error)}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{file} is corrupt: it holds a {type(record).__name__}, not a dict")
-    return record
-
-
 def table(metrics: dict) -> str:
     """A table with one metric per line, with its standard error, and a second column for the _batch metrics. For a
     Matryoshka SAE, below it a table with the main metrics of each prefix.
@@ -425,19 +413,14 @@ def table(metrics: dict) -> str:
         lines.append([key])
         for name in (key + suffix for suffix in suffixes if key + suffix in metrics):
             lines[-1].append(with_error(metrics, name))
-    text, suffixes = aligned(lines), [key[len("nmse") :] for key in metrics if re.fullmatch(r"nmse_prefix_\d+", key)]
+    text, suffixes = text_table(lines), [key[len("nmse") :] for key in metrics if re.fullmatch(r"nmse_prefix_\d+", key)]
     if not suffixes:
         return text
     lines = [["features", *OF_PREFIXES]]
     for suffix in [*suffixes, ""]:
         name = suffix.removeprefix("_prefix_") or "all"
         lines.append([name, *(with_error(metrics, key + suffix) for key in OF_PREFIXES)])
-    return f"{text}\n\n{aligned(lines)}"
-
-
-def aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(lines[0]))]
-    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return f"{text}\n\n{text_table(lines)}"
 
 
 def with_error(metrics: dict, key: str) -> str:
@@ -454,7 +437,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     sae, _, activation_store = open_run(args.run, args.dataset_path)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
-    of_run = read_record(args.run / "evaluation.json") or read_record(args.run / "result.json")
+    of_run = read_json(args.run / "evaluation.json") or read_json(args.run / "result.json")
     name, text, other = "evaluation.json", "held-out contexts", {}
     if args.dataset_path is not None:
         name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"

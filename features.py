@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import SITES
-from console import InputError, run_command
-from evaluation import DENSE, heldout_activations, kept, open_run, read_record
+from console import InputError, read_json, run_command
+from evaluation import DENSE, heldout_activations, kept, open_run
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown per context, and how many of them precede its peak
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--num {num} is not allowed: it must be at least 0")
     if num == 0 and not args.features:
         raise InputError("--num 0 is not allowed without --features: there is nothing to show")
-    result = read_record(args.run / "result.json")
+    result = read_json(args.run / "result.json")
     sae, model, activation_store = open_run(args.run)
     for feature in args.features:
         if not 0 <= feature < sae.cfg["dict_size"]:

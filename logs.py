@@ -23,7 +23,7 @@ import torch
 import wandb
 
 from checkpoint import SaveError, run_folder, saved_sae, write, write_json
-from console import InputError, one_line, tell, tell_once
+from console import InputError, one_line, read_json, tell, tell_once
 from language_model import model_fingerprint
 
 WANDB_TIMEOUT = 30  # seconds to wait for Weights & Biases at the end of a run
@@ -169,13 +169,6 @@ def complete_lines(content: bytes) -> list[dict]:
         except ValueError:
             break
     return lines
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def is_finished(cfg: dict) -> bool:

@@ -23,11 +23,11 @@ import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint, remove_checkpoints
 from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
-from console import RANK, InputError, run_command, tell
+from console import RANK, InputError, read_json, run_command, tell
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
-from logs import has_ended, is_finished, is_over, read_json, run_folder, why_stopped
+from logs import has_ended, is_finished, is_over, run_folder, why_stopped
 from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES

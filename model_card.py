@@ -10,8 +10,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from config import BATCH_TOP_K_TYPES, KEYS, TOP_K_TYPES, prefix_sizes
+from console import markdown_table, read_json
 from dataset import file_kind
-from evaluation import read_record, with_error
+from evaluation import with_error
 from hub import is_hub_name
 from language_model import hub_name
 from sae import BaseAutoencoder
@@ -41,7 +42,7 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
 
     Raises InputError if one of these records is corrupt.
     """
-    result, evaluation = (read_record(run / f"{name}.json") if run else {} for name in ("result", "evaluation"))
+    result, evaluation = (read_json(run / f"{name}.json") if run else {} for name in ("result", "evaluation"))
     cfg = sae.cfg | {key: plain(value) for key, value in sae.cfg.items() if isinstance(value, str)}
     num_tokens = result.get("tokens")  # an imported SAE has no result.json: its training is unknown
     in_batch = to == "published" and cfg["sae_type"] in BATCH_TOP_K_TYPES  # the scripts have no threshold
@@ -99,7 +100,7 @@ x = torch.randn(4, {d}{x_dtype})  # replace with activations [n, {d}] of the lan
 
 ## Config
 
-{markdown_table(("key", "value"), [(f"`{key}`", f"`{cfg[key]}`") for key in cfg if key in keys])}
+{markdown_table([("key", "value"), *((f"`{key}`", f"`{cfg[key]}`") for key in cfg if key in keys)])}
 """
 
 
@@ -181,27 +182,23 @@ def equations(sae: BaseAutoencoder, in_batch: bool) -> str:
 
 def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
     known = {key: text for key, text in METRIC_DEFINITIONS.items() if key + suffix in metrics}
-    rows = [(f"`{key}`", with_error(metrics, key + suffix), text) for key, text in known.items()]
-    if not rows:
+    if not known:
         return "No metrics are recorded."
+    rows = [(f"`{key}`", with_error(metrics, key + suffix), text) for key, text in known.items()]
+    table = markdown_table([("metric", "value", "meaning"), *rows])
     num_tokens = metrics.get("eval_tokens", -(-cfg["eval_tokens"] // cfg["seq_len"]) * cfg["seq_len"])
     skip = cfg["eval_skip_positions"]
     skipped = f", from position {skip} of each context on" if skip else ""
     skipped += ", without the excluded tokens" if cfg["exclude_tokens"] is not None else ""
     return (
         f"On the first {num_tokens:,} tokens of `{cfg['dataset_path']}`, which were held out from training{skipped}; "
-        f"± one standard error over documents.\n\n{markdown_table(('metric', 'value', 'meaning'), rows)}"
+        f"± one standard error over documents.\n\n{table}"
     )
 
 
 def plain(text: str) -> str:
     """Text from a config, which may be untrusted, with HTML, Markdown and control characters replaced."""
     return "".join(char if char.isprintable() and char not in "<>`|[]" else "\ufffd" for char in text)
-
-
-def markdown_table(head: tuple, rows: list[tuple]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def may_be_on_hub(name: str) -> bool:

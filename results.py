@@ -36,7 +36,7 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from config import KEYS, MIN_L0, RECORDED, TOP_K_TYPES
-from console import InputError, run_command, tell
+from console import InputError, markdown_table, read_json, run_command, tell
 
 # Figures have the width of a page, 6.8 inches, so that font sizes are the same in print.
 plt.rcParams.update({
@@ -78,7 +78,7 @@ class RunRecord(NamedTuple):
 def run_configs(folder: Path) -> list[Path]:
     """The config.json of the runs in a sweep's folder. Others with that name, as of language models, are skipped."""
     paths = sorted(folder.glob("*/config.json"))
-    return [path for path in paths if '"sae_type"' in path.read_text() and is_run(read(path))]
+    return [path for path in paths if '"sae_type":' in path.read_text() and is_run(read_json(path))]
 
 
 def is_run(config) -> bool:
@@ -91,8 +91,10 @@ def local_runs(folder: Path) -> list[RunRecord]:
     """The runs of a sweep's folder."""
     runs = []
     for path in run_configs(folder):
-        config, result, histograms = (read(path.with_name(f"{f}.json")) for f in ("config", "result", "histograms"))
-        history = read(path.with_name("metrics.jsonl"))
+        config, result, histograms = (
+            read_json(path.with_name(f"{f}.json")) for f in ("config", "result", "histograms")
+        )
+        history = read_history(path.with_name("metrics.jsonl"))
         summary = {key: value for line in [*history, result] for key, value in line.items()}
         config.pop("_provenance", None)
         state = "finished" if result else "unfinished"
@@ -100,15 +102,12 @@ def local_runs(folder: Path) -> list[RunRecord]:
     return runs
 
 
-def read(path: Path) -> dict | list[dict]:
-    """A JSON file, or the complete lines of a .jsonl file (a killed run may leave half a line). Empty if missing."""
+def read_history(path: Path) -> list[dict]:
+    """The complete lines of a metrics.jsonl (a killed run may leave half a line). Empty if there is no file."""
     try:
-        text = path.read_text() if path.exists() else ""
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n")[:-1]]
-        return json.loads(text or "{}")
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): restore it, or move the run's folder elsewhere") from error
+        raise InputError(f"{path} is corrupt: {error}") from error
 
 
 def wandb_runs(project: str, sweep: str | None) -> list[RunRecord]:
@@ -197,16 +196,16 @@ def mmcs_over_seeds(folder: Path, points: pd.DataFrame) -> pd.Series:
     The values of pairs are kept in mmcs.json, by the SHA-256 of the weights. Raises InputError for a corrupt SAE.
     """
     path = folder / "mmcs.json"
-    known, found = read(path), {}
+    known, found = read_json(path), {}
 
     def of_pair(a: Path, b: Path) -> float:
-        key = " ".join(sorted(read(sae / "cfg.json")["weights_sha256"] for sae in (a, b)))
+        key = " ".join(sorted(read_json(sae / "cfg.json")["weights_sha256"] for sae in (a, b)))
         found[key] = known[key] if key in known else mmcs(alive_decoder(a), alive_decoder(b))
         return found[key]
 
     def of_point(runs: list[RunRecord]) -> float:
         saes = [folder / run.name / "sae" for run in runs]
-        saes = [sae for sae in saes if "weights_sha256" in read(sae / "cfg.json")]  # older SAEs have no digest
+        saes = [sae for sae in saes if "weights_sha256" in read_json(sae / "cfg.json")]  # older SAEs have no digest
         return np.mean([of_pair(*pair) for pair in combinations(saes, 2)]) if len(saes) > 1 else np.nan
 
     progress = tqdm(points["run"], desc="comparing seeds", leave=False, delay=2)
@@ -222,7 +221,7 @@ def alive_decoder(sae: Path) -> np.ndarray:
     """The decoder rows [n, d], of norm 1, of the features that were not dead when training ended."""
     try:
         tensors = load_file(sae / "sae_weights.safetensors")
-        alive = tensors["num_batches_not_active"] < read(sae / "cfg.json")["n_batches_to_dead"]
+        alive = tensors["num_batches_not_active"] < read_json(sae / "cfg.json")["n_batches_to_dead"]
         rows = tensors["W_dec"][alive].astype(np.float32)
     except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{sae} is corrupt: {' '.join(str(error).split())}") from error
@@ -247,7 +246,7 @@ def mmcs(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.concatenate(best_of_a).mean() + best_of_b.mean()) / 2
 
 
-def markdown_table(points: pd.DataFrame) -> str:
+def main_table(points: pd.DataFrame) -> str:
     """The main metrics, one row per configuration; mean ± standard error over several seeds. † marks dead runs."""
     rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
     for metric in COLUMNS:
@@ -261,10 +260,7 @@ def markdown_table(points: pd.DataFrame) -> str:
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
     rows["sae_type"] = rows["sae_type"].map(lambda sae_type: STYLES[sae_type][0])
-    lines = [list(rows), *rows.astype(str).values.tolist()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join(f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines)
+    return markdown_table([list(rows), *rows.astype(str).values.tolist()], right=True)
 
 
 # Figures
@@ -491,7 +487,7 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
         about = "Mean ± standard error over seeds."
         if "mmcs" in points:
             about += " mmcs: mean maximal cosine similarity of the alive features of two seeds, over all pairs."
-        text = [f"# {folder.name}", markdown_table(points), about, *notes]
+        text = [f"# {folder.name}", main_table(points), about, *notes]
         (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
         print(text[1])
     else:

@@ -18,7 +18,7 @@ import distributed
 from activation_store import ActivationsStore
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0
-from console import InputError, out_of_memory, tell
+from console import InputError, out_of_memory, tell, text_table
 from evaluation import evaluate, evaluation_cost, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
+PROGRESS_COLUMNS = ("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")  # of progress_rows
 SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
 
 
@@ -166,7 +167,8 @@ def train_steps(
                     evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
                     rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
                 if rows:
-                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
+                    table = text_table([PROGRESS_COLUMNS, *rows], right=True)
+                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{table}")
                 for values, more in zip(metrics, evaluated):
                     values |= more
             saver.position = None  # the step is complete: an error from here on saves no checkpoint
@@ -378,7 +380,7 @@ def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor
 
 
 def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -> list[tuple]:
-    """Per SAE: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
+    """Per SAE of this rank: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
     rows = []
     for run, output, values in zip(runs, outputs, evaluated):
         if not run.log:
@@ -387,13 +389,6 @@ def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -
         row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
         rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))
     return rows
-
-
-def progress_table(rows: list[tuple]) -> str:
-    rows = [("SAE", "loss", "NMSE", "L0", "CE degradation", "dead"), *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = (f"{row[0]:{widths[0]}}" + "".join(f"{c:>{w + 2}}" for c, w in zip(row[1:], widths[1:])) for row in rows)
-    return "\n".join(lines)
 
 
 def summary(metrics: list[dict]) -> str:

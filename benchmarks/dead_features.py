@@ -21,9 +21,9 @@ from common import markdown_table
 from activation_store import ActivationsStore
 from checkpoint import load_sae, run_folder, write_json
 from config import post_init_cfg
-from console import run_command
+from console import read_json, run_command
 from language_model import check_hook_point, load_model
-from logs import is_finished, read_json
+from logs import is_finished
 from main import SWEEPS, parse_override
 from plan import time_call
 from results import STYLES, plt

@@ -1,10 +1,13 @@
 """What the user reads: harmless whatever names it holds, and without torch."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-from console import tell
+import pytest
+
+from console import InputError, markdown_table, read_json, tell, text_table
 
 
 def test_messages_hold_no_control_characters(capsys):
@@ -17,3 +20,24 @@ def test_needs_no_torch():
     """console.py and config.py import no torch, and config.py no SAE."""
     code = "import sys, console, config; assert not {'torch', 'sae'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"[1]", b"\xff{}"])
+def test_corrupt_json_is_one_line(tmp_path, content):
+    """It names the file. No file is an empty dict."""
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    path.write_bytes(b'{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} is corrupt: .+$"):
+        read_json(path)
+
+
+def test_tables():
+    rows = [("SAE", "L0", "NMSE"), ("a", "12.5", "1"), ("bcde", "3")]
+    assert text_table(rows) == "SAE    L0     NMSE\na      12.5   1\nbcde   3"
+    assert text_table(rows, right=True) == "SAE      L0   NMSE\na      12.5      1\nbcde      3"
+    rows = [("SAE", "k"), ("abcd", "1")]
+    assert markdown_table(rows) == "| SAE  | k   |\n| ---- | --- |\n| abcd | 1   |"
+    assert markdown_table(rows, right=True) == "|  SAE |   k |\n| ---: | --: |\n| abcd |   1 |"

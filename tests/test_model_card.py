@@ -67,7 +67,7 @@ def code_of(card: str) -> str:
 
 
 def rows(card: str) -> dict:
-    return dict(re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", card, re.MULTILINE))
+    return dict(re.findall(r"^\| `(\w+)` +\| `?(.*?)`? +\|", card, re.MULTILINE))
 
 
 # The card

@@ -336,7 +336,7 @@ def test_figures_of_one_type(tmp_path, sae_type, alive):
         draw(points).canvas.draw()
     results.curves_figure(table).canvas.draw()
     plt.close("all")
-    assert "†" in results.markdown_table(points)
+    assert "†" in results.main_table(points)
 
 
 # Agreement between seeds
@@ -449,7 +449,7 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     for folder, said in [
         ("empty", f"{tmp_path / 'empty'} has no run records"),
         ("missing", f"{tmp_path / 'missing'} has no run records"),
-        ("broken", f"{name}/metrics.jsonl is not JSON"),
+        ("broken", f"{name}/metrics.jsonl is corrupt"),
     ]:
         with pytest.raises(InputError, match=f"^.*{re.escape(said)}.*$"):
             results.draw_results(results.sweep_folder(tmp_path / folder))
@@ -457,7 +457,7 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     commands = [
         (["demo", "--wandb", "me/project"], "wandb login"),
         (["demo", "--wandb", "project"], "ENTITY/PROJECT"),
-        ([tmp_path / "broken"], "is not JSON"),
+        ([tmp_path / "broken"], "is corrupt"),
     ]
     for command, said in commands:
         done = run(*command)

@@ -389,6 +389,19 @@ def test_two_processes_on_one_run(training_cfg):
     RunLog(cfg, {}).close()
 
 
+@pytest.mark.parametrize("name", ["config.json", "stopped.json"])
+def test_a_run_with_a_corrupt_record_is_refused(training_cfg, name):
+    """In one line, and the record is kept: it may say why the run was stopped, or what it was trained with."""
+    cfg = training_cfg(**SAES[1])
+    path = run_folder(cfg) / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(InputError, match=f"{name} is corrupt"):
+        log = RunLog(cfg, {})
+        log.start(0, 0)
+    assert path.read_text() == "{"
+
+
 # Runs of a sweep
 
 
