@@ -85,10 +85,12 @@ def one_line(error: Exception) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if there is no file. Raises InputError if it is corrupt."""
+    """The JSON object in a file; {} if there is no file. Raises InputError if it is corrupt or cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise InputError(f"{path} is corrupt: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is corrupt: it holds a {type(content).__name__}, not a dict")

@@ -56,8 +56,8 @@ class RunLog:
         """Resume after `step`, the step of the checkpoint: later lines are removed. `logged` is the step of the last
         line that the run had logged by then. Both are 0 for a new run.
 
-        Raises InputError if lines up to `logged` are missing, or if there is an SAE but no checkpoint to resume from;
-        SaveError if the folder cannot be written.
+        Raises InputError if config.json is corrupt, if lines up to `logged` are missing, or if there is an SAE but no
+        checkpoint to resume from; SaveError if the folder cannot be written.
         """
         path = self.folder / "metrics.jsonl"
         lines = complete_lines(path.read_bytes()) if path.exists() else []
@@ -177,7 +177,10 @@ def is_finished(cfg: dict) -> bool:
 
 def why_stopped(folder: Path) -> str | None:
     """The step and the reason, if NaN or infinity stopped the run in this folder."""
-    stopped = read_json(folder / "stopped.json")
+    try:
+        stopped = read_json(folder / "stopped.json")
+    except InputError as error:
+        return str(error)
     return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
 
 

@@ -43,7 +43,7 @@ plt.rcParams.update({
     "font.size": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2,
     "lines.markersize": 4.5, "errorbar.capsize": 2, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "legend.handlelength": 2.6,
-    "savefig.dpi": 300, "pdf.fonttype": 42,
+    "savefig.dpi": 300, "pdf.fonttype": 42, "figure.autolayout": False, "figure.constrained_layout.use": False,
 })  # fmt: skip
 
 # The Okabe-Ito palette, which is safe for colour-blind readers; markers and line styles differ for greyscale prints.
@@ -78,7 +78,7 @@ class RunRecord(NamedTuple):
 def run_configs(folder: Path) -> list[Path]:
     """The config.json of the runs in a sweep's folder. Others with that name, as of language models, are skipped."""
     paths = sorted(folder.glob("*/config.json"))
-    return [path for path in paths if '"sae_type":' in path.read_text() and is_run(read_json(path))]
+    return [path for path in paths if '"sae_type":' in path.read_text("utf-8", "replace") and is_run(read_json(path))]
 
 
 def is_run(config) -> bool:
@@ -105,7 +105,7 @@ def local_runs(folder: Path) -> list[RunRecord]:
 def read_history(path: Path) -> list[dict]:
     """The complete lines of a metrics.jsonl (a killed run may leave half a line). Empty if there is no file."""
     try:
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
     except ValueError as error:
         raise InputError(f"{path} is corrupt: {error}") from error
 
@@ -196,7 +196,11 @@ def mmcs_over_seeds(folder: Path, points: pd.DataFrame) -> pd.Series:
     The values of pairs are kept in mmcs.json, by the SHA-256 of the weights. Raises InputError for a corrupt SAE.
     """
     path = folder / "mmcs.json"
-    known, found = read_json(path), {}
+    found = {}
+    try:
+        known = read_json(path)
+    except InputError:  # its values can be computed again
+        known = {}
 
     def of_pair(a: Path, b: Path) -> float:
         key = " ".join(sorted(read_json(sae / "cfg.json")["weights_sha256"] for sae in (a, b)))

@@ -644,20 +644,19 @@ def sae_arithmetic(function):
     return wrapped
 
 
-_precision = None  # what full_precision has set, while a call of it is active
+_precision = threading.local()  # active: the precision that a running call of full_precision has set in this thread
 
 
 @contextmanager
 def full_precision(float32: str = "ieee"):
     """Sets the precision of matrix products, and restores the user's settings afterwards. float32 operands are not
     rounded to bfloat16, nor to TF32 unless float32="tf32"; products of 16-bit operands accumulate in float32. Setting
-    them takes a while, so a call within another one does nothing.
+    them takes a while, so a call within another one for the same `float32` does nothing.
     """
-    global _precision
-    if _precision == float32:
+    outer, cuda = getattr(_precision, "active", None), torch.backends.cuda.matmul
+    if outer == float32:
         yield
         return
-    outer, cuda = _precision, torch.backends.cuda.matmul
     sums = [name for name in SUMS_IN_16_BITS if hasattr(cuda, name)]
     sums_before = [getattr(cuda, name) for name in sums]
     if hasattr(cuda, "fp32_precision"):
@@ -666,16 +665,16 @@ def full_precision(float32: str = "ieee"):
     else:  # torch before 2.9
         modules, before = (), torch.get_float32_matmul_precision()
     try:
-        _precision = float32
         for name in sums:
             setattr(cuda, name, False)
         for module in modules:
             module.fp32_precision = float32 if module is cuda else "ieee"
         if not modules:
             torch.set_float32_matmul_precision("highest" if float32 == "ieee" else "high")
+        _precision.active = float32
         yield
     finally:
-        _precision = outer
+        _precision.active = outer
         for name, value in zip(sums, sums_before):
             setattr(cuda, name, value)
         for module, precision in zip(modules, before):

@@ -59,7 +59,7 @@ def training_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict) -
     Raises FloatingPointError, with nothing changed, if loss or gradient is NaN or infinite.
     """
     with torch.no_grad():
-        x = sae.preprocess_input(x)[0]
+        x = sae.preprocess_input(x.reshape(-1, x.shape[-1]))[0]
     output = start_step(sae, optimizer, x, cfg)
     if read_failures([sae], [output])[0]:
         del output  # frees memory for the repeated step
@@ -252,7 +252,7 @@ def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
     if not norm.isfinite():
         clear_gradients(sae, optimizer)
         raise FloatingPointError("NaN or infinity in the gradient")
-    if norm > 0.999 * cfg["max_grad_norm"]:  # otherwise clipping multiplies by 1
+    if norm + 1e-6 > cfg["max_grad_norm"]:  # otherwise torch, which adds 1e-6 too, multiplies by 1
         torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
     optimizer.is_updating = True
     sae.make_decoder_weights_and_grad_unit_norm()

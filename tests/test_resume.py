@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -396,10 +397,12 @@ def test_a_run_with_a_corrupt_record_is_refused(training_cfg, name):
     path = run_folder(cfg) / name
     path.parent.mkdir(parents=True)
     path.write_text("{")
-    with pytest.raises(InputError, match=f"{name} is corrupt"):
-        log = RunLog(cfg, {})
+    with pytest.raises(InputError, match=f"{name} is corrupt"), closing(RunLog(cfg, {})) as log:
         log.start(0, 0)
     assert path.read_text() == "{"
+    assert is_over(cfg) == (name == "stopped.json")
+    path.unlink()
+    RunLog(cfg, {}).close()  # the lock was released
 
 
 # Runs of a sweep

@@ -1,6 +1,7 @@
 """The sparse form selects what a float64 product would, and computes what the dense form computes."""
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -301,13 +302,36 @@ def check_precision(change_settings):
     assert list(precision_settings()) == before
 
 
-@pytest.mark.parametrize("change_settings", [allow_tf32, medium, new_interface, all_backends, bfloat16_on_the_cpu])
-def test_precision_is_what_it_should_be_whatever_is_set(change_settings):
-    """In a process of its own: torch's settings cannot all be put back."""
-    process = multiprocessing.get_context("fork").Process(target=check_precision, args=(change_settings,))
+def check_threads():
+    """Precision is set in a thread that begins while another computes in another one, and after both have ended."""
+    matmul = torch.backends.cuda.matmul
+    first, second = sparse_ops.full_precision("ieee"), sparse_ops.full_precision("tf32")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(first.__enter__).result()
+        other.submit(second.__enter__).result()
+        assert matmul.fp32_precision == "tf32"
+        for context, thread in ((first, one), (second, other)):
+            thread.submit(context.__exit__, None, None, None).result()
+        matmul.fp32_precision = "tf32"
+        for thread in (one, other):
+            assert thread.submit(sparse_ops.full_precision()(lambda: matmul.fp32_precision)).result() == "ieee"
+
+
+def in_a_process(function, *args):
+    """Run in a process of its own: torch's settings cannot all be put back."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("change_settings", [allow_tf32, medium, new_interface, all_backends, bfloat16_on_the_cpu])
+def test_precision_is_what_it_should_be_whatever_is_set(change_settings):
+    in_a_process(check_precision, change_settings)
+
+
+def test_precision_is_set_in_every_thread():
+    in_a_process(check_threads)
 
 
 def test_memory_that_runs_out_while_probing_is_an_error(monkeypatch):

@@ -162,6 +162,24 @@ def test_max_grad_norm_clips(kind):
             torch.testing.assert_close(seen[name], full[name] * scale, rtol=1e-4, atol=1e-9)
 
 
+def test_a_tiny_gradient_is_clipped_as_torch_does():
+    """torch divides by norm + 1e-6, so a gradient slightly shorter than a tiny max_grad_norm is scaled down, too."""
+
+    def tiny(**changes):
+        sae = make_sae("batchtopk", input_unit_norm=False, n_batches_to_dead=100, l1_coeff=0.0, **changes)
+        sae.b_dec.data.zero_()
+        return sae  # of an input near 0, whose error is near 0
+
+    sae, x = tiny(), make_x(7, 5) * 1e-5
+    full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)
+    norm = torch.cat([grad.flatten() for grad in full.values()]).norm().item()
+    sae = tiny(max_grad_norm=norm + 5e-7)
+    seen = gradients_at_the_optimizer(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+    scale = (norm + 5e-7) / (norm + 1e-6)
+    assert scale < 0.999
+    torch.testing.assert_close(seen["b_dec"], full["b_dec"] * scale, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_do_not_accumulate(kind):
     """Every step starts from no gradient: the second sees its own batch's gradient only."""
