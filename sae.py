@@ -190,6 +190,7 @@ class BaseAutoencoder(nn.Module):
 
     def forward_normalised(self, tokens: torch.Tensor, wait: bool = True) -> tuple[dict, torch.Tensor]:
         """forward of normalised inputs [B, d]: its output without sae_out, and the normalised reconstruction [B, d].
+        The caller sets the precision (sae_arithmetic).
 
         With wait=False, which is for training_step, the host does not wait for a CUDA device. The output then has the
         scalar `failure`. If it is not 0, the rest is invalid (triton_ops.py).
