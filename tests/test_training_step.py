@@ -162,6 +162,16 @@ def test_max_grad_norm_clips(kind):
             torch.testing.assert_close(seen[name], full[name] * scale, rtol=1e-4, atol=1e-9)
 
 
+def test_a_batch_of_contexts():
+    """A step on x [contexts, positions, d] is one on their rows."""
+    states = []
+    for x in (make_x(6, 5), make_x(6, 5).view(2, 3, 5)):
+        sae = make_sae("batchtopk")
+        training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+        states.append(state(sae))
+    assert_same_state(*states)
+
+
 def test_a_tiny_gradient_is_clipped_as_torch_does():
     """torch divides by norm + 1e-6, so a gradient slightly shorter than a tiny max_grad_norm is scaled down, too."""
 
