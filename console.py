@@ -108,8 +108,9 @@ def text_table(rows: list, right: bool = False) -> str:
 
 
 def markdown_table(rows: list, right: bool = False) -> str:
-    """Rows of strings, the first of which is the head, as a Markdown table. `right` aligns columns to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows)]
+    """Rows, the first of which is the head, as a Markdown table. `right` aligns columns to the right."""
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * (width - right) + ":" * right for width in widths], *rows[1:]]
     pad = str.rjust if right else str.ljust
     return "\n".join(f"| {' | '.join(map(pad, row, widths))} |" for row in rows)

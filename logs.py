@@ -176,7 +176,7 @@ def is_finished(cfg: dict) -> bool:
 
 
 def why_stopped(folder: Path) -> str | None:
-    """The step and the reason, if NaN or infinity stopped the run in this folder."""
+    """The step and the reason, if NaN or infinity stopped the run in this folder, or that stopped.json is corrupt."""
     try:
         stopped = read_json(folder / "stopped.json")
     except InputError as error:

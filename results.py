@@ -264,7 +264,7 @@ def main_table(points: pd.DataFrame) -> str:
     rows["top_k"] = rows["top_k"].astype(str).where(by_k, "")
     rows["l1_coeff"] = rows["l1_coeff"].map("{:g}".format).where(~by_k | (rows["l1_coeff"] > 0), "")
     rows["sae_type"] = rows["sae_type"].map(lambda sae_type: STYLES[sae_type][0])
-    return markdown_table([list(rows), *rows.astype(str).values.tolist()], right=True)
+    return markdown_table([list(rows), *rows.values.tolist()], right=True)
 
 
 # Figures

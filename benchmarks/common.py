@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from console import markdown_table  # noqa: E402, F401
+
 
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
@@ -21,11 +23,6 @@ def machine(device: str = "cpu") -> str:
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def markdown_table(head: list, *rows: list) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def median_and_range(values: list[float], form: str) -> str:

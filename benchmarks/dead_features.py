@@ -118,7 +118,7 @@ def table(points: pd.DataFrame) -> str:
     for point, runs in points.groupby(POINT, sort=False):
         means = (form.format(runs[key].mean()) for key, form in COLUMNS.items())
         rows.append([*point, len(runs), *means])
-    return markdown_table([*POINT, "seeds", *COLUMNS], *rows)
+    return markdown_table([[*POINT, "seeds", *COLUMNS], *rows])
 
 
 def draw(points: pd.DataFrame, path: Path) -> None:

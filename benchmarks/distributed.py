@@ -148,7 +148,7 @@ def million_table(counts: list[int], bandwidth: float) -> None:
         seconds = screen + update + exchange, screen, exchange
         rows.append([count, *gib, *(f"{1000 * each:.1f}" for each in seconds)])
     head = ["GPUs", "GiB per GPU: weights and Adam", "gradients", "screen", "ms a step", "of it screen", "exchange"]
-    print(markdown_table(head, *rows))
+    print(markdown_table([head, *rows]))
 
 
 def run_workers(size: int, option: str) -> dict:
@@ -168,7 +168,7 @@ def shards_table(sizes: list[int]) -> None:
             ms = (f"{found.get(key, 0):.3g}" for key in ("step", "selection", "sum of reconstructions"))
             rows.append([dict_size, size, *ms, f"{found['received, MiB']:.2f}"])
     head = ["F", "shards", "step", "selection", "sum of reconstructions", "received per rank and step, MiB"]
-    print(markdown_table(head, *rows))
+    print(markdown_table([head, *rows]))
 
 
 def measured_table(sizes: list[int]) -> None:
@@ -178,7 +178,7 @@ def measured_table(sizes: list[int]) -> None:
     for size, found in results.items():
         received = B * D * 4 * (size - 1) / size / 2**20
         rows.append([size, *(f"{ms:.3g}" for ms in found.values()), f"{received:.1f}"])
-    print(markdown_table(["ranks", *results[sizes[0]], "received per rank and step, MiB"], *rows))
+    print(markdown_table([["ranks", *results[sizes[0]], "received per rank and step, MiB"], *rows]))
 
 
 def batch_ms(steps: list[float], ranks: int, harvest: float, bandwidth: float, sync: float) -> tuple[float, float]:
@@ -202,7 +202,7 @@ def computed_table(args) -> None:
                 hours = ms * 1e9 / B / 3.6e6
                 rows.append([ranks, name, f"{ms:.2f}", f"{exchange:.2f}", f"{alone / ms:.1f}", f"{hours:.2f}"])
     head = ["GPUs", "sweep", "ms a batch", "exchange, ms", "speed-up", "hours for 1e9 tokens"]
-    print(f"Computed, not measured:\n{markdown_table(head, *rows)}")
+    print(f"Computed, not measured:\n{markdown_table([head, *rows])}")
     if args.plot:
         draw(speedups, args)
 

@@ -82,7 +82,7 @@ def shares(tokens: pd.DataFrame, used: dict[str, pd.DataFrame], grouping: str) -
 def markdown(table: pd.DataFrame, grouping: str) -> str:
     forms = {"tokens": "{:.2%}", "variance": "{:.1%}", "fvu": "{:.4f}", "nmse": "{:.4f}", "l0": "{:.1f}"}
     rows = [[name, what, *table[name, what].map(forms[what].format)] for name, what in table]
-    return markdown_table([GROUPINGS[grouping], "", *table.index], *rows)
+    return markdown_table([[GROUPINGS[grouping], "", *table.index], *rows])
 
 
 def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:

@@ -124,7 +124,7 @@ def table(results: dict) -> str:
             rates_of.append([model, name, median_and_range(rates, ",.0f"), median_and_range(ratios, ".2f")])
         buffers.append([model, f"{result['same_context']:.2%}", f"{result['same_context_unshuffled']:.2%}"])
         buffers[-1] += [f"{result[key] / 2**20:.0f} MiB" for key in ("buffer_bytes", "memory_growth_bytes")]
-    return f"{markdown_table(*rates_of)}\n\n{markdown_table(*buffers)}"
+    return f"{markdown_table(rates_of)}\n\n{markdown_table(buffers)}"
 
 
 def main() -> None:

@@ -224,7 +224,7 @@ def table(results: dict) -> str:
             rows.append([sae_type, name, quartiles([1000 * s for s in result["seconds"]], ",.1f")])
             rows[-1] += [f"{B / statistics.median(result['seconds']):,.0f}", quartiles(ratios, ".2f")]
             rows[-1] += [f"{result[key] / 2**20:,.0f} MiB" for key in ("peak_rss", "imports")]
-    return markdown_table(*rows)
+    return markdown_table(rows)
 
 
 def main() -> None:

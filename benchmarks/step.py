@@ -212,7 +212,7 @@ def table(results: list[dict]) -> str:
         cells += [f"{ratio(seconds, name, 'ours'):.1f}" if name in seconds else "" for name in others]
         cells += [f"{ratio(seconds, 'ours', 'encoder product'):.2f}"]
         rows.append([*cells, ", ".join(f"{size / 2**20:,.0f}" for size in peak.values())])
-    return markdown_table(*rows)
+    return markdown_table(rows)
 
 
 def ratio(seconds: dict, a: str, b: str) -> float:

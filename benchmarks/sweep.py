@@ -115,7 +115,7 @@ def table(results: dict) -> str:
             ways.append([model, way, median_and_range(values, ".3g"), f"{rate:,.0f}", f"{ratio:.1f}"])
         medians = [f"{statistics.median(values):.3g}" for values in result["parts"].values()]
         parts.append([model, result["batch_size"], *medians, f"{result['dead']:.0%}"])
-    return f"{markdown_table(*ways)}\n\n{markdown_table(*parts)}"
+    return f"{markdown_table(ways)}\n\n{markdown_table(parts)}"
 
 
 def main() -> None:

@@ -296,8 +296,8 @@ def check_precision(change_settings):
             outputs[-1].append(step["feature_acts"].detach().to_dense().double())
             with torch.no_grad():
                 rebuilt.append(sae.eval().reconstruct(x)[0].double())
-        for exact, low in zip(*outputs):
-            assert (low - exact).norm() < 1e-5 * exact.norm()
+        for wanted, found in zip(*outputs):
+            assert (found - wanted).norm() < 1e-5 * wanted.norm()
         assert (rebuilt[1] - rebuilt[0]).norm() < 1e-3 * rebuilt[0].norm()
     assert list(precision_settings()) == before
 
