@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import textwrap
 
@@ -520,7 +521,7 @@ def test_fvu_by_token(model, group, run_folder, capsys, monkeypatch):
     named = [[*map(int, name.split(" to "))] for name in spans.index]
     assert [(name[0], name[-1]) for name in named] == list(spans.itertuples(index=False, name=None))
     fvu_by_token.main([str(run_folder), "--plot", str(run_folder.parent / "tokens.png")])
-    assert f"| {sae.cfg['name']} batch | fvu |" in capsys.readouterr().out
+    assert re.search(rf"\| {sae.cfg['name']} batch +\| fvu +\|", capsys.readouterr().out)
     assert (run_folder.parent / "tokens.png").stat().st_size > 10_000
 
 
