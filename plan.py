@@ -95,12 +95,14 @@ def memory_needed(group: list[dict], model) -> int:
     shards = cfg["feature_shards"]
     d, B, F = cfg["act_size"], cfg["batch_size"], max(cfg["dict_size"] for cfg in group) // shards
     # Held permanently: 128 MiB for libraries and allocator; W_enc and W_dec with Adam's two moments; the activation
-    # buffers; the operands and output of a step's screen.
+    # buffers; the held-out activations; the operands and output of a step's screen.
     held = 2**27 + sum(getattr(torch, cfg["dtype"]).itemsize * 6 * d * cfg["dict_size"] // shards for cfg in group)
     forward = cfg["model_batch_size"] * cfg["seq_len"]  # tokens of a forward of the language model
     buffer = min(cfg["num_batches_in_buffer"] * forward, max(cfg["num_tokens"], B))
     buffers = 2 if max(distributed.size(), shards) > 1 else 1
     held += getattr(torch, cfg["activation_dtype"]).itemsize * d * buffer * buffers
+    if cfg["device"].startswith("cpu"):  # the held-out activations are in main memory
+        held += 4 * d * cfg["eval_tokens"]
     held += screen_dtype(torch.device(cfg["device"])).itemsize * F * (B + d)
     # The largest temporary allocation.
     # Gradients and activations of an SAE, which are dense at first in JumpReLU. Small SAEs step side by side.
@@ -185,14 +187,14 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     def evaluation(whole: bool) -> float:
         """The seconds per batch of evaluating all SAEs."""
         passes = [len(variants_of(run_cfg, whole)) for run_cfg in group]
-        return slowest([n * (forward + r) for n, r in zip(passes, reconstruction)]) + harvest + forward
+        return slowest([n * (forward + r) for n, r in zip(passes, reconstruction)]) + forward
 
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     evaluations = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
     seconds = slowest(step) + harvest / ranks
     training = steps * seconds
-    baseline = 3 * forward + 2 * harvest  # evaluation.heldout_baseline
+    baseline = 2 * forward + harvest  # evaluation.heldout_baseline
     evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks

@@ -195,8 +195,8 @@ def test_baseline_is_computed_on_the_held_out_set(model, hf_model, group):
     contexts = store.eval_contexts.tolist()
     rows = torch.cat([forward_by_hand(hf_model, tokens)[0][1:] for tokens in contexts])
     torch.testing.assert_close(baseline["mean"], rows.mean(0), rtol=1e-4, atol=1e-4)
-    for key, row in [("ce_original", None), ("ce_zero_ablated", torch.zeros(128)), ("ce_mean_ablated", rows.mean(0))]:
-        by_hand = [ce_by_hand(hf_model, tokens, 1, row if row is None else [row] * SEQ_LEN)[0] for tokens in contexts]
+    for key, row in [("ce_zero_ablated", torch.zeros(128)), ("ce_mean_ablated", rows.mean(0))]:
+        by_hand = [ce_by_hand(hf_model, tokens, 1, [row] * SEQ_LEN)[0] for tokens in contexts]
         assert baseline[key].tolist() == pytest.approx(by_hand, rel=2e-4)
 
 
@@ -302,21 +302,22 @@ def test_one_document_has_no_error(model, group):
 
 
 def test_the_model_is_not_run_more_often_than_needed(model, group):
-    """Per batch of contexts, evaluate runs the layers before the hook point once; those after it once for the model,
-    and once for each SAE and each batch top k.
+    """heldout_baseline runs the layers before the hook point once per batch of contexts, and those after it twice, for
+    the ablations. evaluate runs only the latter: once for the model, and once for each SAE and each batch top k.
     """
-    store, saes = group
-    baseline, below, above = heldout_baseline(store), [], []
+    (store, saes), below, above = group, [], []
     count = lambda forwards: lambda module, args, output: forwards.append(len(args[0]))  # noqa: E731
     handles = [model.plain.transformer.h[0].ln_1.register_forward_hook(count(below))]
     handles += [model.plain.lm_head.register_forward_hook(count(above))]
     try:
+        baseline = heldout_baseline(store)
+        assert below == [4, 2] and above == [4, 4, 2, 2]
         evaluate(list(saes.values()), store, baseline)
     finally:
         for handle in handles:
             handle.remove()
     assert below == [4, 2]
-    assert above == [4] * (1 + len(saes) + 2) + [2] * (1 + len(saes) + 2)
+    assert above[4:] == [4] * (1 + len(saes) + 2) + [2] * (1 + len(saes) + 2)
 
 
 # The threshold
