@@ -160,7 +160,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
     teams = ranks // cfg["feature_shards"]
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
-    # and for each SAE, step and reconstruction.
+    # and for each SAE, step, step_with_dead (step_times) and reconstruction.
     tokens = eval_batches(store)[0]
     acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
@@ -176,7 +176,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     shards = team(cfg["feature_shards"])
     own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
-    step, reconstruction = zip(*(times[i] for i in range(len(group))))
+    step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_rank_0(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
@@ -207,10 +207,12 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
             f"{gib(needed)} of memory for each rank; {received / 2**20:.1f} MiB of activations received per rank and "
             f"step; expected speed-up over one {who} {speedup:.1f}"
         )
+    longest = duration(steps * (slowest(step_with_dead) + harvest / ranks) + evaluating)
+    longest = f", up to {longest} with many dead features" if longest != duration(training + evaluating) else ""
     tell(
-        f"Estimated time: {duration(training + evaluating)} if all steps are like the first: {duration(training)} for "
-        f"{steps:,} steps of {seconds:.2g} s ({harvest / ranks:.2g} s of it in the language model), "
-        f"{duration(evaluating)} for evaluation"
+        f"Estimated time: {duration(training + evaluating)} if all steps are like the first{longest}: "
+        f"{duration(training)} for {steps:,} steps of {seconds:.2g} s ({harvest / ranks:.2g} s of it in the language "
+        f"model), {duration(evaluating)} for evaluation"
     )
     days = (training + evaluating) / 86400
     if days > MAX_DAYS and not force:
@@ -235,10 +237,13 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
     return owners
 
 
-def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
-    """Seconds of a training step and of a reconstruction of x [batch_size, d], for a new SAE of each config; 0 for an
-    SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's weights are still in the CPU cache.
-    Small SAEs step side by side: of each, the seconds are its share.
+def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, float]]:
+    """Seconds of a training step, of one with many dead features, and of a reconstruction of x [batch_size, d], for a
+    new SAE of each config; 0 for an SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's
+    weights are still in the CPU cache. Small SAEs step side by side: of each, the seconds are its share.
+
+    Many dead features are those that are not active in x. If n_batches_to_dead is small, about so many die early in
+    training, and the aux loss over them can take several times as long as the rest of a step.
     """
     runs = []
     for cfg in cfgs:
@@ -260,11 +265,18 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float]]:
     found = []
     for i, run in enumerate(runs):
         if isinstance(outputs[i][0], FloatingPointError):
-            found.append((0.0, 0.0))  # training will report it
+            found.append((0.0, 0.0, 0.0))  # training will report it
             continue
+        with_dead, counters = alone[i], run.sae.num_batches_not_active
+        if run.sae.aux_loss_on_dead_features and run.cfg["n_batches_to_dead"] < num_steps(run.cfg):
+            counters[counters > 0] = run.cfg["n_batches_to_dead"]
+            run.sae.known_counts = None
+            with_dead_steps = [partial(group_step, [run], x, [], {}) for _ in range(warm_up - 1)]
+            with_dead = max(with_dead, min(time_call(step, run.cfg["device"]) for step in with_dead_steps))
         with torch.no_grad():
             reconstruction = time_call(partial(run.sae.reconstruct, x), run.cfg["device"])
-        found.append((alone[i] * (share if i in small else 1), reconstruction))
+        part = share if i in small else 1
+        found.append((alone[i] * part, with_dead * part, reconstruction))
     return found
 
 

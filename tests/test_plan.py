@@ -199,9 +199,33 @@ def test_a_sweep_that_takes_too_long_is_refused(training_cfg, model, monkeypatch
 def test_nan_in_the_measured_steps_is_ignored(training_cfg, model):
     """Training reports it, with the name of the SAE. The other SAEs have their times."""
     cfgs = [training_cfg(sae_type="topk", top_k=4, lr=lr) for lr in (1e-3, 1e30)]
-    assert plan.step_times(cfgs, torch.full((64, 128), torch.nan)) == [(0, 0)] * 2
-    (step, reconstruction), unstable = plan.step_times(cfgs, torch.randn(64, 128))
-    assert step > 0 and reconstruction > 0 and unstable == (0, 0)
+    assert plan.step_times(cfgs, torch.full((64, 128), torch.nan)) == [(0, 0, 0)] * 2
+    (step, with_dead, reconstruction), unstable = plan.step_times(cfgs, torch.randn(64, 128))
+    assert with_dead >= step > 0 and reconstruction > 0 and unstable == (0, 0, 0)
+
+
+def test_steps_with_many_dead_features_are_measured(training_cfg, model, monkeypatch, capsys):
+    """Dead are those that are not active in the measured batch, unless training is too short. The time is printed."""
+    dead = []
+
+    def counting(runs, x, outputs, ahead):
+        group_step(runs, x, outputs, ahead)
+        dead.append(outputs[0]["num_dead_features"].item())
+
+    monkeypatch.setattr(plan, "group_step", counting)
+    x, sizes = torch.randn(64, 128), dict(dict_size=512, top_k=2)
+    for n_batches, sae_type in ((11, "topk"), (11, "batchtopk"), (12, "topk"), (11, "vanilla")):
+        dead.clear()
+        cfg = training_cfg(sae_type=sae_type, n_batches_to_dead=n_batches, **sizes, l1_coeff=0.01)
+        plan.step_times([cfg], x)
+        dies = n_batches == 11 and sae_type != "vanilla"
+        assert dead[:4] == [0] * 4 and len(dead) == 4 + dies
+        assert not dies or dead[4] >= 512 - 2 * 64 * 2, "at most 64 · k features are active in each of two batches"
+    monkeypatch.setattr(plan, "step_times", lambda cfgs, x: [(1.0, 60.0, 0.1)])
+    cfg = training_cfg(sae_type="topk", **sizes)
+    plan.plan_time([cfg], ActivationsStore(model, cfg), steps_done=0, force=False, available=2**40)
+    line = r"Estimated time: \d+ seconds if all steps are like the first, up to 12 minutes with many dead features: "
+    assert re.search(line, capsys.readouterr().err)
 
 
 def test_discarded_saes_are_freed(training_cfg, monkeypatch):
