@@ -77,7 +77,7 @@ CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows
 def heldout_baseline(activation_store: ActivationsStore) -> dict:
     """What does not depend on the SAE: `acts` [n, seq_len, d], the held-out activations, float32 in main memory; `mean`
     [d], their mean; and the CE of each context [n], in nats per token: ce_zero_ablated (activations set to 0) and
-    ce_mean_ablated (set to the mean). Also the seconds that one prediction of a context took.
+    ce_mean_ablated (set to the mean). Also the seconds_per_prediction of a context.
     """
     skip, batches = activation_store.cfg["eval_skip_positions"], eval_batches(activation_store)
     contexts, seq_len = activation_store.eval_contexts.shape
@@ -96,7 +96,8 @@ def heldout_baseline(activation_store: ActivationsStore) -> dict:
         for key, replacement in replacements.items():
             logits = predict(activation_store, tokens, x, replacement, keep)
             ce[key].append(prediction_losses(logits, tokens, keep)[0].double().cpu())
-    baseline = {"acts": acts, "mean": mean, "seconds": (time.time() - started) / contexts / len(replacements)}
+    seconds = (time.time() - started) / contexts / len(replacements)
+    baseline = {"acts": acts, "mean": mean, "seconds_per_prediction": seconds}
     return baseline | {key: torch.cat(losses) for key, losses in ce.items()}
 
 
@@ -226,9 +227,12 @@ def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
 
 def decoder_similarity(W_dec: torch.Tensor) -> float:
     """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error."""
-    rows = F.normalize(W_dec, dim=-1)
-    total = sum((part @ rows.T).abs().sum(dtype=torch.float64) for part in rows.split(max(1, CHUNK // len(rows))))
-    return ((total - len(rows)) / (len(rows) * (len(rows) - 1))).item()  # a row's cosine with itself is 1
+    rows, n, total = F.normalize(W_dec, dim=-1), len(W_dec), 0
+    step = max(1, CHUNK // n)
+    for i in range(0, n, step):
+        cosines = rows[i : i + step] @ rows[i:].T
+        total += cosines.triu_(1).abs_().sum(-1).sum(dtype=torch.float64)  # each pair once
+    return (total / (n * (n - 1) / 2)).item()
 
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor, documents: torch.Tensor) -> dict:

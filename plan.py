@@ -12,12 +12,13 @@ from pathlib import Path
 
 import psutil
 import torch
+from tqdm import tqdm
 
 import distributed
 from config import num_steps
 from console import InputError, gib, tell
 from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
-from sae import SAE_CLASSES
+from sae import SAE_CLASSES, SPARSE_AFTER
 from shards import team
 from sparse_ops import screen_dtype
 from training_step import Run, group_step, is_small, make_optimizer
@@ -160,7 +161,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
     teams = ranks // cfg["feature_shards"]
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
-    # and for each SAE, step, step_with_dead (step_times) and reconstruction.
+    # and for each SAE, first_step, step, step_with_dead and reconstruction (step_times).
     tokens = eval_batches(store)[0]
     acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
@@ -176,7 +177,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     shards = team(cfg["feature_shards"])
     own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
-    step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
+    first_step, step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_rank_0(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
@@ -192,8 +193,10 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     evaluations = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
+    first_steps = max(min(SPARSE_AFTER, num_steps(cfg)) - steps_done, 0)
     seconds = slowest(step) + harvest / ranks
-    training = steps * seconds
+    training = steps * seconds + first_steps * (slowest(first_step) - slowest(step))
+    with_dead = training + steps * max(slowest(step_with_dead) - slowest(step), 0)
     baseline = 2 * forward + harvest  # evaluation.heldout_baseline
     evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
@@ -207,12 +210,11 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
             f"{gib(needed)} of memory for each rank; {received / 2**20:.1f} MiB of activations received per rank and "
             f"step; expected speed-up over one {who} {speedup:.1f}"
         )
-    longest = duration(steps * (slowest(step_with_dead) + harvest / ranks) + evaluating)
-    longest = f", up to {longest} with many dead features" if longest != duration(training + evaluating) else ""
+    total, longest = duration(training + evaluating), duration(with_dead + evaluating)
+    longest = f", up to {longest} with many dead features" if longest != total else ""
     tell(
-        f"Estimated time: {duration(training + evaluating)} if all steps are like the first{longest}: "
-        f"{duration(training)} for {steps:,} steps of {seconds:.2g} s ({harvest / ranks:.2g} s of it in the language "
-        f"model), {duration(evaluating)} for evaluation"
+        f"Estimated time: {total}{longest}: {duration(training)} for {steps:,} steps of {training / max(steps, 1):.2g} "
+        f"s ({harvest / ranks:.2g} s of it in the language model), {duration(evaluating)} for evaluation"
     )
     days = (training + evaluating) / 86400
     if days > MAX_DAYS and not force:
@@ -237,10 +239,11 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
     return owners
 
 
-def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, float]]:
-    """Seconds of a training step, of one with many dead features, and of a reconstruction of x [batch_size, d], for a
-    new SAE of each config; 0 for an SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's
-    weights are still in the CPU cache. Small SAEs step side by side: of each, the seconds are its share.
+def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, float, float]]:
+    """For a new SAE of each config, the seconds of one of the first SPARSE_AFTER steps (dense in JumpReLU and vanilla),
+    of a later step, of a step with many dead features, and of a reconstruction of x [batch_size, d]; 0 for an SAE with
+    NaN or infinity. As in training, the SAEs take turns, so that no SAE's weights are still in the CPU cache. Small
+    SAEs step side by side: of each, the seconds are its share.
 
     Many dead features are those that are not active in x. If n_batches_to_dead is small, about so many die early in
     training, and the aux loss over them can take several times as long as the rest of a step.
@@ -248,35 +251,53 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
     runs = []
     for cfg in cfgs:
         sae = SAE_CLASSES[cfg["sae_type"]](cfg, team(cfg["feature_shards"]))
-        if hasattr(sae, "batches_until_sparse"):
-            sae.batches_until_sparse.zero_()  # the first steps of training are dense
         runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
-    seconds = []
-    warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps record CUDA graphs
-    for _ in range(warm_up + 2):
-        outputs = [[] for _ in runs]
-        steps = [partial(group_step, [run], x, output, {}) for run, output in zip(runs, outputs)]
-        seconds.append([time_call(step, run.cfg["device"]) for step, run in zip(steps, runs)])
-    alone = [min(times) for times in zip(*seconds[warm_up:])]
-    share, small = 1.0, [i for i, cfg in enumerate(cfgs) if is_small(cfg)]
-    if len(small) > 1:
-        side_by_side = [partial(group_step, [runs[i] for i in small], x, [], {}) for _ in range(2)]
-        share = min(time_call(step, "cpu") for step in side_by_side) / sum(alone[i] for i in small)
+
+    def timed_step(run: Run) -> float:
+        outputs = []
+        seconds = time_call(partial(group_step, [run], x, outputs, {}), run.cfg["device"])
+        bar.update()
+        return 0.0 if isinstance(outputs[0], FloatingPointError) else seconds  # training will report it
+
+    def take_turns(which: list[int], turns: int) -> dict[int, float]:
+        """The seconds of a step of each of these runs: the better of the last two."""
+        seconds = [[timed_step(runs[i]) for i in which] for _ in range(turns)]
+        return {i: min(times[-2:]) for i, times in zip(which, zip(*seconds))}
+
+    warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps of a form record CUDA graphs
+    dense_first = [i for i, run in enumerate(runs) if hasattr(run.sae, "batches_until_sparse")]
+    dying = [
+        i for i, run in enumerate(runs)
+        if run.sae.aux_loss_on_dead_features and run.cfg["n_batches_to_dead"] < num_steps(run.cfg)
+    ]  # fmt: skip
+    total = len(runs) * (warm_up + 3) + (len(dense_first) + len(dying)) * (warm_up - 1)
+    with tqdm(total=total, desc="measuring", leave=False, delay=2, disable=distributed.rank() > 0) as bar:
+        for i in dense_first:
+            runs[i].sae.batches_until_sparse.zero_()
+        step = take_turns(list(range(len(runs))), warm_up + 2)
+        share, small = 1.0, [i for i, cfg in enumerate(cfgs) if step[i] and is_small(cfg)]
+        if len(small) > 1:
+            side_by_side = [partial(group_step, [runs[i] for i in small], x, [], {}) for _ in range(2)]
+            share = min(time_call(turn, "cpu") for turn in side_by_side) / sum(step[i] for i in small)
+        for i in dense_first:
+            runs[i].sae.batches_until_sparse.fill_(SPARSE_AFTER)
+            runs[i].sae.known_counts = None
+        first_step = step | take_turns(dense_first, warm_up - 1)
+        for i in dying:
+            counters = runs[i].sae.num_batches_not_active
+            counters[counters > 0] = runs[i].cfg["n_batches_to_dead"]
+            runs[i].sae.known_counts = None
+        step_with_dead = step | take_turns(dying, warm_up - 1)
+        reconstruction = []
+        for run in runs:
+            with torch.no_grad():
+                reconstruction.append(time_call(partial(run.sae.reconstruct, x), run.cfg["device"]))
+            bar.update()
     found = []
-    for i, run in enumerate(runs):
-        if isinstance(outputs[i][0], FloatingPointError):
-            found.append((0.0, 0.0, 0.0))  # training will report it
-            continue
-        with_dead, counters = alone[i], run.sae.num_batches_not_active
-        if run.sae.aux_loss_on_dead_features and run.cfg["n_batches_to_dead"] < num_steps(run.cfg):
-            counters[counters > 0] = run.cfg["n_batches_to_dead"]
-            run.sae.known_counts = None
-            with_dead_steps = [partial(group_step, [run], x, [], {}) for _ in range(warm_up - 1)]
-            with_dead = max(with_dead, min(time_call(step, run.cfg["device"]) for step in with_dead_steps))
-        with torch.no_grad():
-            reconstruction = time_call(partial(run.sae.reconstruct, x), run.cfg["device"])
+    for i in range(len(runs)):
         part = share if i in small else 1
-        found.append((alone[i] * part, with_dead * part, reconstruction))
+        times = first_step[i] * part, step[i] * part, step_with_dead[i] * part, reconstruction[i]
+        found.append(times if step[i] else (0.0,) * 4)
     return found
 
 

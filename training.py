@@ -128,7 +128,7 @@ def train_steps(
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
     cost = max(distributed.gather(evaluation_cost([run.sae for run in runs])))
-    bar.seconds_per_context = baseline["seconds"] * cost
+    bar.seconds_per_context = baseline["seconds_per_prediction"] * cost
     with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as saver:
         for step in range(checkpoints.step + 1, last_step + 1):
             # Fetch a batch and take the step
