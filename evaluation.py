@@ -64,6 +64,7 @@ from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 from sae import BaseAutoencoder
 from shards import Shards
+from sparse_ops import full_precision, sae_arithmetic
 
 DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so that runs can be compared and averaged
 DENSE = 0.1
@@ -225,6 +226,7 @@ def variants_of(cfg: dict, whole: bool) -> list[tuple[str, bool, int | None]]:
     return variants
 
 
+@full_precision()
 def decoder_similarity(W_dec: torch.Tensor) -> float:
     """Mean of |cosine| over all pairs of rows of W_dec [F, d], F > 1. It has no standard error."""
     rows, n, total = F.normalize(W_dec, dim=-1), len(W_dec), 0
@@ -345,6 +347,7 @@ def in_mode(sae: BaseAutoencoder, training: bool, function, *args):
 
 
 @torch.no_grad()
+@sae_arithmetic
 def calibrate_threshold(sae: BaseAutoencoder, activations, target_l0: float | None = None) -> float:
     """Set the inference threshold of a BatchTopK or Matryoshka SAE so that its mean L0 on these activations is
     `target_l0` (default: top_k). Use it for other text, another L0, or an SAE imported without a threshold. Returns the

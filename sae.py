@@ -261,7 +261,7 @@ class BaseAutoencoder(nn.Module):
         reconstruction = self.shards.add(sparse_ops.decode(acts, W_dec, pattern))
         return self.cfg["aux_penalty"] * F.mse_loss(reconstruction, residual)
 
-    known_counts = None  # set by training_step when it has read them
+    known_counts = None  # the Counts, once they have been read for the next step
 
     def counts(self) -> Counts:
         """What the host needs to choose a form and sizes. Waits for a CUDA device unless known_counts is set."""
@@ -274,8 +274,11 @@ class BaseAutoencoder(nn.Module):
         return torch.stack([until_sparse, most_dead])
 
     def form_of_step(self) -> tuple:
-        """Everything known to the host that determines the operations of a step on CUDA and the sizes of its arrays."""
-        until_sparse, most_dead = self.counts()
+        """Everything known to the host that determines the operations of a step on CUDA and the sizes of its arrays.
+
+        Sets known_counts, because while a CUDA graph is recorded they cannot be read.
+        """
+        until_sparse, most_dead = self.known_counts = self.counts()
         dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
         return until_sparse == 0, dead, sparse_ops.capacities()
 

@@ -224,7 +224,9 @@ def test_the_dense_first_steps_are_measured_apart(training_cfg, monkeypatch, sae
 
 
 def test_steps_with_many_dead_features_are_measured(training_cfg, model, monkeypatch, capsys):
-    """Dead are those that are not active in the measured batch, unless training is too short. The time is printed."""
+    """Dead are those that are not active in the measured batch, unless training is too short. The time is printed. In
+    the steps before, none become dead, because on CUDA the form of a step depends on their number.
+    """
     dead = []
 
     def counting(runs, x, outputs, ahead):
@@ -233,7 +235,7 @@ def test_steps_with_many_dead_features_are_measured(training_cfg, model, monkeyp
 
     monkeypatch.setattr(plan, "group_step", counting)
     x, sizes = torch.randn(64, 128), dict(dict_size=512, top_k=2)
-    for n_batches, sae_type in ((11, "topk"), (11, "batchtopk"), (12, "topk"), (11, "vanilla")):
+    for n_batches, sae_type in ((3, "topk"), (11, "batchtopk"), (12, "topk"), (11, "vanilla")):
         dead.clear()
         cfg = training_cfg(sae_type=sae_type, n_batches_to_dead=n_batches, **sizes, l1_coeff=0.01)
         plan.step_times([cfg], x)

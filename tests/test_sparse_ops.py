@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import DEMO_LM, KINDS, feature_major, hard_input, make_sae, make_x
+from torch.overrides import TorchFunctionMode
 
 import sparse_ops
 from config import get_default_cfg
+from evaluation import calibrate_threshold, decoder_similarity
 from language_model import Harvester, load_model
 from sae import SAE_CLASSES, JumpReLUSAE
 from sparse_ops import SparsityPattern
@@ -328,6 +330,32 @@ def in_a_process(function, *args):
 @pytest.mark.parametrize("change_settings", [allow_tf32, medium, new_interface, all_backends, bfloat16_on_the_cpu])
 def test_precision_is_what_it_should_be_whatever_is_set(change_settings):
     in_a_process(check_precision, change_settings)
+
+
+class Products(TorchFunctionMode):
+    """Counts matrix products, which must be in full precision."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__ or "matmul" in function.__name__:
+            assert sparse_ops._precision.active == "ieee"
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_all_products_of_an_sae_are_in_full_precision():
+    """On this CPU the settings may have no effect, so it is asked whether they are set."""
+    sae, x = make_sae("batchtopk", d=64, F=512, k=4), make_x(8, 64)
+    acts = sae.encode(x)
+    for function in (
+        lambda: sae.encode(x), lambda: sae.decode(acts), lambda: sae.reconstruct(x), lambda: sae(x)["loss"],
+        lambda: training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg),
+        lambda: calibrate_threshold(sae, x), lambda: decoder_similarity(sae.W_dec),
+    ):  # fmt: skip
+        with Products() as products:
+            function()
+        assert products.count > 0
 
 
 def test_precision_is_set_in_every_thread():

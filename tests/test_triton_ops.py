@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import KINDS, feature_major, hard_input, make_sae, make_x, results_of, run_ranks, sae_cfg, state
+from torch.overrides import TorchFunctionMode
 
 import distributed
 import sparse_ops
@@ -439,6 +440,33 @@ def test_every_kernel_compiles():
     assert done.stdout.count(" compiles\n") == kernels
 
 
+READS = [
+    getattr(torch.Tensor, name)
+    for name in ("tolist", "item", "numpy", "cpu", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__")
+]
+
+
+class NoReads(TorchFunctionMode):
+    """An error for what copies a value to the host: it is not allowed while a CUDA graph is recorded."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in READS, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_nothing_once_its_form_is_known(kind, monkeypatch):
+    """Also if the known counts are forgotten: after a step that had to be repeated, or whose counters were set."""
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=1)
+    x = sae.preprocess_input(make_x(6, 12, 4, torch.float32).to(DEVICE))[0]
+    sae.known_counts = None
+    with pytest.raises(AssertionError, match="tolist"), NoReads():
+        sae.form_of_step()
+    sae.form_of_step()
+    with NoReads():
+        start_step(sae, optimizer, x, sae.cfg)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
@@ -461,6 +489,8 @@ def test_steps_from_graphs_give_the_bits_of_steps_without(kind, monkeypatch):
     for step in range(12):
         if step == 8:
             monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
+        if step == 1:
+            sae.known_counts = None  # they must be read before this step is recorded
         optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
         x = make_x(6, 12, step, torch.float32).to(DEVICE)
         if step == 5:
