@@ -74,7 +74,6 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
     except Exception as error:
         hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
         raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error
-    first_row(dataset, where)
     if len(names) != dataset.num_shards:
         names = [f"shard {i + 1} of {dataset.num_shards}" for i in range(dataset.num_shards)]
     return dataset, column, names, commit
@@ -158,16 +157,20 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
     Each value is passed on as JSON, so values of one column may differ in type. Files are read in the same parts as in
     `datasets`, because positions in the stream count these parts.
     """
+    where, unreadable = f"dataset_path = {cfg['dataset_path']!r}", []
 
     def column_names(files_iterables, allow_full_read=True, **_):
         if not allow_full_read:  # `datasets` tries to infer the types of the columns
             raise FullReadDisallowed
         for file in chain.from_iterable(files_iterables):
-            for rows, by_lines in json_parts(file, builder.config.chunksize):
-                if rows:
-                    names = list(dict.fromkeys(name for row in rows for name in row))
-                    yield Key(0, 0), pyarrow.table({"names": [names], "by_lines": [by_lines]})
-                    return
+            try:
+                for rows, by_lines in json_parts(file, builder.config.chunksize):
+                    if rows:
+                        names = list(dict.fromkeys(name for row in rows for name in row))
+                        yield Key(0, 0), pyarrow.table({"names": [names], "by_lines": [by_lines]})
+                        return
+            except (ValueError, EOFError) as error:  # DocumentReader stops at this file or skips it
+                unreadable.append(f"{where} cannot be read: {one_line(error)} of {file}")
 
     def tables(files_iterables, allow_full_read=True, **_):
         if not allow_full_read:
@@ -186,7 +189,12 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
 
     card_features, builder.info.features = builder.info.features, None
     builder._generate_tables = column_names
-    first = first_row(builder.as_streaming_dataset(split), f"dataset_path = {cfg['dataset_path']!r}")
+    try:
+        first = first_row(builder.as_streaming_dataset(split), where)
+    except InputError:
+        if unreadable:
+            raise InputError(unreadable[0]) from None
+        raise
     column = choose_column(first["names"], cfg)
     report_missing = reporter(column, cfg)
     # Without types, as `datasets` reads a JSON list, the stream's state has another form, which older checkpoints hold.

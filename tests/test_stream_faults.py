@@ -377,6 +377,16 @@ def test_a_corrupt_jsonl_file(three_files, capsys):
     assert_stops_and_skips(folder, valid, rf"document {read_before + 1} of .*b\.jsonl and later documents", capsys)
 
 
+def test_the_first_jsonl_file_is_corrupt(three_files, capsys):
+    """It does not tell the columns, so the next file does."""
+    documents, folder = three_files
+    for name, texts in documents.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(["{corrupt"] if name == "a" else lines) + "\n")
+    valid = documents["b"] + documents["c"]
+    assert_stops_and_skips(folder, valid, r"document 1 of .*a\.jsonl and later documents", capsys)
+
+
 def test_a_corrupt_parquet_file(three_files, capsys):
     """A truncated parquet file cannot be read at all: it is named, and the other files are read."""
     documents, folder = three_files
