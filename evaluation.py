@@ -3,9 +3,10 @@
     python evaluation.py RUN [--eval-tokens N] [--dataset-path TEXT]
 
 prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a run's folder, runs/<sweep>/<name>. It
-uses the run's held-out tokens, or the first N of them. With --dataset-path it uses as many tokens of the beginning of
-another dataset, prints the run's own L0 too, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an
-activation and r its reconstruction, both in the units of the residual stream:
+uses the run's held-out tokens; or the first N of them, and then writes to RUN/evaluation_first_<N>.json. With
+--dataset-path it uses as many tokens of the beginning of another dataset, prints the run's own L0 too, and writes to
+RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an activation and r its reconstruction, both in the units of the
+residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -467,7 +468,10 @@ def main(argv: list[str]) -> None:
                 f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {contexts.numel()}, the number of "
                 f"held-out tokens"
             )
-        contexts = activation_store.eval_contexts = contexts[: -(-args.eval_tokens // seq_len)]
+        all_contexts, contexts = contexts, contexts[: -(-args.eval_tokens // seq_len)]
+        activation_store.eval_contexts = contexts
+        if args.dataset_path is None and len(contexts) < len(all_contexts):  # exports show evaluation.json
+            name = f"evaluation_first_{contexts.numel()}.json"
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     try:  # before the table is printed, which fails if stdout is closed
         write_json(args.run / name, other | {"eval_tokens": contexts.numel()} | metrics)

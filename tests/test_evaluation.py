@@ -470,15 +470,21 @@ def run_folder(group, tmp_path_factory):
 
 
 def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):
-    """An aligned table of all metrics, and evaluation.json with the same; result.json is unchanged."""
+    """An aligned table of all metrics, and a file with the same; result.json is unchanged. Fewer tokens go to another
+    file than evaluation.json, which exports show.
+    """
     store, sae = group[0], group[1]["batchtopk"]
     result = (run_folder / "result.json").read_bytes()
-    for arguments, contexts in [([], 6), (["--eval-tokens", "40"], 3)]:
+    for arguments, contexts, file in [
+        (["--eval-tokens", "40"], 3, f"evaluation_first_{3 * SEQ_LEN}.json"), ([], 6, "evaluation.json")
+    ]:  # fmt: skip
+        (run_folder / "evaluation.json").unlink(missing_ok=True)
         evaluation.main([str(run_folder), *arguments])
         store = copy.copy(group[0])
         store.eval_contexts = store.eval_contexts[:contexts]
         (expected,) = evaluate([sae], store, heldout_baseline(store))
-        written = json.loads((run_folder / "evaluation.json").read_text())
+        assert (run_folder / "evaluation.json").exists() == (not arguments)
+        written = json.loads((run_folder / file).read_text())
         assert written.pop("eval_tokens") == contexts * SEQ_LEN
         assert written.pop("histograms") == expected.pop("histograms")
         assert written == pytest.approx(expected, rel=1e-6)
