@@ -24,6 +24,7 @@ from sparse_ops import screen_dtype
 from training_step import Run, group_step, is_small, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer is not started
+SHORTER = "num_tokens=… makes a sweep shorter"
 
 
 def plan_group(group: list[dict], model, steps_done: int, force: bool, available: int) -> list[list[dict]]:
@@ -42,17 +43,18 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
         f"{cfg['dataset_path']}\non {where}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
         f"about {gib(needed)} of memory ({gib(available)} are {free})"
     )
-    # Only the encoder products: the rest is sparse.
-    flop = (num_steps(cfg) - steps_done) * cfg["batch_size"] * 2 * cfg["act_size"] * features
-    days = flop / ranks / matmul_flops(cfg["device"]) / 86400
-    if days > MAX_DAYS and not force:
-        raise too_small(f"it would take more than {days:,.0f} days")
     parts = [group] if needed <= available else split(group, model, available)
     for part in parts:
         if (needed := memory_needed(part, model)) > available and not force:
             name = part[0]["name"]
             reason = f"{name} alone needs about {gib(needed)} of memory, and {gib(available)} are free"
-            raise too_small(f"{reason}{shards_that_fit(part[0], model, available)}")
+            reason += shards_that_fit(part[0], model, available)
+            raise too_small(reason, "a smaller dict_size, batch_size or eval_tokens needs less")
+    # Only the encoder products: the rest is sparse.
+    flop = (num_steps(cfg) - steps_done) * cfg["batch_size"] * 2 * cfg["act_size"] * features
+    days = flop / ranks / matmul_flops(cfg["device"]) / 86400
+    if days > MAX_DAYS and not force:
+        raise too_small(f"it would take more than {days:,.0f} days", SHORTER)
     groups = [sum(parts[i : i + teams], []) for i in range(0, len(parts), teams)]
     if len(groups) > 1:
         sizes = " + ".join(str(len(part)) for part in groups)
@@ -60,10 +62,10 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
     return groups
 
 
-def too_small(reason: str) -> InputError:
+def too_small(reason: str, remedy: str) -> InputError:
     return InputError(
-        f"this machine is too small for the sweep: {reason}. `python main.py demo` runs in minutes, num_tokens=… makes "
-        f"a sweep shorter, --force starts it anyway"
+        f"this machine is too small for the sweep: {reason}. `python main.py demo` runs in minutes, {remedy}, --force "
+        f"starts it anyway"
     )
 
 
@@ -218,7 +220,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     )
     days = (training + evaluating) / 86400
     if days > MAX_DAYS and not force:
-        raise too_small(f"it would take {days:,.0f} days")
+        raise too_small(f"it would take {days:,.0f} days", SHORTER)
     return owners
 
 

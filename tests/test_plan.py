@@ -103,6 +103,9 @@ def test_an_sae_that_does_not_fit_alone_is_refused(cfgs, model, monkeypatch):
     with pytest.raises(InputError, match=rf"{cfgs[1]['name']} alone needs about 0\.\d\d GiB.*0\.\d\d GiB are free"):
         plan.plan_group(cfgs, model, 0, False, available)
     assert plan.plan_group(cfgs[1:2], model, 0, True, available) == [cfgs[1:2]]
+    monkeypatch.setattr(plan, "MAX_DAYS", 0)  # fewer tokens would not help
+    with pytest.raises(InputError, match="a smaller dict_size, batch_size or eval_tokens needs less"):
+        plan.plan_group(cfgs, model, 0, False, available)
 
 
 def test_the_plan_uses_the_context_length_of_the_model(training_cfg, model, monkeypatch):
