@@ -103,8 +103,9 @@ def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:
     folder = run_folder(cfgs[0]).parent
     remove_checkpoints(folder, has_ended)
     draw_results(folder)
-    if failed:
-        raise InputError("; ".join(failed))
+    stopped = sum(why_stopped(run_folder(cfg)) is not None for cfg in cfgs if not is_finished(cfg))
+    if failed or stopped:
+        raise InputError("; ".join(failed) or f"NaN or infinity has stopped {stopped} of {len(cfgs)} runs (see above)")
     if sweep == "demo":
         write_demo_page(cfgs)
 

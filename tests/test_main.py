@@ -411,3 +411,13 @@ def test_a_machine_that_is_too_small(main_here, tmp_path):
     error = the_error(code, err)
     assert "too small" in error and "days" in error and "main.py demo" in error
     assert "1,000,000,000,000,000 tokens" in err and not (tmp_path / "runs").exists()
+
+
+def test_runs_that_nan_has_stopped(program, tmp_path):
+    """Exit code 2 when it happens, and each time the sweep is started again: not everything is done."""
+    args = ["demo", *TINY, "sae_type=vanilla", "l1_coeff=0", "lr=1e30", f"output_dir={tmp_path / 'runs'}"]
+    first, again = run_main(program, *args), run_main(program, *args)
+    assert first.returncode == again.returncode == 2
+    assert first.stderr.splitlines()[-1].startswith("error: 3 of 3 SAEs were stopped")
+    assert "was stopped (step 2: NaN or infinity in " in again.stderr
+    assert again.stderr.splitlines()[-1] == "error: NaN or infinity has stopped 3 of 3 runs (see above)"
