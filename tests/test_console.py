@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from console import InputError, markdown_table, read_json, tell, text_table
+from console import InputError, markdown_table, read_json, run_command, tell, text_table
 
 
 def test_messages_hold_no_control_characters(capsys):
@@ -32,6 +32,17 @@ def test_corrupt_json_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} is corrupt: .+$"):
         read_json(path)
+
+
+def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path, monkeypatch, capsys):
+    """Whatever the command was doing; another OSError is a fault of the program, and keeps its traceback."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    for path, reason in ((tmp_path / ("x" * 300), "File name too long"), (tmp_path, "Is a directory")):
+        with pytest.raises(SystemExit) as exit:
+            run_command(lambda argv, path=path: path.write_text("a"))
+        assert exit.value.code == 2 and capsys.readouterr().err == f"error: {reason}: {path}\n"
+    with pytest.raises(OSError, match="of the program"):
+        run_command(lambda argv: (_ for _ in ()).throw(OSError("of the program")))
 
 
 def test_tables():
