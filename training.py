@@ -37,6 +37,9 @@ SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: training has stopped, and is saved."""
 
+    def __str__(self):
+        return "training was stopped and is saved: the same call resumes it"
+
 
 class NotFinite(InputError):
     """NaN or infinity stopped some SAEs of a group; the others are trained."""

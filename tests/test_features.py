@@ -246,8 +246,10 @@ def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
     sae = copy.deepcopy(group[2]["batchtopk"])
     sae.threshold.fill_(1e9)
     save_sae(sae, tmp_path / "sae")
+    write_json(tmp_path / "evaluation.json", {"nmse": 0.5, "histograms": {"l0": [1]}})  # as of an imported SAE
     features.main([str(tmp_path)])
     page = page_of(tmp_path)
+    assert page["result"] == {"nmse": 0.5}
     assert page["features"] == [] and page["never_active"] == sae.cfg["dict_size"]
     assert "0 of 64 features" in capsys.readouterr().out
     features.main([str(tmp_path), "--features", "3"])
