@@ -29,8 +29,8 @@ matplotlib.use("Agg")  # files only: no display needed
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import to_rgb
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
@@ -72,7 +72,7 @@ class RunRecord(NamedTuple):
     config: dict
     history: list[dict]  # one dict per logged step
     summary: dict  # the last value of each logged metric, overridden by the final metrics and histograms
-    state: str  # "finished", "unfinished", or another state of W&B
+    state: str  # "finished", "unfinished", why it is neither, or another state of W&B
 
 
 def run_configs(folder: Path) -> list[Path]:
@@ -91,13 +91,17 @@ def local_runs(folder: Path) -> list[RunRecord]:
     """The runs of a sweep's folder."""
     runs = []
     for path in run_configs(folder):
-        config, result, histograms = (
-            read_json(path.with_name(f"{f}.json")) for f in ("config", "result", "histograms")
-        )
+        files = [path.with_name(f"{name}.json") for name in ("config", "result", "histograms", "stopped")]
+        config, result, histograms, stopped = map(read_json, files)
+        missing = [key for key in COLUMNS if not isinstance(result.get(key), int | float)]
+        if result and missing:
+            raise InputError(f"{files[1]} is corrupt: no number for {', '.join(missing)}")
         history = read_history(path.with_name("metrics.jsonl"))
         summary = {key: value for line in [*history, result] for key, value in line.items()}
-        config.pop("_provenance", None)
-        state = "finished" if result else "unfinished"
+        imported = "imported_from" in config.pop("_provenance", {})
+        state = "finished" if result else "imported, not trained here" if imported else "unfinished"
+        if stopped and not result:
+            state = f"stopped: step {stopped.get('step')}: {stopped.get('reason')}"
         runs.append(RunRecord(path.parent.name, config, history, summary | {"histograms": histograms}, state))
     return runs
 
@@ -171,10 +175,28 @@ def point_keys(table: pd.DataFrame) -> list[str]:
     return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
 
 
+def mixed_keys(table: pd.DataFrame) -> list[str]:
+    """The config keys, besides those that a line goes along, in which runs differ."""
+    mixed = [key for key in point_keys(table) if key not in SWEPT and table[key].nunique(dropna=False) > 1]
+    penalties = table["l1_coeff"][table["sae_type"].isin(TOP_K_TYPES)]  # the lines of other types go along theirs
+    return mixed + ["l1_coeff"] * (penalties.nunique() > 1)
+
+
+def values_in_legend(point: pd.Series, keys: list[str]) -> str:
+    """As in "k = 16, lr = 0.001", without a penalty of 0."""
+    keys = [key for key in keys if key != "l1_coeff" or point[key] > 0]
+    return ", ".join(f"{SWEPT.get(key, key)} = {as_text(point[key])}" for key in keys)
+
+
+def as_text(value) -> str:
+    return "none" if pd.isna(value) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """One row per point: mean and standard error (nmse_se, ...) of each metric over its runs (column `run`).
 
-    `died` is True if the features of any of these runs died.
+    `died` is True if the features of any of these runs died. A line joins points of one type and one `variant`, the
+    values of mixed_keys. `shade`, from 0 to 1, tells the variants of a type apart.
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
@@ -182,7 +204,10 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
-    return points.assign(died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
+    mixed = {by_k: [key for key in mixed_keys(table) if by_k or key != "l1_coeff"] for by_k in (True, False)}
+    points["variant"] = [values_in_legend(row, mixed[row["sae_type"] in TOP_K_TYPES]) for _, row in points.iterrows()]
+    ranks = points.groupby("sae_type")["variant"].transform(lambda own: (pd.factorize(own)[0] + 1) / own.nunique())
+    return points.assign(shade=ranks, died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
 
 
 def died(run: RunRecord) -> bool:
@@ -252,7 +277,9 @@ def mmcs(a: np.ndarray, b: np.ndarray) -> float:
 
 def main_table(points: pd.DataFrame) -> str:
     """The main metrics, one row per configuration; mean ± standard error over several seeds. † marks dead runs."""
-    rows = points[[*SWEPT, "seeds", *COLUMNS]].copy()
+    mixed = [key for key in mixed_keys(points.explode("run")) if key not in SWEPT]
+    rows = points[[*SWEPT, *mixed, "seeds", *COLUMNS]].copy()
+    rows[mixed] = rows[mixed].map(as_text)
     for metric in COLUMNS:
         form = "{:.1f}" if metric == "l0" else "{:.4f}"
         errors = points[f"{metric}_se"].map((" ± " + form).format).where(points["seeds"] > 1, "")
@@ -277,6 +304,18 @@ def by_type(points: pd.DataFrame) -> Iterator[tuple]:
             yield points[points["sae_type"] == sae_type], *style
 
 
+def by_line(points: pd.DataFrame) -> Iterator[tuple]:
+    """The points of each SAE type and variant present, its label and its style."""
+    for own, name, colour, marker, line in by_type(points):
+        for (shade, variant), part in own.groupby(["shade", "variant"]):
+            yield part, f"{name}, {variant}".removesuffix(", "), shaded(colour, shade), marker, line
+
+
+def shaded(colour: str, shade: float) -> str:
+    """The colour mixed with white: as it is for shade 1, light for 0."""
+    return to_hex(1 - (0.25 + 0.75 * shade) * (1 - np.array(to_rgb(colour))))
+
+
 def common_point(points: pd.DataFrame) -> tuple[int | None, int]:
     """The k with the most dictionary sizes, and the dictionary size with the most points."""
     by_k = points[points["sae_type"].isin(TOP_K_TYPES)]
@@ -299,8 +338,8 @@ def paper_figure(points: pd.DataFrame) -> plt.Figure:
 
 
 def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
-    """One line per SAE type over a logarithmic x; bars are standard errors over seeds."""
-    for own, label, colour, marker, line in by_type(points.sort_values(x)):
+    """One line per SAE type and variant over a logarithmic x; bars are standard errors over seeds."""
+    for own, label, colour, marker, line in by_line(points.sort_values(x)):
         error = own[f"{metric}_se"].fillna(0)
         axis.errorbar(alive(own[x]), own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
     log2_axis(axis)
@@ -314,7 +353,7 @@ def alive(values: pd.Series) -> pd.Series:
 
 def mark_died(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> None:
     """Draw dead runs with hollow markers; those with L0 below MIN_L0 are at the left edge of the logarithmic axis."""
-    for own, _, colour, marker, _ in by_type(points[points["died"]]):
+    for own, _, colour, marker, _ in by_line(points[points["died"]]):
         style = dict(color=colour, marker=marker, mfc="white", linestyle="none", zorder=4)
         axis.plot(alive(own[x]), own[metric], **style)
         edge = own[alive(own[x]).isna()][metric]
@@ -327,12 +366,19 @@ def log2_axis(axis: plt.Axes) -> None:
     if not np.isfinite(axis.dataLim.minposx):  # without positive values, matplotlib finds no limits
         axis.set_xlim(1, 2)
     axis.set_xscale("log", base=2)
+    low, high = np.log2(axis.get_xlim())
+    if np.floor(high) - np.ceil(low) < 1:  # fewer than two powers of two are in view
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(PLAIN)
 
 
 def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    for ncols in range(len(labels), 0, -1):  # as many columns as the figure is wide
+        legend = figure.legend(handles, labels, loc="outside upper center", ncols=ncols)
+        if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+            return
+        legend.remove()
 
 
 def pareto_figure(points: pd.DataFrame) -> plt.Figure:
@@ -340,8 +386,9 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
     for axis, (metric, ylabel) in zip(axes, METRIC_LABELS.items()):
         best = front(points, metric)
-        axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label="Pareto front", zorder=1)
-        for own, label, colour, marker, line in by_type(points):
+        fronts = "Pareto front of all; thin: of each colour"
+        axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label=fronts, zorder=1)
+        for own, label, colour, marker, line in by_line(points):
             area = 12 * own["dict_size"] / points["dict_size"].min()
             errors = own[[f"{metric}_se", "l0_se"]].fillna(0).values.T
             axis.errorbar(alive(own["l0"]), own[metric], *errors, fmt="none", ecolor=colour, capsize=0, zorder=2)
@@ -369,15 +416,14 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
     axes = figure.subplots(2, len(types), sharex=True, sharey="row", squeeze=False)
     for column, (own, name, colour, _, _) in zip(axes.T, types):
         points = over_seeds(own)
-        varied = [key for key in point_keys(own) if points[key].nunique() > 1]
+        varied = [key for key in point_keys(own) if points[key].nunique(dropna=False) > 1]
         for i, (_, point) in enumerate(points.iterrows()):
-            shade = 0.25 + 0.75 * (i + 1) / len(points)
-            style = dict(color=shade * np.array(to_rgb(colour)) + 1 - shade, mfc="white", markevery=[-1])
+            style = dict(color=shaded(colour, (i + 1) / len(points)), mfc="white", markevery=[-1])
             finished = [run for run in point["run"] if run.state == "finished"]
             unfinished = [[run] for run in point["run"] if run.state != "finished"]
             for axis, metric in zip(column, CURVES):
                 if finished:
-                    label = ", ".join(f"{SWEPT.get(key, key)} = {point[key]}" for key in varied) or "all"
+                    label = values_in_legend(point, varied) or ("no penalty" if varied else "all")
                     draw_mean(axis, curves(finished, metric), linestyle=LINES[i % len(LINES)], label=label, **style)
                 for run in unfinished:
                     draw_mean(axis, curves(run, metric), linewidth=0.7, marker="o", **style)
@@ -388,6 +434,7 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
     axes[0, 0].set(yscale="log", ylabel="Training loss")
     axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0, 0].yaxis.set_major_formatter(PLAIN)
+    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
     axes[1, 0].set(ylabel="Dead features (%)")
     return figure
 
@@ -410,35 +457,40 @@ def draw_mean(axis: plt.Axes, values: pd.DataFrame, step: str | None = None, **s
 
 
 def histograms_figure(points: pd.DataFrame) -> plt.Figure:
-    """L0 per token for BatchTopK and TopK, and the density of features, at one dictionary size."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.8, 2.8), layout="constrained")
+    """Density of the features, and L0 per token for BatchTopK (if there is any) and TopK, at one dictionary size."""
     top_k, dict_size = common_point(points)
     points = points[points["dict_size"] == dict_size]
-    top, shares = 0.69, []  # top: fraction of the axes below the legend
-    for own, label, colour, _, line in by_type(points[points["sae_type"].isin(["topk", "batchtopk"])]):
-        for i, (_, point) in enumerate(own[own["l0"] >= MIN_L0].iterrows()):
-            values = histograms(point["run"], "l0")
-            if label == "BatchTopK":
-                style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
-                draw_mean(left, values, step="mid", **style)
-            else:  # a line, as one bar of about 100 % would dwarf the rest
-                left.axvline(values.mean(axis=1).idxmax(), ymax=top, color=colour, linestyle=line)
-                shares.append(values.mean(axis=1).get(point["top_k"], 0))
-    if shares:
-        left.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {min(shares):.3g} % of tokens")
-    left.set(xlabel=f"L0 per token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
+    drawn = points[points["sae_type"].isin(["topk", "batchtopk"]) & (points["l0"] >= MIN_L0)]
+    panels = 1 + (drawn["sae_type"] == "batchtopk").any()
+    figure, axes = plt.subplots(1, panels, figsize=(3.4 * panels, 2.8), layout="constrained", squeeze=False)
+    *left, right = axes[0]
+    for axis in left:
+        shares = []
+        for own, label, colour, _, line in by_line(drawn):
+            for i, (_, point) in enumerate(own.iterrows()):
+                values = histograms(point["run"], "l0")
+                if point["sae_type"] == "batchtopk":
+                    style = dict(color=colour, linestyle=LINES[i % len(LINES)], label=f"{label}, k = {point['top_k']}")
+                    draw_mean(axis, values, step="mid", **style)
+                else:  # a line, as one bar of about 100 % would dwarf the rest
+                    axis.axvline(values.mean(axis=1).idxmax(), color=colour, linestyle=line)
+                    shares.append(values.mean(axis=1).get(point["top_k"], 0))
+        if shares:
+            share = "–".join(dict.fromkeys(f"{share:.3g}" for share in (min(shares), max(shares))))
+            axis.plot([], color=colour, linestyle=line, label=f"TopK: L0 = k for {share} % of tokens")
+        axis.set(xlabel=f"L0 per token ({dict_size} features)", ylabel="Tokens (%)", xlim=(0, None))
 
-    for own, label, colour, _, line in by_type(points):
+    for own, label, colour, _, line in by_line(points):
         point = own.loc[(own["l0"] - (top_k or own["l0"].median())).abs().idxmin()]  # with L0 nearest to top_k
         never = np.mean([run.summary["histograms"]["never_active"] / dict_size for run in point["run"]])
         label = f"{label}, L0 {point['l0']:.0f}{' †' if point['died'] else ''}: {never:.1%} never active"
         values = histograms(point["run"], "log10_density")
         draw_mean(right, values, step="mid", color=colour, linestyle=line, label=label)
     right.set(xlabel="Feature density (log10 of the fraction of tokens)", ylabel="Features (%)")
-    for axis, place in ((left, "upper right"), (right, "upper left")):
-        axis.set_ylim(0, axis.get_ylim()[1] / top)
-        if axis.get_legend_handles_labels()[0]:  # matplotlib warns about empty legends
-            axis.legend(loc=place)
+    for axis in axes[0]:
+        axis.set_ylim(0)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.set_figheight(2.2 + 0.14 * max(len(axis.get_legend().texts) for axis in axes[0]))
     return figure
 
 
@@ -464,8 +516,12 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
     """Print the table of a sweep's runs (default: those in its folder); save figures and numbers in the folder."""
     table, notes, figures = run_table(local_runs(folder) if runs is None else runs), [], {}
     for _, run in table[table["state"] != "finished"].iterrows():
-        reached = f"{run['state']}, {run['tokens']:,} of {run['num_tokens']:,} tokens"
-        notes.append(f"Not finished, so only in the curves: {run['name']} ({reached})")
+        where, why = "Not finished, so only in the curves", run["state"]
+        if why.startswith("imported"):
+            where = "Not in the figures"
+        elif not why.startswith("stopped"):
+            why += f", {run['tokens']:,} of {run['num_tokens']:,} tokens"
+        notes.append(f"{where}: {run['name']} ({why})")
     finished = table[table["state"] == "finished"]
     keys = point_keys(table)
     duplicates = finished.duplicated([*keys, "seed"])
@@ -473,9 +529,6 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
     table, finished = table.drop(finished.index[duplicates]), finished[~duplicates]
     if names := [run.name for run in finished["run"] if died(run)]:
         notes.append(f"† The features died (L0 below {MIN_L0}): {', '.join(names)}")
-    mixed = [key for key in keys if key not in SWEPT and finished[key].nunique(dropna=False) > 1]
-    if mixed:
-        notes.append(f"The runs also differ in {', '.join(mixed)}: the lines of the figures join unlike runs")
 
     folder.mkdir(parents=True, exist_ok=True)
     if len(finished):

@@ -25,6 +25,7 @@ from logs import RunLog
 
 METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
 EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
+LRS = [1e-3, 2e-3, 1e-2]
 
 
 @pytest.fixture
@@ -121,14 +122,77 @@ def test_mean_and_standard_error_over_seeds(by_hand):
             np.testing.assert_allclose([row[metric], row[f"{metric}_se"]], wanted, rtol=1e-12)
 
 
-def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(tmp_path, capsys):
-    """Another learning rate makes another point, and a note says that the runs differ."""
-    for lr in (1e-3, 2e-3):
-        for seed in (1, 2):
-            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, lr), lr=lr, seed=seed)
-    assert len(finished_points(tmp_path / "sweep")) == 2
+def column(out: str, name: str) -> list[str]:
+    """The cells of a column of the printed table."""
+    head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("|")]
+    return [row[head.index(name)] for row in rows]
+
+
+def labels(figure: plt.Figure) -> list[str]:
+    return [text.get_text() for legend in figure.findobj(plt.matplotlib.legend.Legend) for text in legend.texts]
+
+
+@pytest.mark.fast
+def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path, capsys, monkeypatch):
+    """Each learning rate is a point, with its value in the table and the legends, and a line of its own colour."""
+    monkeypatch.setattr(plt.Figure, "savefig", lambda *_: None)
+    _, counts = all_died(512)
+    for lr in LRS:
+        for k in (8, 16):
+            result, histograms = dict.fromkeys(METRICS, lr / k) | {"l0": k + 100 * lr}, counts | {"l0": [0] * k + [9]}
+            for seed in (1, 2):
+                write_run(tmp_path / "sweep", result, histograms=histograms, top_k=k, lr=lr, seed=seed)
+    points = finished_points(tmp_path / "sweep")
+    assert len(points) == 6
+    wanted = [f"BatchTopK, lr = {lr}" for lr in ("0.001", "0.002", "0.01")]
+    for figure in (results.paper_figure(points), results.pareto_figure(points)):
+        assert [label for label in labels(figure) if "BatchTopK" in label] == wanted
+        for axis in figure.axes[-2:]:
+            lines = [line for line in axis.lines if line.get_linestyle() == "-" and line.get_linewidth() < 4]
+            np.testing.assert_allclose(
+                [line.get_ydata(orig=False) for line in lines], [[lr / 8, lr / 16] for lr in LRS]
+            )
+            assert len({line.get_color() for line in lines}) == 3
+        assert figure.get_tightbbox().width <= figure.get_figwidth() + 0.02
+    assert labels(results.histograms_figure(points))[:6] == [f"{label}, k = {k}" for label in wanted for k in (8, 16)]
     results.draw_results(tmp_path / "sweep")
-    assert re.search(r"differ in lr\b", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert column(out, "lr") == ["0.001", "0.002", "0.01"] * 2 and "The runs also differ" not in out
+    plt.close("all")
+
+
+@pytest.mark.fast
+def test_penalties_of_topk_runs_are_told_apart(tmp_path):
+    """Lines join different l1_coeff for vanilla only; legends leave out a penalty of 0."""
+    for sae_type in ("topk", "vanilla"):
+        for l1_coeff in (0.0, 0.5):
+            for k in (8, 16):
+                result, history = dict.fromkeys(METRICS, 0.5), losses(np.random.default_rng(0), 4)
+                changes = dict(sae_type=sae_type, top_k=k if sae_type == "topk" else 16, l1_coeff=l1_coeff, seed=k)
+                write_run(tmp_path / "sweep", result | {"l0": k + l1_coeff}, history, **changes)
+    figure = results.paper_figure(finished_points(tmp_path / "sweep"))
+    assert labels(figure) == ["TopK", "TopK, λ = 0.5", "Vanilla (L1)"]
+    figure = results.curves_figure(results.run_table(results.local_runs(tmp_path / "sweep")))
+    assert set(labels(figure)) == {"k = 8", "k = 16", "λ = 0.5, k = 8", "λ = 0.5, k = 16", "no penalty", "λ = 0.5"}
+    plt.close("all")
+
+
+@pytest.mark.fast
+def test_axes_of_a_narrow_range_have_numbers(tmp_path):
+    """L0 from 11.9 to 14.1, and losses from 0.4 to 0.9: at least two ticks have a number, and minor ticks have none."""
+    for l0, loss in ((11.9, 0.4), (14.1, 0.9)):
+        history = [{"step": i, "tokens": i, "loss": loss, "num_dead_features": 0} for i in (1, 2)]
+        write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5) | {"l0": l0}, history, lr=l0)
+    table = results.run_table(results.local_runs(tmp_path / "sweep"))
+    points = results.over_seeds(table)
+    drawn = [*results.paper_figure(points).axes[2:], *results.pareto_figure(points).axes]
+    drawn = [axis.xaxis for axis in drawn] + [results.curves_figure(table).axes[0].yaxis]
+    for axis in drawn:
+        axis.figure.canvas.draw()
+        low, high = axis.get_view_interval()
+        numbered = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_text()]
+        assert len(numbered) >= 2 and not any(tick.label1.get_text() for tick in axis.get_minor_ticks())
+    plt.close("all")
 
 
 def test_list_values_and_recorded_keys(tmp_path, capsys):
@@ -136,10 +200,15 @@ def test_list_values_and_recorded_keys(tmp_path, capsys):
     for exclude_tokens in (None, [0], [0, 5]):
         for seed in (1, 2):
             more = {"asked": {"seq_len": 1000}, "has_bos": False} if seed == 1 else {}
-            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5), exclude_tokens=exclude_tokens, seed=seed, **more)
+            more |= {"history": losses(np.random.default_rng(0), 2), "exclude_tokens": exclude_tokens}
+            write_run(tmp_path / "sweep", dict.fromkeys(METRICS, 0.5), seed=seed, **more)
     assert finished_points(tmp_path / "sweep")["seeds"].tolist() == [2, 2, 2]
     results.draw_results(tmp_path / "sweep")
-    assert re.search(r"differ in exclude_tokens\b", capsys.readouterr().out)
+    assert sorted(column(capsys.readouterr().out, "exclude_tokens")) == ["[0, 5]", "[0]", "none"]
+    table = results.run_table(results.local_runs(tmp_path / "sweep"))
+    curves = labels(results.curves_figure(table[table["exclude_tokens"] != "[0, 5]"]))
+    assert sorted(curves) == ["exclude_tokens = [0]", "exclude_tokens = none"]
+    plt.close("all")
 
 
 def test_a_config_counts_once(tmp_path, capsys):
@@ -199,8 +268,9 @@ def test_pareto_figure_has_every_configuration(by_hand):
         wanted = [(of_metric(runs, "l0")[0], of_metric(runs, metric)[0]) for runs in written.values()]
         np.testing.assert_allclose(sorted(map(tuple, drawn)), sorted(wanted))
         own = results.front(points[points["sae_type"] == "topk"], metric)
-        drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][1]]
+        drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][1].lower()]
         assert any(np.array_equal(line, own[["l0", metric]]) for line in drawn)
+    assert "Pareto front of all; thin: of each colour" in labels(figure)
     plt.close(figure)
 
 
@@ -253,6 +323,20 @@ def test_histograms_are_of_all_tokens_and_features(by_hand):
     np.testing.assert_allclose(right.lines[0].get_ydata(), 100 * np.mean(density, 0) / 512)
     assert right.lines[0].get_xdata().tolist() == [-3.5, -2.5, -1.5, -0.5]
     plt.close(figure)
+
+
+def test_histograms_without_batchtopk(tmp_path):
+    """Without a BatchTopK run there is only the density. Of several TopK runs, the range of shares is given."""
+    result, counts = dict.fromkeys(METRICS, 8.0), all_died(512)[1]
+    for k, at_k in ((8, 6), (16, 9)):
+        l0 = {"l0": [10 - at_k, *[0] * (k - 1), at_k]}
+        write_run(tmp_path / "sweep", result, histograms=counts | l0, sae_type="topk", top_k=k)
+    (density,) = results.histograms_figure(finished_points(tmp_path / "sweep")).axes
+    assert "density" in density.get_xlabel()
+    write_run(tmp_path / "sweep", result, histograms=counts | {"l0": [0, 3, 7]})
+    figure = results.histograms_figure(finished_points(tmp_path / "sweep"))
+    assert "TopK: L0 = k for 60–90 % of tokens" in labels(figure)
+    plt.close("all")
 
 
 def test_figures_are_readable_in_a_paper(by_hand):
@@ -412,6 +496,19 @@ def test_unfinished_runs_are_named_and_skipped(by_hand, run):
     assert {path.name for path in sweep.iterdir() if path.is_file()} == wanted
 
 
+def test_stopped_and_imported_runs_are_named(tmp_path, capsys):
+    """A run that NaN stopped is listed with the step and the reason, an import (export.py) as such."""
+    stopped, imported = (write_run(tmp_path / "sweep", None, seed=seed) for seed in (1, 2))
+    reason = {"step": 2, "reason": "NaN or infinity in the loss"}
+    (tmp_path / "sweep" / stopped / "stopped.json").write_text(json.dumps(reason))
+    path = tmp_path / "sweep" / imported / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_provenance": {"imported_from": "elsewhere"}}))
+    results.draw_results(tmp_path / "sweep")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"Not finished, so only in the curves: {stopped} (stopped: step 2: NaN or infinity in the loss)" in lines
+    assert f"Not in the figures: {imported} (imported, not trained here)" in lines
+
+
 def test_folder_argument(tmp_path, monkeypatch):
     """A sweep is found by its folder, by its name in runs/, and as the newest in a folder of sweeps."""
     home = tmp_path / "home"
@@ -446,10 +543,12 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     (tmp_path / "empty").mkdir()
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
+    damaged = write_run(tmp_path / "damaged", dict.fromkeys(METRICS, 0.5) | {"l0": None, "fvu": "0.5"})
     for folder, said in [
         ("empty", f"{tmp_path / 'empty'} has no run records"),
         ("missing", f"{tmp_path / 'missing'} has no run records"),
         ("broken", f"{name}/metrics.jsonl is corrupt"),
+        ("damaged", f"{damaged}/result.json is corrupt: no number for fvu, l0"),
     ]:
         with pytest.raises(InputError, match=f"^.*{re.escape(said)}.*$"):
             results.draw_results(results.sweep_folder(tmp_path / folder))
