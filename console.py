@@ -119,6 +119,11 @@ def markdown_table(rows: list, right: bool = False) -> str:
     return "\n".join(f"| {' | '.join(map(pad, row, widths))} |" for row in rows)
 
 
+def count_of(number: int, noun: str) -> str:
+    """As in "1 SAE" and "2 SAEs"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 

@@ -58,9 +58,9 @@ from tqdm import tqdm
 
 import distributed
 from activation_store import ActivationsStore
-from checkpoint import load_sae, write_json
+from checkpoint import load_sae, saved_sae, write_json
 from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
-from console import InputError, one_line, read_json, run_command, tell, text_table
+from console import InputError, count_of, one_line, read_json, run_command, tell, text_table
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 from sae import BaseAutoencoder
@@ -145,7 +145,7 @@ def evaluate(
     token_l0 = {variant: [] for variant in variants}
 
     done = 0
-    for tokens in progress(f"{len(saes)} SAEs", eval_batches(activation_store, num_contexts)):
+    for tokens in progress(count_of(len(saes), "SAE"), eval_batches(activation_store, num_contexts)):
         acts = baseline["acts"][done : done + len(tokens)].to(tokens.device)
         here = keep[done : done + len(tokens)]
         x = acts[:, cfg["eval_skip_positions"] :][here]
@@ -400,7 +400,11 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     """
     if not run.is_dir():
         raise InputError(f"{run} is not a folder; RUN must be a run's folder, runs/<sweep>/<name>")
+    if names := sorted(path.parent.name for path in run.glob("*/config.json")):
+        raise InputError(f"{run} is a sweep's folder; RUN must be one of its runs, such as {run / names[0]}")
     record = read_json(run / "config.json")
+    if record and saved_sae(run / "sae") is None:
+        raise InputError(f"{run} holds no SAE yet: its training has not ended")
     device = str(record.get("device"))
     sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
     if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:

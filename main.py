@@ -23,7 +23,7 @@ import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint, remove_checkpoints
 from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
-from console import RANK, InputError, read_json, run_command, tell
+from console import RANK, InputError, count_of, read_json, run_command, tell
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
@@ -261,7 +261,7 @@ def train_planned(group: list[dict], model, steps_done: int, available: int, for
     ]
     started = time.time()
     train_sae_group(saes, store, model, group, resume_anyway)
-    tell(f"Trained and evaluated {len(group)} SAEs in {duration(time.time() - started)}")
+    tell(f"Trained and evaluated {count_of(len(group), 'SAE')} in {duration(time.time() - started)}")
 
 
 if __name__ == "__main__":

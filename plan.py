@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import distributed
 from config import num_steps
-from console import InputError, gib, tell
+from console import InputError, count_of, gib, tell
 from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES, SPARSE_AFTER
 from shards import team
@@ -39,7 +39,7 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
     needed = memory_needed(group, model)
     where, free = (f"{ranks} × {cfg['device']}", "for each") if ranks > 1 else (cfg["device"], "free")
     tell(
-        f"{len(group)} SAEs on {cfg['model_name']}, {cfg['hook_point']}, {cfg['num_tokens']:,} tokens of "
+        f"{count_of(len(group), 'SAE')} on {cfg['model_name']}, {cfg['hook_point']}, {cfg['num_tokens']:,} tokens of "
         f"{cfg['dataset_path']}\non {where}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
         f"about {gib(needed)} of memory ({gib(available)} are {free})"
     )
@@ -320,4 +320,4 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:,.0f} seconds"
+    return count_of(max(1, round(seconds)), "second")

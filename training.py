@@ -18,7 +18,7 @@ import distributed
 from activation_store import ActivationsStore
 from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
 from config import MIN_L0
-from console import InputError, out_of_memory, tell, text_table
+from console import InputError, count_of, out_of_memory, tell, text_table
 from evaluation import evaluate, evaluation_cost, heldout_baseline
 from hub import StreamError
 from language_model import complete_cfg
@@ -127,7 +127,9 @@ def train_steps(
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
     failed, warned = [], set()
     num_saes = sum(distributed.gather(sum(run.log is not None for run in runs)))  # a sharded SAE counts once
-    bar = TrainingBar(f"training {num_saes} SAEs", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"])
+    bar = TrainingBar(
+        f"training {count_of(num_saes, 'SAE')}", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"]
+    )
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
     cost = max(distributed.gather(evaluation_cost([run.sae for run in runs])))
@@ -367,7 +369,8 @@ def initialize_b_dec(saes: list[BaseAutoencoder], activation_store: ActivationsS
     for gamma in sorted({f"{gamma:.2f}" for _, gamma in moments.values()}):
         tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {gamma}")
     if at_risk:
-        tell(f"warning: γ above {MAX_GAMMA} means that many features of {at_risk} SAEs may die: set b_dec_init=mean")
+        which = count_of(at_risk, "SAE")
+        tell(f"warning: γ above {MAX_GAMMA} means that many features of {which} may die: set b_dec_init=mean")
 
 
 def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

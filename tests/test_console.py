@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from console import InputError, markdown_table, read_json, run_command, tell, text_table
+from console import InputError, count_of, markdown_table, read_json, run_command, tell, text_table
 
 
 def test_messages_hold_no_control_characters(capsys):
@@ -43,6 +43,10 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path, monkeypatch
         assert exit.value.code == 2 and capsys.readouterr().err == f"error: {reason}: {path}\n"
     with pytest.raises(OSError, match="of the program"):
         run_command(lambda argv: (_ for _ in ()).throw(OSError("of the program")))
+
+
+def test_counts():
+    assert [count_of(n, "SAE") for n in (0, 1, 2, 1200)] == ["0 SAEs", "1 SAE", "2 SAEs", "1,200 SAEs"]
 
 
 def test_tables():

@@ -577,6 +577,11 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
 
     assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
+    for run in ("b", "a"):
+        (tmp_path / "sweep" / run).mkdir(parents=True)
+        write_json(tmp_path / "sweep" / run / "config.json", {"device": "cpu"})
+    assert f"must be one of its runs, such as {tmp_path}/sweep/a" in refused(tmp_path / "sweep")
+    assert "a holds no SAE yet: its training has not ended" in refused(tmp_path / "sweep/a")
     for tokens in (0, -5, 97):
         assert f"--eval-tokens {tokens} is not allowed: it must be 1 to 96" in refused(
             run_folder, "--eval-tokens", tokens

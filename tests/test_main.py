@@ -340,7 +340,7 @@ def bad_files(tmp_path) -> Path:
 def the_error(code: int, err: str) -> str:
     """The one line on stderr beside the plan of a sweep and progress bars."""
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
-    plan = r"\d+ SAEs on |on cpu: [\d.]+ million parameters, |Estimated time: |Merged equal runs: |counting tokens: |$"
+    plan = r"\d+ SAEs? on |on cpu: [\d.]+ million parameters, |Estimated time: |Merged equal runs: |counting tokens: |$"
     lines = [line for line in lines if not re.match(plan, line)]
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err

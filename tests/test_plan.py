@@ -140,14 +140,14 @@ def test_time_estimate_changes_nothing(training_cfg, model, capsys):
         s.next_batch()
     before, random = estimated.state_dict(), torch.get_rng_state()
     plan.plan_time(cfgs, estimated, steps_done=4, force=False, available=2**40)
-    assert re.search(r"Estimated time: \d+ seconds.* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
+    assert re.search(r"Estimated time: \d+ seconds?.* for 8 steps of [\d.e-]+ s ", capsys.readouterr().err)
     assert estimated.state_dict() == before and torch.equal(torch.get_rng_state(), random)
     for _ in range(8):
         assert torch.equal(store.next_batch(), estimated.next_batch())
 
 
 def test_the_estimated_step_time_is_about_right(model, training_cfg, capsys):
-    """Within a factor of 3, which a busy machine keeps; steps in the first batches of JumpReLU are dense and slower."""
+    """Within a factor of 3, which a busy machine keeps. JumpReLU's first 10 steps are dense and slower."""
     sizes = dict(dict_size=2048, batch_size=256, num_tokens=256 * 30, n_batches_to_dead=100, num_epochs=2)
     kinds = (dict(sae_type="topk"), dict(sae_type="batchtopk"), dict(sae_type="jumprelu", l1_coeff=0.01))
     cfgs = [training_cfg(**sizes, top_k=4, **kind) for kind in kinds]
@@ -161,7 +161,8 @@ def test_the_estimated_step_time_is_about_right(model, training_cfg, capsys):
         started = time.perf_counter()
         group_step(runs, x, [], {})
         seconds.append(time.perf_counter() - started)
-    assert 1 / 3 < (step - harvest) / statistics.median(seconds[12:]) < 3
+    dense, later = statistics.median(seconds[1:10]), statistics.median(seconds[12:])
+    assert 1 / 3 < (step - harvest) / ((10 * dense + 20 * later) / 30) < 3
 
 
 @pytest.mark.fast
