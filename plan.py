@@ -212,11 +212,12 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
             f"{gib(needed)} of memory for each rank; {received / 2**20:.1f} MiB of activations received per rank and "
             f"step; expected speed-up over one {who} {speedup:.1f}"
         )
-    total, longest = duration(training + evaluating), duration(with_dead + evaluating)
-    longest = f", up to {longest} with many dead features" if longest != total else ""
+    shortest, longest = duration(training + evaluating), duration(with_dead + evaluating)
+    span = f" to {longest}, depending on how many features die" if longest != shortest else ""
     tell(
-        f"Estimated time: {total}{longest}: {duration(training)} for {steps:,} steps of {training / max(steps, 1):.2g} "
-        f"s ({harvest / ranks:.2g} s of it in the language model), {duration(evaluating)} for evaluation"
+        f"Estimated time: {shortest}{span}: {duration(training)} for {steps:,} steps of "
+        f"{training / max(steps, 1):.2g} s ({harvest / ranks:.2g} s of it in the language model), "
+        f"{duration(evaluating)} for evaluation"
     )
     days = (training + evaluating) / 86400
     if days > MAX_DAYS and not force:
