@@ -2,6 +2,7 @@
 results.py starts fast.
 """
 
+import errno
 import functools
 import json
 import os
@@ -49,9 +50,9 @@ def out_of_memory(error: BaseException) -> bool:
 def run_command(main, interrupted: str = "Stopped") -> None:
     """Call main with the command-line arguments; turn these errors into one line on stderr and an exit code:
 
-    an error with an `exit_code`: its message and that code; out of memory: 3; a file that cannot be read or written: 2;
-    Ctrl-C: the line `interrupted` and 4; stdout or stderr closed by its reader, as in `... | head`: no line, and 141
-    (128 + SIGPIPE).
+    an error with an `exit_code`: its message and that code; out of memory or a full disk: 3; another file that cannot
+    be read or written: 2; Ctrl-C: the line `interrupted` and 4; stdout or stderr closed by its reader, as in
+    `... | head`: no line, and 141 (128 + SIGPIPE).
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n" if RANK == 0 else ""
     try:
@@ -72,6 +73,8 @@ def run_command(main, interrupted: str = "Stopped") -> None:
         line, code = str(error), getattr(error, "exit_code", None)
         if out_of_memory(error):
             line, code = f"out of memory: {one_line(error)}", 3
+        elif code is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            line, code = one_line(error), 3
         elif code is None and isinstance(error, OSError) and error.filename is not None:
             line, code = f"{error.strerror}: {error.filename}", 2
         if code is None:

@@ -3,10 +3,10 @@
     python evaluation.py RUN [--eval-tokens N] [--dataset-path TEXT]
 
 prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a run's folder, runs/<sweep>/<name>. It
-uses the run's held-out tokens; or the first N of them, and then writes to RUN/evaluation_first_<N>.json. With
---dataset-path it uses as many tokens of the beginning of another dataset, prints the run's own L0 too, and writes to
-RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an activation and r its reconstruction, both in the units of the
-residual stream:
+uses the run's held-out tokens. With --eval-tokens it uses only the first N of them and writes to
+RUN/evaluation_first_<N>.json. With --dataset-path it uses as many tokens of the beginning of another dataset, prints
+the run's own L0 too, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an activation and r its
+reconstruction, both in the units of the residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -79,7 +79,7 @@ CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows
 def heldout_baseline(activation_store: ActivationsStore) -> dict:
     """What does not depend on the SAE: `acts` [n, seq_len, d], the held-out activations, float32 in main memory; `mean`
     [d], their mean; and the CE of each context [n], in nats per token: ce_zero_ablated (activations set to 0) and
-    ce_mean_ablated (set to the mean). Also the seconds_per_prediction of a context.
+    ce_mean_ablated (set to the mean). Also `seconds_per_prediction`, of one context.
     """
     skip, batches = activation_store.cfg["eval_skip_positions"], eval_batches(activation_store)
     contexts, seq_len = activation_store.eval_contexts.shape
@@ -425,6 +425,11 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     return sae, model, activation_store
 
 
+def recorded_metrics(run: Path) -> dict:
+    """A run's metrics from evaluation.json, else from result.json; {} if it has neither."""
+    return read_json(run / "evaluation.json") or read_json(run / "result.json")
+
+
 def table(metrics: dict) -> str:
     """A table with one metric per line, with its standard error, and a second column for the _batch metrics. For a
     Matryoshka SAE, below it a table with the main metrics of each prefix.
@@ -461,7 +466,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     sae, _, activation_store = open_run(args.run, args.dataset_path)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
-    of_run = read_json(args.run / "evaluation.json") or read_json(args.run / "result.json")
+    of_run = recorded_metrics(args.run)
     name, text, other = "evaluation.json", "held-out contexts", {}
     if args.dataset_path is not None:
         name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"

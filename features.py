@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import SITES
-from console import InputError, read_json, run_command
-from evaluation import DENSE, heldout_activations, kept, open_run
+from console import InputError, run_command
+from evaluation import DENSE, heldout_activations, kept, open_run, recorded_metrics
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown per context, and how many of them precede its peak
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--num {num} is not allowed: it must be at least 0")
     if num == 0 and not args.features:
         raise InputError("--num 0 is not allowed without --features: there is nothing to show")
-    result = read_json(args.run / "result.json") or read_json(args.run / "evaluation.json")  # of an imported SAE
+    metrics = recorded_metrics(args.run)
     sae, model, activation_store = open_run(args.run)
     for feature in args.features:
         if not 0 <= feature < sae.cfg["dict_size"]:
@@ -232,7 +232,7 @@ def main(argv: list[str]) -> None:
     features = requested + [i for i in ranked if i not in requested][:num]
     data = page_data(sae, model, activation_store, statistics, features)
     data["cfg"] = {key: sae.cfg[key] for key in ("sae_type", "model_name", "hook_point", "dataset_path")}
-    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     data["result"] = {key: value for key, value in numbers.items() if math.isfinite(value)}
     write_page(args.run / "features.html", sae.cfg["name"], data)
     print(f"Wrote {len(features)} of {sae.cfg['dict_size']} features to {args.run / 'features.html'}")

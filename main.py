@@ -105,7 +105,7 @@ def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:
     draw_results(folder)
     stopped = sum(why_stopped(run_folder(cfg)) is not None for cfg in cfgs if not is_finished(cfg))
     if failed or stopped:
-        raise InputError("; ".join(failed) or f"NaN or infinity has stopped {stopped} of {len(cfgs)} runs (see above)")
+        raise InputError("; ".join(failed) or f"{stopped} of {len(cfgs)} runs were stopped (see above)")
     if sweep == "demo":
         write_demo_page(cfgs)
 

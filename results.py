@@ -386,7 +386,7 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 2.9), layout="constrained")
     for axis, (metric, ylabel) in zip(axes, METRIC_LABELS.items()):
         best = front(points, metric)
-        fronts = "Pareto front of all; thin: of each colour"
+        fronts = "Pareto front (thin lines: per colour)"
         axis.step(best["l0"], best[metric], where="post", color="0.8", linewidth=4, label=fronts, zorder=1)
         for own, label, colour, marker, line in by_line(points):
             area = 12 * own["dict_size"] / points["dict_size"].min()

@@ -41,6 +41,9 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path, monkeypatch
         with pytest.raises(SystemExit) as exit:
             run_command(lambda argv, path=path: path.write_text("a"))
         assert exit.value.code == 2 and capsys.readouterr().err == f"error: {reason}: {path}\n"
+    with pytest.raises(SystemExit) as exit:  # always full
+        run_command(lambda argv: Path("/dev/full").write_text("a"))
+    assert exit.value.code == 3 and capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     with pytest.raises(OSError, match="of the program"):
         run_command(lambda argv: (_ for _ in ()).throw(OSError("of the program")))
 

@@ -420,4 +420,4 @@ def test_runs_that_nan_has_stopped(program, tmp_path):
     assert first.returncode == again.returncode == 2
     assert first.stderr.splitlines()[-1].startswith("error: 3 of 3 SAEs were stopped")
     assert "was stopped (step 2: NaN or infinity in " in again.stderr
-    assert again.stderr.splitlines()[-1] == "error: NaN or infinity has stopped 3 of 3 runs (see above)"
+    assert again.stderr.splitlines()[-1] == "error: 3 of 3 runs were stopped (see above)"

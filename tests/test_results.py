@@ -270,7 +270,7 @@ def test_pareto_figure_has_every_configuration(by_hand):
         own = results.front(points[points["sae_type"] == "topk"], metric)
         drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][1].lower()]
         assert any(np.array_equal(line, own[["l0", metric]]) for line in drawn)
-    assert "Pareto front of all; thin: of each colour" in labels(figure)
+    assert "Pareto front (thin lines: per colour)" in labels(figure)
     plt.close(figure)
 
 

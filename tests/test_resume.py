@@ -288,7 +288,7 @@ def test_a_signal_during_a_harvest_stops_at_once(model, training_cfg):
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise AssertionError("not reached")
 
-    with pytest.raises(training.Stopped):
+    with pytest.raises(training.Stopped, match="the same call resumes it"):
         train(model, [cfg], Store)
     assert newest_checkpoint(cfg).name == "step_000000006"
     assert same_bits(train(model, [cfg])[0][0], train(model, [training_cfg("whole", **SAES[1])])[0][0])

@@ -378,7 +378,7 @@ def test_a_corrupt_jsonl_file(three_files, capsys):
 
 
 def test_the_first_jsonl_file_is_corrupt(three_files, capsys):
-    """It does not tell the columns, so the next file does."""
+    """The columns are read from the next file."""
     documents, folder = three_files
     for name, texts in documents.items():
         lines = [json.dumps({"text": text}) for text in texts]
