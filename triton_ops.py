@@ -12,14 +12,17 @@ step is dense.
 
 A selection, over z [B, F] in float16 (see sparse_ops.py for the bound on its error):
 
-    group_maxima       the maxima of groups of GROUP columns
-    threshold_key      a threshold that at least B·k entries of z reach: a radix selection over the maxima
-    count_candidates,  which entries may reach it, in row-major order: counted per group, summed, written
+    round_rows         x and W in float16, and what bounds their rounding errors
+    group_maxima       the maxima of groups of GROUP columns of z, and the value that each group reaches for certain
+    threshold_key      a threshold that at least B·k entries of z reach: a radix selection over these values
+    find_candidates,   which entries may reach it, in row-major order: marked per group and counted per row, summed,
+    place_candidates,  written
     write_candidates
     refine             the candidates' values in float32
     threshold_key or   the exact threshold, over the batch or of every row
     row_threshold_keys
     count_kept,        the selected entries, ties to the first, in row-major order
+    place_rows,
     write_kept
 
 Products over the selected entries are row-major (spmm) or feature-major (decode_gradients, spmm_t). A feature with more
@@ -37,14 +40,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from sparse_ops import NOT_FINITE, OVERFLOW, full_precision, not_finite, split
+from sparse_ops import NOT_FINITE, OVERFLOW, full_precision
 
 CHUNK = 64  # entries of a feature that one program sums
-DIGITS = (8, 8, 8, 7)  # bits per round of a radix selection: the 31 bits of a nonnegative float
-W_SCALE = 8.0
-LARGEST = 250.0  # norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504
-ROUND_DOWN = 1 - 2.0**-11  # half a unit in the last place of float16
-SUBNORMAL = 2.0**-24  # the smallest float16: twice the largest rounding error near 0
+DIGITS = (11, 10, 10)  # bits per round of a radix selection: the 31 bits of a nonnegative float
+GROUP = 64  # columns of a group, at most: their candidates are the bits of an int64
+W_SCALE = tl.constexpr(8.0)
+# Norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504.
+LARGEST = tl.constexpr(250.0)
+ROUND_DOWN = tl.constexpr(1 - 2.0**-11)  # half a unit in the last place of float16
+SUBNORMAL = tl.constexpr(2.0**-24)  # the smallest float16: twice the largest rounding error near 0
 
 
 # Selection
@@ -52,74 +57,155 @@ SUBNORMAL = 2.0**-24  # the smallest float16: twice the largest rounding error n
 
 @triton.jit
 def round_rows(
-    source, rounded, norms, scales, d, width, scale, smallest,
-    BY_NORM: tl.constexpr, BLOCK_D: tl.constexpr,
+    source, offset, rounded, norms, scales, d, width, smallest,
+    OF_X: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A scaled row in float16, and the norms of the scaled row, of its rounding error, and of the rounded row.
+    """A scaled row in float16 and five numbers in `norms`: the norms of the scaled row, of its rounding error, and of
+    the rounded row, what is left over of the offset, and the offset.
 
-    BY_NORM: the scale is the power of 2 that makes the norm 8 to 16 (norms below `smallest` count as `smallest`). It is
-    stored in `scales`.
+    A row of x has the power of 2 as its scale that makes its norm 8 to 16 (norms below `smallest` count as `smallest`);
+    times W_SCALE, it is stored in `scales`. The offset of a row of W is written as PARTS numbers behind it, whose sum
+    it is; x has its scale there.
     """
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_D)
     value = tl.load(source + row * d + col, mask=col < d, other=0.0)
-    if BY_NORM:
+    behind = tl.arange(0, 16)
+    parts = tl.zeros([16], tl.float32)
+    left = 0.0
+    size = 0.0
+    if OF_X:
         norm = tl.maximum(tl.sqrt(tl.sum(value * value, axis=0)), smallest)
         exponent = (norm.to(tl.int32, bitcast=True) >> 23) & 255
         scale = ((257 - exponent) << 23).to(tl.float32, bitcast=True)  # 2 ** (3 - (exponent - 127))
-        tl.store(scales + row, scale)
-    value = value * scale
+        tl.store(scales + row, scale * W_SCALE)
+        value = value * scale
+        parts = tl.where(behind < PARTS, scale, 0.0)
+    else:
+        value = value * W_SCALE
+        if PARTS > 0:
+            size = tl.abs(tl.load(offset + row))
+            left = tl.load(offset + row) * W_SCALE
+            for i in tl.static_range(PARTS):
+                part = left.to(tl.float16).to(tl.float32)
+                parts = tl.where(behind == i, part, parts)
+                left -= part
     low = value.to(tl.float16)
     tl.store(rounded + row * width + col, low, mask=col < d)
+    tl.store(rounded + row * width + d + behind, parts.to(tl.float16), mask=d + behind < width)
     low = low.to(tl.float32)
     rest = value - low
-    tl.store(norms + row * 3, tl.sqrt(tl.sum(value * value, axis=0)))
-    tl.store(norms + row * 3 + 1, tl.sqrt(tl.sum(rest * rest, axis=0)))
-    tl.store(norms + row * 3 + 2, tl.sqrt(tl.sum(low * low, axis=0)))
+    tl.store(norms + row * 5, tl.sqrt(tl.sum(value * value, axis=0)))
+    tl.store(norms + row * 5 + 1, tl.sqrt(tl.sum(rest * rest, axis=0)))
+    tl.store(norms + row * 5 + 2, tl.sqrt(tl.sum(low * low, axis=0) + tl.sum(parts * parts, axis=0)))
+    tl.store(norms + row * 5 + 3, tl.abs(left) / W_SCALE)
+    tl.store(norms + row * 5 + 4, size)
 
 
 @triton.jit
-def group_maxima(z, maxima, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+def group_maxima(
+    z, norms, scales, limits, errors, maxima, reached, num_features, num_groups, accumulation,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Per group, the maximum of z, and a value that its largest entry reaches for certain; per row, the bound on the
+    error of z before its last rounding.
+
+    `limits` are the largest `norms` of W; accumulation · ‖x16‖ ‖w16‖ bounds the error of sums of products.
+    """
     row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + row)
+    error = tl.load(norms + row * 5 + 1) * tl.load(limits) + scale * tl.load(limits + 3) + SUBNORMAL
+    error += tl.load(norms + row * 5 + 2) * (tl.load(limits + 1) + accumulation * tl.load(limits + 2))
+    error *= 1 + 1e-4  # for the rounding of the norms
+    tl.store(errors + row, error)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     value = tl.load(z + row * num_features + col, mask=col < num_features, other=-float("inf")).to(tl.float32)
-    tl.store(maxima + row * num_groups + group, tl.max(value, axis=1), mask=group < num_groups)
+    top = tl.max(value, axis=1)
+    at, there = row * num_groups + group, group < num_groups
+    tl.store(maxima + at, top.to(tl.float16), mask=there)
+    tl.store(reached + at, (top * ROUND_DOWN - error) / scale, mask=there)
 
 
 @triton.jit
-def count_candidates(z, maxima, floor, counts, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Per group, the number of entries that reach the floor of their row. Skips groups whose maximum does not."""
+def find_candidates(
+    z, maxima, scales, errors, threshold, stride, hits, counts, num_features, num_groups,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Which entries may reach the threshold of their row, as a bit each in `hits` [B, G], and their number per row.
+    Skips groups whose maximum does not.
+    """
     row = tl.program_id(0).to(tl.int64)
-    level = tl.load(floor + row)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    there = group < num_groups
-    hot = there & (tl.load(maxima + row * num_groups + group, mask=there, other=0.0) >= level)
-    col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = hot[:, None] & (col < num_features)
-    value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
-    count = tl.sum((inside & (value >= level)).to(tl.int32), axis=1)
-    tl.store(counts + row * num_groups + group, count, mask=group < num_groups)
+    level = tl.load(threshold + row * stride).to(tl.float32, bitcast=True)
+    # Rounding is monotone: it costs no margin.
+    level = (level * tl.load(scales + row) - tl.load(errors + row)).to(tl.float16).to(tl.float32)
+    number = tl.arange(0, GROUP)[None, :]
+    count = 0
+    for first in range(0, num_groups, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        at, there = row * num_groups + group, group < num_groups
+        hot = there & (tl.load(maxima + at, mask=there, other=0.0).to(tl.float32) >= level)
+        bits = tl.zeros([BLOCK_G], tl.int64)
+        if tl.max(hot.to(tl.int32), axis=0) > 0:
+            col = group[:, None] * GROUP + number
+            inside = hot[:, None] & (col < num_features)
+            value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
+            hit = inside & (value >= level)
+            bits = tl.sum(hit.to(tl.int64) << number, axis=1)
+            count += tl.sum(tl.sum(hit.to(tl.int32), axis=1), axis=0)
+        tl.store(hits + at, bits, mask=there)
+    tl.store(counts + row, count)
 
 
 @triton.jit
-def write_candidates(
-    z, maxima, floor, ends, cols, capacity, num_features, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr
-):
-    """The columns of the entries that reach the floor, at the places given by the cumulated counts of the groups."""
+def place_candidates(
+    counts, errors, limits, row_offsets, found, failure, num_rows, capacity,
+    NOT_FINITE: tl.constexpr, OVERFLOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: where the candidates of each row begin, how many there are, and what has failed."""
+    total = tl.zeros([], tl.int64)
+    broken = 0
+    tl.store(row_offsets, 0)
+    for first in range(0, num_rows, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        count = tl.load(counts + i, mask=i < num_rows, other=0).to(tl.int64)
+        ends = tl.minimum(total + tl.cumsum(count, axis=0), capacity)
+        tl.store(row_offsets + i + 1, ends.to(tl.int32), mask=i < num_rows)
+        total += tl.sum(count, axis=0)
+        error = tl.load(errors + i, mask=i < num_rows, other=0.0)
+        broken = tl.maximum(broken, tl.max(tl.where(error < float("inf"), 0, 1), axis=0))  # NaN is not less
+    # Whether a product may have overflowed.
+    fits = (tl.load(limits) < LARGEST * W_SCALE) & (tl.load(limits + 4) < LARGEST)
+    total = tl.where(fits, total, 1 << 62)
+    tl.store(found, total)
+    tl.store(failure, (broken * NOT_FINITE + tl.where(total > capacity, OVERFLOW, 0)).to(tl.int64))
+
+
+@triton.jit
+def number_of_bits(bits):
+    bits -= (bits >> 1) & 0x5555555555555555  # sums of neighbouring bits, in the place of both; then of 4 and of 8
+    bits = (bits & 0x3333333333333333) + ((bits >> 2) & 0x3333333333333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((bits * 0x0101010101010101) >> 56).to(tl.int32)
+
+
+@triton.jit
+def write_candidates(hits, row_offsets, cols, capacity, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+    """The columns of a row's candidates."""
     row = tl.program_id(0).to(tl.int64)
-    level = tl.load(floor + row)
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-    there = group < num_groups
-    hot = there & (tl.load(maxima + row * num_groups + group, mask=there, other=0.0) >= level)
-    if tl.max(hot.to(tl.int32), axis=0) > 0:
-        col = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        inside = hot[:, None] & (col < num_features)
-        value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
-        hit = (inside & (value >= level)).to(tl.int32)
-        end = tl.load(ends + row * num_groups + group, mask=hot, other=0)
-        place = (end - tl.sum(hit, axis=1))[:, None] + tl.cumsum(hit, axis=1) - 1
-        tl.store(cols + place, col, mask=(hit > 0) & (place < capacity))
+    place = tl.load(row_offsets + row)
+    for first in range(0, num_groups, BLOCK_G):
+        group = first + tl.arange(0, BLOCK_G)
+        bits = tl.load(hits + row * num_groups + group, mask=group < num_groups, other=0)
+        count = number_of_bits(bits)
+        at = place + tl.cumsum(count, axis=0) - count
+        for _ in range(0, tl.max(count, axis=0)):
+            lowest = bits & -bits
+            number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127  # its exponent
+            tl.store(cols + at, group * GROUP + number, mask=(bits != 0) & (at < capacity))
+            bits ^= lowest
+            at += 1
+        place += tl.sum(count, axis=0)
 
 
 @triton.jit
@@ -255,10 +341,19 @@ def place_rows(counts, state, kept_ties, kept_offsets, num_rows, PER_ROW: tl.con
 @triton.jit
 def write_kept(
     values, cols, offset, margin, row_offsets, state, kept_ties, kept_offsets, out_rows, out_cols, out_values, capacity,
-    PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
+    num_rows, num_features, PER_ROW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of a row above the threshold, and the first kept_ties of those that tie with it."""
+    """The candidates of a row above the threshold, and the first kept_ties of those that tie with it. The programs
+    after the rows write the unused places.
+    """
     row = tl.program_id(0)
+    if row >= num_rows:
+        i = (row - num_rows) * BLOCK + tl.arange(0, BLOCK)
+        unused = (i >= tl.load(kept_offsets + num_rows)) & (i < capacity)
+        tl.store(out_rows + i, tl.zeros_like(i) + num_rows - 1, mask=unused)
+        tl.store(out_cols + i, tl.zeros_like(i) + num_features, mask=unused)
+        tl.store(out_values + i, tl.zeros([BLOCK], tl.float32), mask=unused)
+        return
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     key = tl.load(state + row * 2 * PER_ROW)
     ties = tl.load(kept_ties + row)
@@ -304,77 +399,41 @@ def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int, 
 
 
 class Screen(NamedTuple):
-    """z [B, F] float16: x W_enc + offset times scale [B], and error [B], the bound on its error before its last
-    rounding. broken []: whether anything is not finite. fits []: whether nothing can have overflowed.
+    """z [B, F] float16: x W_enc + offset, times scales [B], and errors [B], the bounds on its error before its last
+    rounding. limits [5]: the largest `norms` of W (round_rows). maxima and reached [B, G]: of group_maxima.
     """
 
     z: torch.Tensor
-    error: torch.Tensor
-    scale: torch.Tensor
-    broken: torch.Tensor
-    fits: torch.Tensor
+    errors: torch.Tensor
+    scales: torch.Tensor
+    limits: torch.Tensor
+    maxima: torch.Tensor
+    reached: torch.Tensor
+    group: int
 
 
-def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None) -> Screen:
+def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None, at_least: int) -> Screen:
     """As sparse_ops.screen, but for the scales and the accumulation term: tensor cores align and truncate what they
-    add, which known models of them keep under twice the bound of float32 sums.
+    add, which known models of them keep under twice the bound of float32 sums. at_least: groups, if there are as many
+    features.
     """
-    W = W_enc.T.contiguous()
+    W, x = W_enc.T.contiguous(), x.contiguous()
     (B, d), num_features = x.shape, len(W)
-    parts = split(offset * W_SCALE, torch.float16) if offset is not None else []
-    width = -(-(d + len(parts)) // 8) * 8  # what tensor cores want
+    parts = 0 if offset is None else 3
+    width = -(-(d + parts) // 8) * 8  # what tensor cores want
     x16, W16 = (torch.empty(n, width, dtype=torch.float16, device=x.device) for n in (B, num_features))
-    x_norms, W_norms = (torch.empty(n, 3, device=x.device) for n in (B, num_features))
-    scale, block = torch.empty(B, device=x.device), dict(BLOCK_D=triton.next_power_of_2(d))
+    x_norms, W_norms = (torch.empty(n, 5, device=x.device) for n in (B, num_features))
+    scales, errors = (torch.empty(B, device=x.device) for _ in range(2))
+    offset = x if offset is None else offset.contiguous()
+    options = dict(PARTS=parts, BLOCK_D=triton.next_power_of_2(d))
     smallest = 1.0 if parts else 2.0**-40  # the offset is scaled as the row is
-    round_rows[(B,)](x.contiguous(), x16, x_norms, scale, d, width, 1.0, smallest, BY_NORM=True, **block)
-    round_rows[(num_features,)](W, W16, W_norms, scale, d, width, W_SCALE, 0.0, BY_NORM=False, **block)
-    if width > d:
-        x16[:, d:], W16[:, d:] = 0, 0
-    fits, left_over = None, SUBNORMAL
-    if parts:
-        x16[:, d : d + len(parts)] = scale[:, None]
-        W16[:, d : d + len(parts)] = torch.stack(parts, 1)
-        left_over = scale * (offset * W_SCALE - sum(part.float() for part in parts)).abs().amax() + SUBNORMAL
-        # Accumulation errors are of the whole product, and so is, rounded up, x16 · δw.
-        x_norms[:, 2] = (x_norms[:, 2].square() + len(parts) * scale.square()).sqrt()
-        W_norms[:, 2] = (W_norms[:, 2].square() + sum(part.float().square() for part in parts)).sqrt()
-        fits = offset.abs().amax() < LARGEST
-    w, dw, w16 = W_norms.amax(0)
-    accumulation = width * 2.0**-22 * w16
-    error = (x_norms[:, 1] * w + x_norms[:, 2] * (dw + accumulation) + left_over) * (1 + 1e-4)
-    fits = w < LARGEST * W_SCALE if fits is None else fits & (w < LARGEST * W_SCALE)
+    round_rows[(B,)](x, offset, x16, x_norms, scales, d, width, smallest, OF_X=True, **options)
+    round_rows[(num_features,)](W, offset, W16, W_norms, scales, d, width, 0.0, OF_X=False, **options)
+    limits = W_norms.amax(0)
     z = torch.empty(B, num_features, dtype=torch.float16, device=x.device)
     with full_precision():
         torch.mm(x16, W16.T, out=z)
-    return Screen(z, error, scale * W_SCALE, not_finite(error.sum()), fits)
-
-
-def candidates(screened: Screen, maxima: torch.Tensor, group: int, floor: torch.Tensor, capacity: int):
-    """The entries that may reach floor [B] or []: (their columns [capacity], row_offsets [B + 1], how many [])."""
-    z = screened.z
-    (B, num_features), num_groups = z.shape, maxima.shape[1]
-    # Rounding is monotone: it costs no margin.
-    floor = (floor * screened.scale - screened.error).to(torch.float16).float()
-    counts = torch.empty(B, num_groups, dtype=torch.int32, device=z.device)
-    cols = torch.empty(capacity, dtype=torch.int32, device=z.device)
-    block = groups_per_program(num_groups)
-    grid, sizes = (B, triton.cdiv(num_groups, block)), dict(GROUP=group, BLOCK_G=block)
-    count_candidates[grid](z, maxima, floor, counts, num_features, num_groups, **sizes)
-    ends = counts.flatten().cumsum(0)
-    write_candidates[grid](z, maxima, floor, ends, cols, capacity, num_features, num_groups, **sizes)
-    row_offsets = F.pad(ends.view(B, num_groups)[:, -1], (1, 0)).clamp(max=capacity).int()
-    return cols, row_offsets, torch.where(screened.fits, ends[-1], 2**62)
-
-
-def groups_per_program(num_groups: int) -> int:
-    return min(32, triton.next_power_of_2(num_groups))
-
-
-def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]:
-    """([B, G] float32: the maxima of groups of neighbouring columns, G ≥ at_least if there are as many; group size)."""
-    B, num_features = z.shape
-    group = 64
+    group = GROUP
     while group > 1 and -(-num_features // group) < at_least:
         group //= 2
     num_groups = -(-num_features // group)
@@ -382,78 +441,100 @@ def maxima_of_groups(z: torch.Tensor, at_least: int) -> tuple[torch.Tensor, int]
         raise ValueError(
             f"batch_size = {B} is too large for {num_features} features on CUDA: at most {2**31 // num_groups}"
         )
-    maxima = torch.empty(B, num_groups, device=z.device)
-    block = groups_per_program(num_groups)
-    group_maxima[(B, triton.cdiv(num_groups, block))](z, maxima, num_features, num_groups, GROUP=group, BLOCK_G=block)
-    return maxima, group
+    maxima, reached = (torch.empty(B, num_groups, dtype=t, device=x.device) for t in (torch.float16, torch.float32))
+    block = min(32, triton.next_power_of_2(num_groups))
+    group_maxima[(B, triton.cdiv(num_groups, block))](
+        z, x_norms, scales, limits, errors, maxima, reached, num_features, num_groups, width * 2.0**-22,
+        GROUP=group, BLOCK_G=block,
+    )  # fmt: skip
+    return Screen(z, errors, scales, limits, maxima, reached, group)
+
+
+class Candidates(NamedTuple):
+    """cols [capacity], row-major, and row_offsets [B + 1]. found []: their number. failure []: of PaddedPattern."""
+
+    cols: torch.Tensor
+    row_offsets: torch.Tensor
+    found: torch.Tensor
+    failure: torch.Tensor
+
+
+def candidates(screened: Screen, threshold: torch.Tensor, capacity: int) -> Candidates:
+    """The entries that may reach the threshold, whose bits are in the first column of [B, 2] int32, or the first of [2]
+    for all rows.
+    """
+    z, errors, scales, limits, maxima, _, group = screened
+    (B, num_features), num_groups = z.shape, maxima.shape[1]
+    hits = torch.empty(B, num_groups, dtype=torch.int64, device=z.device)
+    counts, row_offsets, cols = (torch.empty(n, dtype=torch.int32, device=z.device) for n in (B, B + 1, capacity))
+    found, failure = (torch.empty((), dtype=torch.int64, device=z.device) for _ in range(2))
+    stride, most = 2 * (threshold.ndim - 1), triton.next_power_of_2(num_groups)
+    find_candidates[(B,)](
+        z, maxima, scales, errors, threshold, stride, hits, counts, num_features, num_groups,
+        GROUP=group, BLOCK_G=min(32, most),
+    )  # fmt: skip
+    place_candidates[(1,)](
+        counts, errors, limits, row_offsets, found, failure, B, capacity,
+        NOT_FINITE=NOT_FINITE, OVERFLOW=OVERFLOW, BLOCK=1024,
+    )  # fmt: skip
+    write_candidates[(B,)](hits, row_offsets, cols, capacity, num_groups, GROUP=group, BLOCK_G=min(256, most))
+    return Candidates(cols, row_offsets, found, failure)
 
 
 def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, capacity: int) -> "PaddedPattern":
     """As sparse_ops.select_topk, in arrays of B·k entries. capacity: candidates that there is room for."""
-    B, device = len(x), x.device
-    screened = screen(x, W_enc, None)
-    maxima, group = maxima_of_groups(screened.z, at_least=4 * k)
-    reached = (maxima * ROUND_DOWN - screened.error[:, None]) / screened.scale[:, None]
-    reached_offsets = torch.arange(B + 1, dtype=torch.int32, device=device) * reached.shape[1]
+    B = len(x)
+    screened = screen(x, W_enc, None, at_least=4 * k)
+    reached = screened.reached
     if per_row:
-        t = row_threshold_keys(reached, reached_offsets, k)[:, 0]
+        offsets = torch.arange(0, reached.numel() + 1, reached.shape[1], dtype=torch.int32, device=x.device)
+        t = row_threshold_keys(reached, offsets, k)
     else:
-        t = threshold_key(reached, reached_offsets[-1:], B * k, rounds=3)[:1]
-    t = t.contiguous().view(torch.float32)
-    cols, row_offsets, found = candidates(screened, maxima, group, t, capacity)
-    broken = screened.broken
-    del screened, maxima, reached
-    values = refined(x, W_enc, cols, row_offsets)
+        t = threshold_key(reached, torch.full((1,), reached.numel(), device=x.device), B * k, rounds=2)
+    found = candidates(screened, t, capacity)
+    del screened, reached
+    values = refined(x, W_enc, found)
     if per_row:
-        state = row_threshold_keys(values, row_offsets, k)
+        state = row_threshold_keys(values, found.row_offsets, k)
     else:
-        state = threshold_key(values, row_offsets[-1:], B * k, rounds=4)
-    return kept(values, cols, row_offsets, state, B * k, per_row, W_enc.shape[1], broken, found)
+        state = threshold_key(values, found.row_offsets[-1:], B * k, rounds=3)
+    return kept(values, found, state, B * k, per_row, W_enc.shape[1])
 
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
-    screened = screen(x, W_enc, offset)
-    maxima, group = maxima_of_groups(screened.z, at_least=1)
-    cols, row_offsets, found = candidates(screened, maxima, group, -margin, capacity)
-    broken = screened.broken
-    del screened, maxima
-    values = refined(x, W_enc, cols, row_offsets)
-    state = torch.zeros(2, dtype=torch.int32, device=x.device)
-    offset = offset.contiguous()
-    return kept(values, cols, row_offsets, state, capacity, False, W_enc.shape[1], broken, found, offset, margin)
+    offset, state = offset.contiguous(), torch.full((2,), -margin, device=x.device).view(torch.int32)
+    found = candidates(screen(x, W_enc, offset, at_least=1), state, capacity)
+    return kept(refined(x, W_enc, found), found, state, capacity, False, W_enc.shape[1], offset, margin)
 
 
-def refined(x, W_enc, cols, row_offsets) -> torch.Tensor:
+def refined(x, W_enc, found: Candidates) -> torch.Tensor:
     """[capacity]: x W_enc in float32 at the candidates."""
     d = x.shape[1]
-    values = torch.empty(len(cols), device=x.device)
+    values = torch.empty(len(found.cols), device=x.device)
     block_d = triton.next_power_of_2(d)
-    refine[(len(x),)](x.contiguous(), W_enc.T.contiguous(), row_offsets, cols, values, d, **tile(block_d))
+    args = x.contiguous(), W_enc.T.contiguous(), found.row_offsets, found.cols, values, d
+    refine[(len(x),)](*args, **tile(block_d))
     return values
 
 
 def kept(
-    values, cols, row_offsets, state, length, per_row, num_features, broken, found, offset=None, margin=0.0
+    values, found: Candidates, state, length, per_row, num_features, offset=None, margin=0.0
 ) -> "PaddedPattern":
     """The candidates over the threshold of `state`, or with value + offset > −margin, in arrays of `length` entries."""
-    B, device = len(row_offsets) - 1, values.device
-    above = offset is not None
-    offset = offset if above else values
-    counts = torch.empty(B, 2, dtype=torch.int32, device=device)
-    flags = dict(PER_ROW=int(per_row), ABOVE=above, BLOCK=256)
-    count_kept[(B,)](values, cols, offset, margin, row_offsets, state, counts, **flags)
-    kept_ties, kept_offsets = (torch.empty(n, dtype=torch.int32, device=device) for n in (B, B + 1))
+    B, device, cols = len(found.row_offsets) - 1, values.device, found.cols
+    flags = dict(PER_ROW=int(per_row), ABOVE=offset is not None, BLOCK=256)
+    args = values, cols, values if offset is None else offset, margin, found.row_offsets, state
+    counts, kept_ties, kept_offsets, rows, out_cols = (
+        torch.empty(n, dtype=torch.int32, device=device) for n in ((B, 2), B, B + 1, length, length)
+    )
+    out_values = torch.empty(length, device=device)
+    count_kept[(B,)](*args, counts, **flags)
     place_rows[(1,)](counts, state, kept_ties, kept_offsets, B, PER_ROW=int(per_row), BLOCK=1024)
-    rows = torch.full((length,), B - 1, dtype=torch.int32, device=device)
-    out_cols = torch.full((length,), num_features, dtype=torch.int32, device=device)
-    out_values = torch.zeros(length, device=device)
-    write_kept[(B,)](
-        values, cols, offset, margin, row_offsets, state, kept_ties, kept_offsets, rows, out_cols, out_values, length,
-        **flags,
-    )  # fmt: skip
-    failure = broken * NOT_FINITE + (found > len(cols)) * OVERFLOW
-    return PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, failure, found)
+    write_kept[(B + triton.cdiv(length, 256),)](
+        *args, kept_ties, kept_offsets, rows, out_cols, out_values, length, B, num_features, **flags
+    )
+    return PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, found.failure, found.found)
 
 
 # Products over the entries

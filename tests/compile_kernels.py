@@ -18,24 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton_ops  # noqa: E402
 
-HELPERS = ("order_key", "compare", "chunk_of")  # called by kernels only
-FLOAT16, BFLOAT16, INT64 = ("rounded", "z"), ("parts",), ("order", "ends", "failure")
+HELPERS = ("order_key", "compare", "chunk_of", "number_of_bits")  # called by kernels only
+FLOAT16, BFLOAT16, INT64 = ("rounded", "z", "maxima"), ("parts",), ("order", "failure", "found", "hits")
 INT32 = (
-    "counts", "cols", "row_offsets", "length", "state", "histogram", "kept_ties", "kept_offsets", "out_rows",
+    "counts", "cols", "row_offsets", "length", "threshold", "state", "histogram", "kept_ties", "kept_offsets", "out_rows",
     "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
 )  # fmt: skip
 SIZES = ("d", "width", "num_features", "num_groups", "num_rows", "capacity", "k", "n")
-SIZES += ("num_cols", "row_stride", "part_stride")
+SIZES += ("num_cols", "row_stride", "part_stride", "stride")
 FLOATS = (
     "margin", "beta1", "beta2", "rest1", "rest2", "max_norm", "log2_beta1", "log2_beta2",
-    "scale", "smallest",
+    "accumulation", "smallest",
 )  # fmt: skip
 CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=8, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
-CONSTANTS |= dict(FIRST=True, UNUSED=9, BY_NORM=True, LOW=1)
+CONSTANTS |= dict(FIRST=True, UNUSED=9, OF_X=True, PARTS=3, LOW=1, NOT_FINITE=1, OVERFLOW=2)
 SMALL, LARGE = dict(BLOCK_D=64, BLOCK_N=64, num_warps=4), dict(BLOCK_D=4096, BLOCK_N=1, num_warps=8)
 VARIANTS = {"count_kept": dict(PER_ROW=1, ABOVE=True), "write_kept": dict(PER_ROW=1, ABOVE=True)}
 VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BITS=7), "place_rows": dict(PER_ROW=1)}
-VARIANTS |= {"pick_digit": dict(FIRST=False, BITS=7, UNUSED=0), "round_rows": dict(BY_NORM=False)}
+VARIANTS |= {"pick_digit": dict(FIRST=False, BITS=7, UNUSED=0), "round_rows": dict(OF_X=False)}
 
 
 def kind(name: str, constants: dict) -> str:
