@@ -104,11 +104,7 @@ class BaseAutoencoder(nn.Module):
         x = x.to(self.W_enc)
         if not self.cfg["input_unit_norm"]:
             return x, None, None
-        mean = x.mean(-1, keepdim=True)
-        centred = x - mean
-        # torch.std_mean is several times slower on a CPU.
-        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5
-        return centred / (std + 1e-5), mean, std
+        return sparse_ops.normalise(x)
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
         """[B, d] back in the residual stream's units."""
@@ -204,21 +200,23 @@ class BaseAutoencoder(nn.Module):
         reconstructions = self.reconstructions(acts, pattern)
         reconstruction = reconstructions[-1]
 
-        l2_losses = [F.mse_loss(each, tokens) for each in reconstructions]
+        l2_losses = [sparse_ops.mean_squared_error(each, tokens) for each in reconstructions]
         l2_loss = l2_losses[-1]
         loss = sum(l2_losses[1:], start=l2_losses[0]) / len(l2_losses)
         if wait and not loss.isfinite():
             where = "the loss" if tokens.isfinite().all() else "the activations"
             raise FloatingPointError(f"NaN or infinity in {where}")
-        l1_loss = self.cfg["l1_coeff"] * self.shards.add(self.sparsity(z, acts, pattern)) / len(tokens)
-        loss = loss + l1_loss
+        l1_loss = loss.new_zeros(())
+        if self.cfg["l1_coeff"]:
+            l1_loss = self.cfg["l1_coeff"] * self.shards.add(self.sparsity(z, acts, pattern)) / len(tokens)
+            loss = loss + l1_loss
         with torch.no_grad():
-            num_active, active_features = sparse_ops.count_active(acts, pattern)
+            num_active, total, active_features = sparse_ops.count_active(acts, pattern)
             not_active = torch.where(active_features, 0, self.num_batches_not_active + 1)
             dead = not_active >= self.cfg["n_batches_to_dead"]
             output = {
                 "l0_norm": self.shards.sum(num_active).to(acts.dtype) / len(tokens),
-                "l1_norm": self.shards.sum(acts.sum()) / len(tokens),
+                "l1_norm": self.shards.sum(total) / len(tokens),
                 "num_dead_features": self.shards.sum(dead.sum()),
                 "num_batches_not_active": not_active,
             }
@@ -226,8 +224,7 @@ class BaseAutoencoder(nn.Module):
             output["failure"] = sparse_ops.failure(pattern, loss)
         if self.aux_loss_on_dead_features:
             index = sparse_ops.dead_index(dead, tokens, lambda: self.counts().most_dead)
-            residual = tokens - reconstruction
-            output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, residual, index)
+            output["aux_loss"] = self.aux_loss(tokens, z if pattern is None else None, reconstruction, index)
             loss = loss + output["aux_loss"]
             if not wait:
                 output["failure"] |= (output["num_dead_features"] > len(index)) * sparse_ops.OVERFLOW
@@ -240,13 +237,14 @@ class BaseAutoencoder(nn.Module):
         }
         return output, reconstruction
 
-    def aux_loss(self, x, z: torch.Tensor | None, residual: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """aux_penalty · mean (e − ê)² of the residual e [B, d] and its reconstruction ê from the top_k_aux largest dead
-        features of each row (the paper, section 2, after arXiv 2406.04093). As published, e is not detached.
-        index: the dead features (sparse_ops.dead_index).
+    def aux_loss(self, x, z: torch.Tensor | None, reconstruction: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """aux_penalty · mean (e − ê)² of the residual e = x − reconstruction [B, d] and its own reconstruction ê from
+        the top_k_aux largest dead features of each row (the paper, section 2, after arXiv 2406.04093). As published, e
+        is not detached. index: the dead features (sparse_ops.dead_index).
         """
         if not self.shards.any(len(index) > 0):
-            return residual.new_zeros(())
+            return x.new_zeros(())
+        residual = x - reconstruction
         k, pattern = self.cfg["top_k_aux"], None
         W_dec = sparse_ops.take(self.W_dec, index, 0)
         if z is not None:
@@ -258,8 +256,8 @@ class BaseAutoencoder(nn.Module):
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)
                 acts = sparse_ops.encode(x, b_dec, W_enc, pattern)
-        reconstruction = self.shards.add(sparse_ops.decode(acts, W_dec, pattern))
-        return self.cfg["aux_penalty"] * F.mse_loss(reconstruction, residual)
+        own = self.shards.add(sparse_ops.decode(acts, W_dec, pattern))
+        return self.cfg["aux_penalty"] * sparse_ops.mean_squared_error(own, residual)
 
     known_counts = None  # the Counts, once they have been read for the next step
 
@@ -284,9 +282,15 @@ class BaseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
-        """Store the counters (and thresholds) from a training forward. Does not wait for the device."""
+        """Store a training forward's counters (and thresholds), unless it failed. Does not wait for the device."""
         self.known_counts = None
-        self.num_batches_not_active.copy_(output["num_batches_not_active"])
+        self.num_batches_not_active.copy_(
+            self.unless_failed(output, output["num_batches_not_active"], self.num_batches_not_active)
+        )
+
+    def unless_failed(self, output: dict, value: torch.Tensor, otherwise) -> torch.Tensor:
+        """value, or `otherwise` if the output has a `failure` that is not 0."""
+        return torch.where(output["failure"] == 0, value, otherwise) if "failure" in output else value
 
     @torch.no_grad()
     def make_decoder_weights_and_grad_unit_norm(self) -> None:
@@ -323,7 +327,8 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         if not is_sparse:
             few &= self.batches_until_sparse > 0  # dense at 0 means that there were too many candidates: restart
         left = (self.batches_until_sparse - 1).clamp(min=0)
-        self.batches_until_sparse.copy_(torch.where(few, left, SPARSE_AFTER))
+        left = torch.where(few, left, SPARSE_AFTER)
+        self.batches_until_sparse.copy_(self.unless_failed(output, left, self.batches_until_sparse))
 
     def is_sparse(self) -> bool:
         return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts().until_sparse == 0
@@ -399,10 +404,8 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def update_statistics(self, output):
         super().update_statistics(output)
-        acts = output["feature_acts"].detach()
-        acts = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # padded because there may be no values
-        smallest = self.shards.minimum(sparse_ops.smallest_positive(acts))
-        found = smallest.isfinite()  # a batch without positive activations does not count
+        smallest = self.shards.minimum(sparse_ops.smallest_positive(output["feature_acts"].detach()))
+        found = self.unless_failed(output, smallest < torch.inf, False)  # a batch without activations does not count
         self.threshold_num_batches += found
         weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)

@@ -57,8 +57,10 @@ NOT_FINITE, OVERFLOW = 1, 2  # bits of `failure`, for steps that do not wait for
 class SparsityPattern:
     """Places in a [B, F] matrix, in row-major order: rows [n] and cols [n], int64.
 
-    products [n], where they are known: x W_enc at these places.
+    products [n], where they are known: x W_enc at these places; x [B, d] then holds the inputs.
     """
+
+    x = None
 
     def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int], products=None):
         self.rows, self.cols, self.shape, self.products = rows, cols, shape, products
@@ -95,7 +97,9 @@ class SparsityPattern:
         """The entries where the mask keep [n] is True."""
         index = nonzero(keep)
         rows, cols, products = (of.index_select(0, index) for of in (self.rows, self.cols, self.products))
-        return SparsityPattern(rows, cols, self.shape, products)
+        pattern = SparsityPattern(rows, cols, self.shape, products)
+        pattern.x = self.x
+        return pattern
 
     def by_group(self, ends: list[int]) -> "SparsityPattern":
         """The places in [B·P, F] where row i·P + g has the entries of row i in the g-th of P groups of neighbouring
@@ -155,6 +159,19 @@ def weighted_sums(weights, index, bag_offsets, table):
     return F.embedding_bag(index, table, bag_offsets, mode="sum", per_sample_weights=weights)
 
 
+def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x̂ [..., d], μ [..., 1], σ [..., 1]) of x [..., d]: x̂ = (x − μ)/(σ + 1e-5), σ unbiased over d."""
+    if uses_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
+        import triton_ops
+
+        return triton_ops.normalise(x)
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    # torch.std_mean is several times slower on a CPU.
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5
+    return centred / (std + 1e-5), mean, std
+
+
 # Differentiable operations. `pattern` None means the dense form: all of [B, F].
 
 
@@ -185,19 +202,39 @@ def at_features(vector, pattern=None) -> torch.Tensor:
 
 
 @torch.no_grad()
-def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number [] of positive activations ([B, F], or [n] at the pattern), and the mask [F] of their features."""
+def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The number [] and the sum [] of the positive activations ([B, F], or [n] at the pattern), and the mask [F] of
+    their features.
+    """
     if pattern is None:
-        return acts.sign().sum(-1).sum(dtype=torch.int64), acts.amax(0) > 0
+        return acts.sign().sum(-1).sum(dtype=torch.int64), acts.sum(), acts.amax(0) > 0
+    if uses_kernels(acts):
+        import triton_ops
+
+        return triton_ops.count_active(acts, pattern.cols, pattern.shape[1])
     active, num_features = acts > 0, pattern.shape[1]
     found = torch.zeros(num_features + 1, dtype=torch.bool, device=acts.device)  # the last one is a dummy
-    found.index_fill_(0, torch.where(active, pattern.cols, num_features).long(), True)
-    return active.count_nonzero(), found[:num_features]
+    found.index_fill_(0, torch.where(active, pattern.cols, num_features), True)
+    return active.count_nonzero(), acts.sum(), found[:num_features]
 
 
 def smallest_positive(acts: torch.Tensor) -> torch.Tensor:
-    """[]: the smallest of the positive activations; infinity if there is none."""
-    return F.threshold(acts, 0, torch.inf).amin()
+    """[]: the smallest of the positive activations (strided or sparse); infinity if there is none."""
+    values = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # there may be none, and amin needs one
+    if values.ndim == 1 and uses_kernels(values):
+        import triton_ops
+
+        return triton_ops.smallest_positive(values)
+    return F.threshold(values, 0, torch.inf).amin()
+
+
+def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[]: the mean of (a − b)² of two [B, d]."""
+    if not uses_kernels(a):
+        return F.mse_loss(a, b)
+    import triton_ops
+
+    return triton_ops.MeanSquaredError.apply(a, b)
 
 
 def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor:
@@ -291,7 +328,7 @@ class PreActivation(torch.autograd.Function):
         if b_dec is not None:
             # −Σ_i grad_x_i. Summing over tokens first leaves one product with W_enc instead of B.
             grad_b_dec = -(W_enc @ (grad.sum(0) if pattern is None else pattern.feature_sums(grad)))
-        x = centred(x, b_dec)
+        x = centred(x, b_dec) if pattern is None or pattern.x is None else pattern.x
         grad_W_enc = (matmul(grad.T, x) if pattern is None else pattern.spmm_t(grad, x)).T
         return grad_x, grad_b_dec, grad_W_enc, None
 
@@ -362,7 +399,8 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wai
     pattern = candidates(z, maxima, t - error)
     if pattern is None:
         return None
-    pattern.products = values = pattern.sddmm(x, W_enc.T)
+    pattern.x, pattern.products = x.detach(), pattern.sddmm(x, W_enc.T)
+    values = pattern.products
     keep = topk_mask(values, pattern, k) if per_row else topk_mask(values, None, B * k)
     return pattern.select(keep & (values > 0))
 
@@ -386,7 +424,7 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     pattern = candidates(z, maxima, -margin - error)
     if pattern is None:
         return None
-    pattern.products = pattern.sddmm(x, W_enc.T)
+    pattern.x, pattern.products = x.detach(), pattern.sddmm(x, W_enc.T)
     return pattern.select(pattern.products + offset[pattern.cols] > -margin)
 
 

@@ -216,7 +216,9 @@ class StepGraphs:
         try:
             with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
                 written = scalars(start_step(sae, self.optimizer, x, self.cfg))
-                torch._foreach_copy_(list(output.values()), [written[key] for key in output])
+                for dtype in {value.dtype for value in output.values()}:  # one kernel for all of a type
+                    keys = [key for key, value in output.items() if value.dtype == dtype]
+                    torch._foreach_copy_([output[key] for key in keys], [written[key] for key in keys])
         except RuntimeError as error:
             StepGraphs.memory = None  # the pool is unusable after a failure
             raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
@@ -282,10 +284,7 @@ def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -
     failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
     triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
     output["failure"] = failure
-    before, valid = [buffer.clone() for buffer in sae.buffers()], failure == 0
     sae.update_statistics(output)
-    for buffer, old in zip(sae.buffers(), before):
-        buffer.copy_(torch.where(valid, buffer, old))
 
 
 def share_gradients(sae: BaseAutoencoder, optimizer) -> None:

@@ -498,14 +498,14 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
         state = row_threshold_keys(values, found.row_offsets, k)
     else:
         state = threshold_key(values, found.row_offsets[-1:], B * k, rounds=3)
-    return kept(values, found, state, B * k, per_row, W_enc.shape[1])
+    return kept(x, values, found, state, B * k, per_row, W_enc.shape[1])
 
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
     offset, state = offset.contiguous(), torch.full((2,), -margin, device=x.device).view(torch.int32)
     found = candidates(screen(x, W_enc, offset, at_least=1), state, capacity)
-    return kept(refined(x, W_enc, found), found, state, capacity, False, W_enc.shape[1], offset, margin)
+    return kept(x, refined(x, W_enc, found), found, state, capacity, False, W_enc.shape[1], offset, margin)
 
 
 def refined(x, W_enc, found: Candidates) -> torch.Tensor:
@@ -519,7 +519,7 @@ def refined(x, W_enc, found: Candidates) -> torch.Tensor:
 
 
 def kept(
-    values, found: Candidates, state, length, per_row, num_features, offset=None, margin=0.0
+    x, values, found: Candidates, state, length, per_row, num_features, offset=None, margin=0.0
 ) -> "PaddedPattern":
     """The candidates over the threshold of `state`, or with value + offset > −margin, in arrays of `length` entries."""
     B, device, cols = len(found.row_offsets) - 1, values.device, found.cols
@@ -534,7 +534,9 @@ def kept(
     write_kept[(B + triton.cdiv(length, 256),)](
         *args, kept_ties, kept_offsets, rows, out_cols, out_values, length, B, num_features, **flags
     )
-    return PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, found.failure, found.found)
+    pattern = PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, found.failure, found.found)
+    pattern.x = x.detach()
+    return pattern
 
 
 # Products over the entries
@@ -658,6 +660,7 @@ class PaddedPattern:
     """
 
     is_padded = True
+    x = None
 
     def __init__(self, rows, cols, row_offsets, shape, products, failure, num_candidates):
         self.rows, self.cols, self.row_offsets, self.shape, self.products = rows, cols, row_offsets, shape, products
@@ -668,7 +671,7 @@ class PaddedPattern:
         n = int(self.row_offsets[-1])
         arrays = self.rows[:n], self.cols[:n], self.row_offsets, self.shape, self.products[:n]
         pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
-        pattern.is_padded = False
+        pattern.is_padded, pattern.x = False, self.x
         return pattern
 
     def select(self, keep: torch.Tensor) -> "PaddedPattern":
@@ -678,7 +681,7 @@ class PaddedPattern:
         row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
         arrays = rows, self.cols[index], row_offsets, self.shape, self.products[index]
         pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
-        pattern.is_padded = False
+        pattern.is_padded, pattern.x = False, self.x
         return pattern
 
     def by_group(self, ends: list[int]) -> "PaddedPattern":
@@ -764,6 +767,104 @@ class PaddedPattern:
         return out
 
 
+# Statistics and the loss
+
+
+@triton.jit
+def count_active_kernel(acts, cols, n, counts, sums, mask, BLOCK: tl.constexpr):
+    """Adds the number of positive activations to counts[0], sums them per program, and marks their features."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(acts + i, mask=i < n, other=0.0)
+    active = value > 0
+    tl.atomic_add(counts, tl.sum(active.to(tl.int32), axis=0))
+    tl.store(sums + tl.program_id(0), tl.sum(value, axis=0))
+    tl.store(mask + tl.load(cols + i, mask=active, other=0), tl.full([BLOCK], 1, tl.int8), mask=active)
+
+
+def count_active(acts, cols, num_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """sparse_ops.count_active of activations [n] of the features cols [n]."""
+    numbers = torch.zeros(4 + num_features, dtype=torch.int8, device=acts.device)
+    count, found = numbers[:4].view(torch.int32), numbers[4:].view(torch.bool)
+    n, block = len(acts), 1024
+    sums = torch.empty(triton.cdiv(n, block), device=acts.device)
+    if n:
+        count_active_kernel[(len(sums),)](acts.contiguous(), cols, n, count, sums, numbers[4:], BLOCK=block)
+    return count[0], sums.sum(), found
+
+
+@triton.jit
+def smallest_positive_kernel(values, n, minima, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + i, mask=i < n, other=0.0)
+    tl.store(minima + tl.program_id(0), tl.min(tl.where(value > 0, value, float("inf")), axis=0))
+
+
+def smallest_positive(values: torch.Tensor) -> torch.Tensor:
+    """sparse_ops.smallest_positive of at least one value [n]."""
+    block = 1024
+    smallest = torch.empty(triton.cdiv(len(values), block), device=values.device)
+    smallest_positive_kernel[(len(smallest),)](values.contiguous(), len(values), smallest, BLOCK=block)
+    return smallest.amin()
+
+
+@triton.jit
+def squared_error_kernel(a, b, n, sums, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    error = tl.load(a + i, mask=i < n, other=0.0) - tl.load(b + i, mask=i < n, other=0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(error * error, axis=0))
+
+
+@triton.jit
+def squared_error_gradient_kernel(a, b, n, grad, factor, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    error = tl.load(a + i, mask=i < n, other=0.0) - tl.load(b + i, mask=i < n, other=0.0)
+    tl.store(out + i, error * (factor * tl.load(grad)), mask=i < n)
+
+
+class MeanSquaredError(torch.autograd.Function):
+    """sparse_ops.mean_squared_error, in one pass forward and one backward."""
+
+    BLOCK = 4096
+
+    @staticmethod
+    def forward(ctx, a, b):
+        a, b = a.contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        n, block = a.numel(), MeanSquaredError.BLOCK
+        sums = torch.empty(triton.cdiv(n, block), device=a.device)
+        squared_error_kernel[(len(sums),)](a, b, n, sums, BLOCK=block)
+        return sums.sum() / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        (a, b), block = ctx.saved_tensors, MeanSquaredError.BLOCK
+        n, out = a.numel(), torch.empty_like(a)
+        squared_error_gradient_kernel[(triton.cdiv(n, block),)](a, b, n, grad, 2 / n, out, BLOCK=block)
+        return out, -out if ctx.needs_input_grad[1] else None
+
+
+@triton.jit
+def normalise_rows(x, out, means, stds, d, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    value = tl.load(x + row * d + col, mask=col < d, other=0.0)
+    mean = tl.sum(value, axis=0) / d
+    value = tl.where(col < d, value - mean, 0.0)
+    std = tl.sqrt(tl.sum(value * value, axis=0) / (d - 1))
+    tl.store(out + row * d + col, value / (std + 1e-5), mask=col < d)
+    tl.store(means + row, mean)
+    tl.store(stds + row, std)
+
+
+def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """sparse_ops.normalise."""
+    *shape, d = x.shape
+    out, mean, std = (torch.empty(*shape, n, device=x.device) for n in (d, 1, 1))
+    if mean.numel():
+        normalise_rows[(mean.numel(),)](x.contiguous(), out, mean, std, d, BLOCK_D=triton.next_power_of_2(d))
+    return out, mean, std
+
+
 # The update of the weights
 
 
@@ -828,8 +929,7 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     log2_betas = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
     adam_scales[(1,)](norm, failure, steps[0], lr, scales, max_grad_norm, *log2_betas)
-    for step in steps[1:]:
-        step.copy_(steps[0])
+    torch._foreach_copy_(steps, steps[:1] * len(steps))
     for p, state in zip(parameters, states):
         d = p.shape[1] if p.ndim == 2 else min(len(p), 1024)
         adam_rows[(triton.cdiv(p.numel(), d),)](

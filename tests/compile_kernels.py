@@ -21,14 +21,14 @@ import triton_ops  # noqa: E402
 HELPERS = ("order_key", "compare", "chunk_of", "number_of_bits")  # called by kernels only
 FLOAT16, BFLOAT16, INT64 = ("rounded", "z", "maxima"), ("parts",), ("order", "failure", "found", "hits")
 INT32 = (
-    "counts", "cols", "row_offsets", "length", "threshold", "state", "histogram", "kept_ties", "kept_offsets", "out_rows",
-    "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
+    "counts", "cols", "row_offsets", "length", "threshold", "state", "histogram", "kept_ties", "kept_offsets",
+    "out_rows", "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
 )  # fmt: skip
 SIZES = ("d", "width", "num_features", "num_groups", "num_rows", "capacity", "k", "n")
 SIZES += ("num_cols", "row_stride", "part_stride", "stride")
 FLOATS = (
     "margin", "beta1", "beta2", "rest1", "rest2", "max_norm", "log2_beta1", "log2_beta2",
-    "accumulation", "smallest",
+    "accumulation", "smallest", "factor",
 )  # fmt: skip
 CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=8, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
 CONSTANTS |= dict(FIRST=True, UNUSED=9, OF_X=True, PARTS=3, LOW=1, NOT_FINITE=1, OVERFLOW=2)
@@ -47,6 +47,8 @@ def kind(name: str, constants: dict) -> str:
         return "fp32"
     if name in FLOAT16 + BFLOAT16:
         return "*fp16" if name in FLOAT16 else "*bf16"
+    if name == "mask":
+        return "*i8"
     return "*i64" if name in INT64 else "*i32" if name in INT32 else "*fp32"
 
 
@@ -58,8 +60,6 @@ def main() -> None:
             options = {"num_warps": constants.pop("num_warps")}
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
             signature = {key: kind(key, constants) for key in kernel.arg_names}
-            if name == "mask_kept":
-                signature["mask"] = "*i8"
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             for capability in (80, 90):
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
