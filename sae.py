@@ -96,15 +96,17 @@ class BaseAutoencoder(nn.Module):
 
     # What they share
 
-    def preprocess_input(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def preprocess_input(
+        self, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d.
 
-        x may have any device and float dtype; the results have the SAE's.
+        x may have any device and float dtype; the results have the SAE's. x̂ is written to `out` if that is given.
         """
         x = x.to(self.W_enc)
         if not self.cfg["input_unit_norm"]:
-            return x, None, None
-        return sparse_ops.normalise(x)
+            return x if out is None else out.copy_(x), None, None
+        return sparse_ops.normalise(x, out)
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
         """[B, d] back in the residual stream's units."""

@@ -159,17 +159,19 @@ def weighted_sums(weights, index, bag_offsets, table):
     return F.embedding_bag(index, table, bag_offsets, mode="sum", per_sample_weights=weights)
 
 
-def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(x̂ [..., d], μ [..., 1], σ [..., 1]) of x [..., d]: x̂ = (x − μ)/(σ + 1e-5), σ unbiased over d."""
+def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x̂ [..., d], μ [..., 1], σ [..., 1]) of x [..., d]: x̂ = (x − μ)/(σ + 1e-5), σ unbiased over d. x̂ is written to
+    `out` if that is given.
+    """
     if uses_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
         import triton_ops
 
-        return triton_ops.normalise(x)
+        return triton_ops.normalise(x, out)
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
     # torch.std_mean is several times slower on a CPU.
     std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (x.shape[-1] - 1) ** 0.5
-    return centred / (std + 1e-5), mean, std
+    return torch.div(centred, std + 1e-5, out=out), mean, std
 
 
 # Differentiable operations. `pattern` None means the dense form: all of [B, F].

@@ -111,10 +111,9 @@ def normalised(saes: list[BaseAutoencoder], x: torch.Tensor) -> list[torch.Tenso
     for sae in saes:
         key = "batch" if sae.cfg["input_unit_norm"] else "unnormalised batch", sae.W_enc.dtype, sae.W_enc.device
         if key not in found:
-            found[key] = sae.preprocess_input(x)[0]
-            if sae.W_enc.is_cuda:
-                name, dtype, device = key
-                found[key] = sparse_ops.scratch(name, x.shape, dtype, device).copy_(found[key])
+            name, dtype, device = key
+            out = sparse_ops.scratch(name, x.shape, dtype, device) if sae.W_enc.is_cuda else None
+            found[key] = sae.preprocess_input(x, out)[0]
         inputs.append(found[key])
     return inputs
 
@@ -174,7 +173,8 @@ class StepGraphs:
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
         self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
-        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graph, learning rate and output
+        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graph and output
+        self.rate, self.lr = None, None  # the learning rate that is in lr []; the graphs read it
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
         """scalars(start_step(…)). On CUDA, inputs x of the same shape must be at the same address."""
@@ -197,22 +197,26 @@ class StepGraphs:
             return dict(output)
         if form not in self.recorded:
             self.recorded[form] = self.record(x, stream, self.seen[form])
-        graph, lr, output = self.recorded[form]
-        lr.fill_(optimizer.param_groups[0]["lr"])
+        graph, output = self.recorded[form]
+        rate = optimizer.param_groups[0]["lr"]
+        if rate != self.rate:
+            self.rate = rate
+            self.lr.fill_(rate)
         graph.replay()
         return dict(output)
 
-    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, dict]:
-        """Returns the graph, the learning rate [] that it reads, and the scalars that it writes, allocated like `like`.
+    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, dict]:
+        """Returns the graph and the scalars that it writes, allocated like `like`.
 
         The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
         """
         sae, group = self.sae, self.optimizer.param_groups[0]
-        graph, lr, rate = torch.cuda.CUDAGraph(), torch.zeros((), device=x.device), group["lr"]
+        graph, rate = torch.cuda.CUDAGraph(), group["lr"]
+        self.lr = torch.zeros((), device=x.device) if self.lr is None else self.lr
         output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # torch cannot free cached memory while it records
-        group["lr"] = lr
+        group["lr"] = self.lr
         try:
             with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
                 written = scalars(start_step(sae, self.optimizer, x, self.cfg))
@@ -224,14 +228,14 @@ class StepGraphs:
             raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
         finally:
             group["lr"] = rate
-        return graph, lr, output
+        return graph, output
 
 
 @sparse_ops.sae_arithmetic
 def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
     """Like training_step, but for normalised inputs x, and on CUDA the host does not wait for the device unless `wait`
-    is set. If output["failure"] is not 0, nothing has changed, and the step must be repeated with wait=True
-    (read_failures).
+    is set. The output then has the `status` [3]: the failure, and the Counts for the next step. If the failure is not
+    0, nothing has changed, and the step must be repeated with wait=True (read_failures).
     """
     with one_core_if_small(cfg):
         output = sae.forward_normalised(x, wait)[0]
@@ -243,7 +247,7 @@ def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
             sae.update_statistics(output)
     optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
     clear_gradients(sae, optimizer)
-    if wait and output.pop("failure", 0):
+    if wait and "status" in output and output.pop("status")[0]:
         raise FloatingPointError("NaN or infinity in the gradient")
     return output
 
@@ -274,8 +278,8 @@ def gradient_norm(sae: BaseAutoencoder) -> torch.Tensor:
 
 
 def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
-    """update_weights and update_statistics with the kernels of triton_ops.py. If the step failed, output["failure"] is
-    not 0 and nothing changes.
+    """update_weights and update_statistics with the kernels of triton_ops.py. Nothing changes if the step failed. Adds
+    the `status`.
     """
     import triton_ops
 
@@ -285,6 +289,7 @@ def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -
     triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
     output["failure"] = failure
     sae.update_statistics(output)
+    output["status"] = torch.cat([output.pop("failure")[None], sae.counts_on_device()])
 
 
 def share_gradients(sae: BaseAutoencoder, optimizer) -> None:
@@ -304,18 +309,19 @@ def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[
 
     Waits for the device once.
     """
-    queued = [i for i, output in enumerate(outputs) if isinstance(output, dict) and "failure" in output]
-    read = [torch.cat([outputs[i]["failure"][None], saes[i].counts_on_device()]) for i in queued]
+    queued = [i for i, output in enumerate(outputs) if isinstance(output, dict) and "status" in output]
+    read = [outputs[i].pop("status") for i in queued]
     failed = [False] * len(outputs)
     for i, (failure, *counts) in zip(queued, torch.stack(read).tolist() if read else []):
-        del outputs[i]["failure"]
         failed[i], saes[i].known_counts = failure != 0, Counts(*counts)
     return failed
 
 
 def scalars(output: dict) -> dict:
-    """The scalars of a forward's output, still on the device. The rest would keep [B, F] of every SAE in memory."""
-    return {key: value.detach() for key, value in output.items() if value.ndim == 0}
+    """The scalars of a step's output, and its status, still on the device. The rest would keep [B, F] of every SAE in
+    memory.
+    """
+    return {key: value.detach() for key, value in output.items() if value.ndim == 0 or key == "status"}
 
 
 def as_output(numbers: dict) -> dict:

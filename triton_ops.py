@@ -43,7 +43,7 @@ import triton.language as tl
 from sparse_ops import NOT_FINITE, OVERFLOW, full_precision
 
 CHUNK = 64  # entries of a feature that one program sums
-DIGITS = (11, 10, 10)  # bits per round of a radix selection: the 31 bits of a nonnegative float
+DIGITS = (8, 8, 8, 7)  # bits per round of a radix selection: the 31 bits of a nonnegative float
 GROUP = 64  # columns of a group, at most: their candidates are the bits of an int64
 W_SCALE = tl.constexpr(8.0)
 # Norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504.
@@ -57,11 +57,11 @@ SUBNORMAL = tl.constexpr(2.0**-24)  # the smallest float16: twice the largest ro
 
 @triton.jit
 def round_rows(
-    source, offset, rounded, norms, scales, d, width, smallest,
+    source, offset, rounded, norms, scales, n, d, width, smallest,
     OF_X: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A scaled row in float16 and five numbers in `norms`: the norms of the scaled row, of its rounding error, and of
-    the rounded row, what is left over of the offset, and the offset.
+    """A scaled row in float16 and five numbers in `norms` [5, n]: the norms of the scaled row, of its rounding error,
+    and of the rounded row, what is left over of the offset, and the offset.
 
     A row of x has the power of 2 as its scale that makes its norm 8 to 16 (norms below `smallest` count as `smallest`);
     times W_SCALE, it is stored in `scales`. The offset of a row of W is written as PARTS numbers behind it, whose sum
@@ -95,16 +95,16 @@ def round_rows(
     tl.store(rounded + row * width + d + behind, parts.to(tl.float16), mask=d + behind < width)
     low = low.to(tl.float32)
     rest = value - low
-    tl.store(norms + row * 5, tl.sqrt(tl.sum(value * value, axis=0)))
-    tl.store(norms + row * 5 + 1, tl.sqrt(tl.sum(rest * rest, axis=0)))
-    tl.store(norms + row * 5 + 2, tl.sqrt(tl.sum(low * low, axis=0) + tl.sum(parts * parts, axis=0)))
-    tl.store(norms + row * 5 + 3, tl.abs(left) / W_SCALE)
-    tl.store(norms + row * 5 + 4, size)
+    tl.store(norms + row, tl.sqrt(tl.sum(value * value, axis=0)))
+    tl.store(norms + n + row, tl.sqrt(tl.sum(rest * rest, axis=0)))
+    tl.store(norms + 2 * n + row, tl.sqrt(tl.sum(low * low, axis=0) + tl.sum(parts * parts, axis=0)))
+    tl.store(norms + 3 * n + row, tl.abs(left) / W_SCALE)
+    tl.store(norms + 4 * n + row, size)
 
 
 @triton.jit
 def group_maxima(
-    z, norms, scales, limits, errors, maxima, reached, num_features, num_groups, accumulation,
+    z, norms, scales, limits, errors, maxima, reached, num_rows, num_features, num_groups, accumulation,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Per group, the maximum of z, and a value that its largest entry reaches for certain; per row, the bound on the
@@ -114,8 +114,8 @@ def group_maxima(
     """
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(scales + row)
-    error = tl.load(norms + row * 5 + 1) * tl.load(limits) + scale * tl.load(limits + 3) + SUBNORMAL
-    error += tl.load(norms + row * 5 + 2) * (tl.load(limits + 1) + accumulation * tl.load(limits + 2))
+    error = tl.load(norms + num_rows + row) * tl.load(limits) + scale * tl.load(limits + 3) + SUBNORMAL
+    error += tl.load(norms + 2 * num_rows + row) * (tl.load(limits + 1) + accumulation * tl.load(limits + 2))
     error *= 1 + 1e-4  # for the rounding of the norms
     tl.store(errors + row, error)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -129,31 +129,35 @@ def group_maxima(
 
 @triton.jit
 def find_candidates(
-    z, maxima, scales, errors, threshold, stride, hits, counts, num_features, num_groups,
-    GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
+    z, maxima, scales, errors, threshold, stride, groups, hits, num_hot, counts, num_features, num_groups,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which entries may reach the threshold of their row, as a bit each in `hits` [B, G], and their number per row.
-    Skips groups whose maximum does not.
+    """Which entries may reach the threshold of their row. In `groups` [B, G] the numbers of the groups whose maximum
+    does, in `hits` [B, G] their entries, as a bit each; and per row, the number of such groups and of such entries.
     """
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(threshold + row * stride).to(tl.float32, bitcast=True)
     # Rounding is monotone: it costs no margin.
     level = (level * tl.load(scales + row) - tl.load(errors + row)).to(tl.float16).to(tl.float32)
-    number = tl.arange(0, GROUP)[None, :]
-    count = 0
+    n = 0
     for first in range(0, num_groups, BLOCK_G):
         group = first + tl.arange(0, BLOCK_G)
-        at, there = row * num_groups + group, group < num_groups
-        hot = there & (tl.load(maxima + at, mask=there, other=0.0).to(tl.float32) >= level)
-        bits = tl.zeros([BLOCK_G], tl.int64)
-        if tl.max(hot.to(tl.int32), axis=0) > 0:
-            col = group[:, None] * GROUP + number
-            inside = hot[:, None] & (col < num_features)
-            value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
-            hit = inside & (value >= level)
-            bits = tl.sum(hit.to(tl.int64) << number, axis=1)
-            count += tl.sum(tl.sum(hit.to(tl.int32), axis=1), axis=0)
-        tl.store(hits + at, bits, mask=there)
+        there = group < num_groups
+        hot = there & (tl.load(maxima + row * num_groups + group, mask=there, other=0.0).to(tl.float32) >= level)
+        tl.store(groups + row * num_groups + n + tl.cumsum(hot.to(tl.int32), axis=0) - 1, group, mask=hot)
+        n += tl.sum(hot.to(tl.int32), axis=0)
+    tl.debug_barrier()  # other threads of the program read what is stored above
+    number = tl.arange(0, GROUP)[None, :]
+    count = 0
+    for first in range(0, n, BLOCK_N):
+        i = first + tl.arange(0, BLOCK_N)
+        col = tl.load(groups + row * num_groups + i, mask=i < n, other=0)[:, None] * GROUP + number
+        inside = (i < n)[:, None] & (col < num_features)
+        value = tl.load(z + row * num_features + col, mask=inside, other=-float("inf")).to(tl.float32)
+        hit = inside & (value >= level)
+        tl.store(hits + row * num_groups + i, tl.sum(hit.to(tl.int64) << number, axis=1), mask=i < n)
+        count += tl.sum(tl.sum(hit.to(tl.int32), axis=1), axis=0)
+    tl.store(num_hot + row, n)
     tl.store(counts + row, count)
 
 
@@ -190,13 +194,17 @@ def number_of_bits(bits):
 
 
 @triton.jit
-def write_candidates(hits, row_offsets, cols, capacity, num_groups, GROUP: tl.constexpr, BLOCK_G: tl.constexpr):
+def write_candidates(
+    groups, hits, num_hot, row_offsets, cols, capacity, num_groups, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
     """The columns of a row's candidates."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(row_offsets + row)
-    for first in range(0, num_groups, BLOCK_G):
-        group = first + tl.arange(0, BLOCK_G)
-        bits = tl.load(hits + row * num_groups + group, mask=group < num_groups, other=0)
+    n = tl.load(num_hot + row)
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        group = tl.load(groups + row * num_groups + i, mask=i < n, other=0)
+        bits = tl.load(hits + row * num_groups + i, mask=i < n, other=0)
         count = number_of_bits(bits)
         at = place + tl.cumsum(count, axis=0) - count
         for _ in range(0, tl.max(count, axis=0)):
@@ -380,7 +388,7 @@ def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: in
     fewer than k values are positive.
     """
     state, histogram = torch.zeros(2 + (1 << max(DIGITS)), dtype=torch.int32, device=values.device).tensor_split((2,))
-    shift, block = 31, 4096
+    shift, block = 31, 2048
     for i, bits in enumerate(DIGITS[:rounds]):
         shift -= bits
         count_digits[(triton.cdiv(values.numel(), block),)](
@@ -394,7 +402,7 @@ def threshold_key(values: torch.Tensor, length: torch.Tensor, k: int, rounds: in
 def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int, block: int = 256) -> torch.Tensor:
     """[B, 2] int32: for each row what threshold_key gives. block: entries of a row that are read at once."""
     state = torch.empty(len(row_offsets) - 1, 2, dtype=torch.int32, device=values.device)
-    row_keys_kernel[(len(state),)](values, row_offsets, k, state, BLOCK=block)
+    row_keys_kernel[(len(state),)](values, row_offsets, k, state, BLOCK=block, num_warps=1 if block <= 256 else 4)
     return state
 
 
@@ -422,14 +430,14 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None, at
     parts = 0 if offset is None else 3
     width = -(-(d + parts) // 8) * 8  # what tensor cores want
     x16, W16 = (torch.empty(n, width, dtype=torch.float16, device=x.device) for n in (B, num_features))
-    x_norms, W_norms = (torch.empty(n, 5, device=x.device) for n in (B, num_features))
+    x_norms, W_norms = (torch.empty(5, n, device=x.device) for n in (B, num_features))
     scales, errors = (torch.empty(B, device=x.device) for _ in range(2))
     offset = x if offset is None else offset.contiguous()
     options = dict(PARTS=parts, BLOCK_D=triton.next_power_of_2(d))
     smallest = 1.0 if parts else 2.0**-40  # the offset is scaled as the row is
-    round_rows[(B,)](x, offset, x16, x_norms, scales, d, width, smallest, OF_X=True, **options)
-    round_rows[(num_features,)](W, offset, W16, W_norms, scales, d, width, 0.0, OF_X=False, **options)
-    limits = W_norms.amax(0)
+    round_rows[(B,)](x, offset, x16, x_norms, scales, B, d, width, smallest, OF_X=True, **options)
+    round_rows[(num_features,)](W, offset, W16, W_norms, scales, num_features, d, width, 0.0, OF_X=False, **options)
+    limits = W_norms.amax(1)
     z = torch.empty(B, num_features, dtype=torch.float16, device=x.device)
     with full_precision():
         torch.mm(x16, W16.T, out=z)
@@ -442,9 +450,9 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None, at
             f"batch_size = {B} is too large for {num_features} features on CUDA: at most {2**31 // num_groups}"
         )
     maxima, reached = (torch.empty(B, num_groups, dtype=t, device=x.device) for t in (torch.float16, torch.float32))
-    block = min(32, triton.next_power_of_2(num_groups))
+    block = min(64, triton.next_power_of_2(num_groups))
     group_maxima[(B, triton.cdiv(num_groups, block))](
-        z, x_norms, scales, limits, errors, maxima, reached, num_features, num_groups, width * 2.0**-22,
+        z, x_norms, scales, limits, errors, maxima, reached, B, num_features, num_groups, width * 2.0**-22,
         GROUP=group, BLOCK_G=block,
     )  # fmt: skip
     return Screen(z, errors, scales, limits, maxima, reached, group)
@@ -466,18 +474,21 @@ def candidates(screened: Screen, threshold: torch.Tensor, capacity: int) -> Cand
     z, errors, scales, limits, maxima, _, group = screened
     (B, num_features), num_groups = z.shape, maxima.shape[1]
     hits = torch.empty(B, num_groups, dtype=torch.int64, device=z.device)
-    counts, row_offsets, cols = (torch.empty(n, dtype=torch.int32, device=z.device) for n in (B, B + 1, capacity))
+    groups, num_hot, counts, row_offsets, cols = (
+        torch.empty(n, dtype=torch.int32, device=z.device) for n in ((B, num_groups), B, B, B + 1, capacity)
+    )
     found, failure = (torch.empty((), dtype=torch.int64, device=z.device) for _ in range(2))
-    stride, most = 2 * (threshold.ndim - 1), triton.next_power_of_2(num_groups)
+    stride = 2 * (threshold.ndim - 1)
     find_candidates[(B,)](
-        z, maxima, scales, errors, threshold, stride, hits, counts, num_features, num_groups,
-        GROUP=group, BLOCK_G=min(32, most),
+        z, maxima, scales, errors, threshold, stride, groups, hits, num_hot, counts, num_features, num_groups,
+        GROUP=group, BLOCK_G=min(256, triton.next_power_of_2(num_groups)), BLOCK_N=16,
     )  # fmt: skip
     place_candidates[(1,)](
         counts, errors, limits, row_offsets, found, failure, B, capacity,
         NOT_FINITE=NOT_FINITE, OVERFLOW=OVERFLOW, BLOCK=1024,
     )  # fmt: skip
-    write_candidates[(B,)](hits, row_offsets, cols, capacity, num_groups, GROUP=group, BLOCK_G=min(256, most))
+    args = groups, hits, num_hot, row_offsets, cols, capacity, num_groups
+    write_candidates[(B,)](*args, GROUP=group, BLOCK=64, num_warps=1)
     return Candidates(cols, row_offsets, found, failure)
 
 
@@ -490,14 +501,14 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
         offsets = torch.arange(0, reached.numel() + 1, reached.shape[1], dtype=torch.int32, device=x.device)
         t = row_threshold_keys(reached, offsets, k)
     else:
-        t = threshold_key(reached, torch.full((1,), reached.numel(), device=x.device), B * k, rounds=2)
+        t = threshold_key(reached, torch.full((1,), reached.numel(), device=x.device), B * k, rounds=3)
     found = candidates(screened, t, capacity)
     del screened, reached
     values = refined(x, W_enc, found)
     if per_row:
         state = row_threshold_keys(values, found.row_offsets, k)
     else:
-        state = threshold_key(values, found.row_offsets[-1:], B * k, rounds=3)
+        state = threshold_key(values, found.row_offsets[-1:], B * k, rounds=4)
     return kept(x, values, found, state, B * k, per_row, W_enc.shape[1])
 
 
@@ -622,17 +633,18 @@ def encode_gradients_kernel(
 
 
 @triton.jit
-def add_extra_chunks(extra_offsets, grad_W, d, num_features, BLOCK_D: tl.constexpr):
-    """Adds to a feature's first part the other parts, in order."""
-    feature = tl.program_id(0).to(tl.int64)
-    start, end = tl.load(extra_offsets + feature), tl.load(extra_offsets + feature + 1)
-    if start < end:
-        o = tl.arange(0, BLOCK_D)
-        total = tl.load(grad_W + feature * d + o, mask=o < d, other=0.0)
-        for extra in range(start, end):
-            part = (num_features + extra).to(tl.int64)
-            total += tl.load(grad_W + part * d + o, mask=o < d, other=0.0)
-        tl.store(grad_W + feature * d + o, total, mask=o < d)
+def add_extra_chunks(extra_offsets, extra_feature, grad_W, d, num_features, BLOCK_D: tl.constexpr):
+    """Adds to a feature's first part the other parts, in order, in the program of the first of these."""
+    number = tl.program_id(0)
+    feature = tl.load(extra_feature + number).to(tl.int64)
+    if feature < num_features:
+        if tl.load(extra_offsets + feature) == number:
+            o = tl.arange(0, BLOCK_D)
+            total = tl.load(grad_W + feature * d + o, mask=o < d, other=0.0)
+            for extra in range(number, tl.load(extra_offsets + feature + 1)):
+                part = (num_features + extra).to(tl.int64)
+                total += tl.load(grad_W + part * d + o, mask=o < d, other=0.0)
+            tl.store(grad_W + feature * d + o, total, mask=o < d)
 
 
 @triton.jit
@@ -725,7 +737,7 @@ class PaddedPattern:
         out = torch.empty(self.shape[0], d, device=values.device)
         block_d = min(256, triton.next_power_of_2(d))
         spmm_kernel[(self.shape[0], triton.cdiv(d, block_d))](
-            values.contiguous(), self.row_offsets, self.cols, table, out, d, BLOCK_D=block_d, BLOCK_N=8
+            values.contiguous(), self.row_offsets, self.cols, table, out, d, BLOCK_D=block_d, BLOCK_N=4, num_warps=1
         )
         return out
 
@@ -735,29 +747,32 @@ class PaddedPattern:
         grad_values = torch.zeros_like(values)
         grad_W = self.gradient_buffer(W_dec.shape[1])
         args = values.contiguous(), rows, order, *features, W_dec.contiguous(), grad.contiguous(), grad_values, grad_W
-        self.over_chunks(decode_gradients_kernel, *args)
+        block_d = triton.next_power_of_2(W_dec.shape[1])
+        options = dict(BLOCK_D=block_d, BLOCK_N=max(1, 2048 // block_d), num_warps=max(1, block_d // 1024))
+        self.over_chunks(decode_gradients_kernel, options, *args)
         return grad_values, grad_W[: self.shape[1]]
 
     def spmm_t(self, values, x) -> torch.Tensor:
         """[F, d]: per feature Σ value · x[row]."""
         order, rows, *features = self.by_feature
         grad_W = self.gradient_buffer(x.shape[1])
-        self.over_chunks(encode_gradients_kernel, values.contiguous(), rows, order, *features, x.contiguous(), grad_W)
+        args = values.contiguous(), rows, order, *features, x.contiguous(), grad_W
+        self.over_chunks(encode_gradients_kernel, tile(triton.next_power_of_2(x.shape[1])), *args)
         return grad_W[: self.shape[1]]
 
     def gradient_buffer(self, d: int) -> torch.Tensor:
         return torch.empty(self.shape[1] + len(self.cols) // CHUNK, d, device=self.cols.device)
 
-    def over_chunks(self, kernel, *args) -> None:
+    def over_chunks(self, kernel, options: dict, *args) -> None:
         """Run a feature-major kernel over all chunks of all features, and sum the chunks of each feature."""
         grad_W, num_features = args[-1], self.shape[1]
-        d, extra_offsets = grad_W.shape[1], self.by_feature[3]
+        d, (extra_offsets, extra_feature) = grad_W.shape[1], self.by_feature[3:]
         block_d = triton.next_power_of_2(d)
-        kernel[(len(grad_W),)](
-            *args, d, num_features,
-            CHUNK=CHUNK, **tile(block_d),
-        )  # fmt: skip
-        add_extra_chunks[(num_features,)](extra_offsets, grad_W, d, num_features, BLOCK_D=block_d)
+        kernel[(len(grad_W),)](*args, d, num_features, CHUNK=CHUNK, **options)
+        if len(extra_feature):
+            add_extra_chunks[(len(extra_feature),)](
+                extra_offsets, extra_feature, grad_W, d, num_features, BLOCK_D=block_d
+            )
 
     def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
         """[F]: per feature Σ value."""
@@ -785,7 +800,7 @@ def count_active(acts, cols, num_features: int) -> tuple[torch.Tensor, torch.Ten
     """sparse_ops.count_active of activations [n] of the features cols [n]."""
     numbers = torch.zeros(4 + num_features, dtype=torch.int8, device=acts.device)
     count, found = numbers[:4].view(torch.int32), numbers[4:].view(torch.bool)
-    n, block = len(acts), 1024
+    n, block = len(acts), 256
     sums = torch.empty(triton.cdiv(n, block), device=acts.device)
     if n:
         count_active_kernel[(len(sums),)](acts.contiguous(), cols, n, count, sums, numbers[4:], BLOCK=block)
@@ -856,10 +871,11 @@ def normalise_rows(x, out, means, stds, d, BLOCK_D: tl.constexpr):
     tl.store(stds + row, std)
 
 
-def normalise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """sparse_ops.normalise."""
     *shape, d = x.shape
-    out, mean, std = (torch.empty(*shape, n, device=x.device) for n in (d, 1, 1))
+    out = torch.empty(x.shape, device=x.device) if out is None else out
+    mean, std = (torch.empty(*shape, 1, device=x.device) for _ in range(2))
     if mean.numel():
         normalise_rows[(mean.numel(),)](x.contiguous(), out, mean, std, d, BLOCK_D=triton.next_power_of_2(d))
     return out, mean, std
@@ -935,6 +951,7 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
         adam_rows[(triton.cdiv(p.numel(), d),)](
             p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scales, p.numel(), d,
             beta1, beta2, 1 - beta1, 1 - beta2, DECODER=p is decoder, BLOCK_D=triton.next_power_of_2(d),
+            num_warps=8 if d > 512 else 4,
         )  # fmt: skip
 
 

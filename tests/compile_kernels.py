@@ -22,7 +22,7 @@ HELPERS = ("order_key", "compare", "chunk_of", "number_of_bits")  # called by ke
 FLOAT16, BFLOAT16, INT64 = ("rounded", "z", "maxima"), ("parts",), ("order", "failure", "found", "hits")
 INT32 = (
     "counts", "cols", "row_offsets", "length", "threshold", "state", "histogram", "kept_ties", "kept_offsets",
-    "out_rows", "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
+    "groups", "num_hot", "out_rows", "out_cols", "rows", "feature_offsets", "extra_offsets", "extra_feature",
 )  # fmt: skip
 SIZES = ("d", "width", "num_features", "num_groups", "num_rows", "capacity", "k", "n")
 SIZES += ("num_cols", "row_stride", "part_stride", "stride")

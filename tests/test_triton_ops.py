@@ -339,7 +339,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     before, moments = state(sae), [t.clone() for s in optimizer.state.values() for t in s.values()]
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
     output = start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
-    assert output["failure"] == sparse_ops.OVERFLOW
+    assert output["status"][0] == sparse_ops.OVERFLOW
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
     assert all(map(torch.equal, moments, [t for s in optimizer.state.values() for t in s.values()]))
     training_step(sae, optimizer, x, sae.cfg)
