@@ -73,7 +73,8 @@ def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> 
     they are skipped, and their numbers are moved from `ahead` to `outputs`. If memory runs out now, `outputs` has None
     for the runs that have not taken the step.
 
-    On CUDA the host waits for the device once, after it has queued the steps of all runs.
+    On CUDA the host waits for the device once, after it has queued the steps of all runs, and no longer than until the
+    gradients are known: the next steps are queued while the weights are still being updated.
     """
 
     def attempt(i, wait=False):
@@ -164,8 +165,8 @@ class StepGraphs:
     """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 200 kernels takes
     the host three times as long as the device needs to run them.
 
-    A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own. The first step
-    of a form runs eagerly, the second is recorded.
+    A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own two, of
+    begin_step and finish_step. The first step of a form runs eagerly, the second is recorded.
     """
 
     memory = None  # memory pool for the intermediate results of all graphs; no two run at the same time
@@ -173,7 +174,7 @@ class StepGraphs:
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
         self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
-        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graph and output
+        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graphs and output
         self.rate, self.lr = None, None  # the learning rate that is in lr []; the graphs read it
 
     def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
@@ -197,59 +198,106 @@ class StepGraphs:
             return dict(output)
         if form not in self.recorded:
             self.recorded[form] = self.record(x, stream, self.seen[form])
-        graph, output = self.recorded[form]
+        begin, finish, output, status = self.recorded[form]
         rate = optimizer.param_groups[0]["lr"]
         if rate != self.rate:
             self.rate = rate
             self.lr.fill_(rate)
-        graph.replay()
-        return dict(output)
+        optimizer.is_updating = True
+        begin.replay()
+        status.copy(output["status"])
+        finish.replay()
+        optimizer.is_updating = False
+        return output | {"status": status}
 
-    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple[torch.cuda.CUDAGraph, dict]:
-        """Returns the graph and the scalars that it writes, allocated like `like`.
+    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple:
+        """Returns the graphs, the scalars that they write, allocated like `like`, and a HostCopy for their status.
 
         The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
         """
         sae, group = self.sae, self.optimizer.param_groups[0]
-        graph, rate = torch.cuda.CUDAGraph(), group["lr"]
+        begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
         self.lr = torch.zeros((), device=x.device) if self.lr is None else self.lr
         output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # torch cannot free cached memory while it records
         group["lr"] = self.lr
         try:
-            with torch.cuda.device(x.device), torch.cuda.graph(graph, StepGraphs.memory, stream, "thread_local"):
-                written = scalars(start_step(sae, self.optimizer, x, self.cfg))
+            with torch.cuda.device(x.device), torch.cuda.graph(begin, StepGraphs.memory, stream, "thread_local"):
+                full = begin_step(sae, self.optimizer, x, self.cfg)
+                written = scalars(full)
                 for dtype in {value.dtype for value in output.values()}:  # one kernel for all of a type
                     keys = [key for key, value in output.items() if value.dtype == dtype]
                     torch._foreach_copy_([output[key] for key in keys], [written[key] for key in keys])
+            with torch.cuda.device(x.device), torch.cuda.graph(finish, StepGraphs.memory, stream, "thread_local"):
+                finish_step(sae, self.optimizer, self.cfg, full)
         except RuntimeError as error:
             StepGraphs.memory = None  # the pool is unusable after a failure
             raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
         finally:
-            group["lr"] = rate
-        return graph, output
+            group["lr"], self.optimizer.is_updating = rate, False  # recording changes nothing
+        return begin, finish, output, HostCopy(output["status"])
 
 
-@sparse_ops.sae_arithmetic
+class HostCopy:
+    """A copy of a device tensor on the host, which can be read while the device works on what was queued after it."""
+
+    def __init__(self, like: torch.Tensor):
+        self.values, self.written = torch.empty_like(like, device="cpu", pin_memory=True), torch.cuda.Event()
+
+    def copy(self, tensor: torch.Tensor) -> None:
+        self.values.copy_(tensor, non_blocking=True)
+        self.written.record()
+
+    def tolist(self) -> list:
+        self.written.synchronize()
+        return self.values.tolist()
+
+
 def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
     """Like training_step, but for normalised inputs x, and on CUDA the host does not wait for the device unless `wait`
     is set. The output then has the `status` [3]: the failure, and the Counts for the next step. If the failure is not
     0, nothing has changed, and the step must be repeated with wait=True (read_failures).
     """
     with one_core_if_small(cfg):
-        output = sae.forward_normalised(x, wait)[0]
-        output["loss"].backward()
-        if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
-            update_on_device(sae, optimizer, cfg, output)
-        else:
-            update_weights(sae, optimizer, cfg)
-            sae.update_statistics(output)
-    optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
-    clear_gradients(sae, optimizer)
+        output = begin_step(sae, optimizer, x, cfg, wait)
+        finish_step(sae, optimizer, cfg, output)
     if wait and "status" in output and output.pop("status")[0]:
         raise FloatingPointError("NaN or infinity in the gradient")
     return output
+
+
+@sparse_ops.sae_arithmetic
+def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+    """The output and gradients of a step. With the kernels of triton_ops.py also the statistics, unless the step
+    failed, its `status`, and the `scales` for finish_step.
+    """
+    output = sae.forward_normalised(x, wait)[0]
+    output["loss"].backward()
+    if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
+        import triton_ops
+
+        share_gradients(sae, optimizer)
+        optimizer.is_updating = True
+        failure = output.setdefault("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
+        output["scales"] = triton_ops.begin_adam(optimizer, cfg["max_grad_norm"], failure)
+        sae.update_statistics(output)
+        output["status"] = torch.cat([output.pop("failure")[None], sae.counts_on_device()])
+    return output
+
+
+@sparse_ops.sae_arithmetic
+def finish_step(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
+    """The rest of a step: update the weights, and the statistics if begin_step did not."""
+    if "scales" in output:
+        import triton_ops
+
+        triton_ops.finish_adam(optimizer, sae.W_dec, output.pop("scales"))
+    else:
+        update_weights(sae, optimizer, cfg)
+        sae.update_statistics(output)
+    optimizer.is_updating = False  # until here the SAE is half updated and must not be saved
+    clear_gradients(sae, optimizer)
 
 
 def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
@@ -277,21 +325,6 @@ def gradient_norm(sae: BaseAutoencoder) -> torch.Tensor:
     return (sae.shards.sum(own**2) + of_b_dec**2).sqrt()
 
 
-def update_on_device(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
-    """update_weights and update_statistics with the kernels of triton_ops.py. Nothing changes if the step failed. Adds
-    the `status`.
-    """
-    import triton_ops
-
-    share_gradients(sae, optimizer)
-    optimizer.is_updating = True
-    failure = output.get("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
-    triton_ops.adam_step(optimizer, sae.W_dec, cfg["max_grad_norm"], failure)
-    output["failure"] = failure
-    sae.update_statistics(output)
-    output["status"] = torch.cat([output.pop("failure")[None], sae.counts_on_device()])
-
-
 def share_gradients(sae: BaseAutoencoder, optimizer) -> None:
     """Give the optimizer the gradient of W_enc, whose transpose it holds (make_optimizer)."""
     for held, parameter in zip(optimizer.param_groups[0]["params"], sae.parameters()):
@@ -305,14 +338,11 @@ def clear_gradients(sae: BaseAutoencoder, optimizer) -> None:
 
 
 def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[bool]:
-    """Which steps must be repeated with wait=True. Also reads the counts for the next step (BaseAutoencoder.counts).
-
-    Waits for the device once.
-    """
+    """Which steps must be repeated with wait=True. Also reads the counts for the next step (BaseAutoencoder.counts)."""
     queued = [i for i, output in enumerate(outputs) if isinstance(output, dict) and "status" in output]
-    read = [outputs[i].pop("status") for i in queued]
     failed = [False] * len(outputs)
-    for i, (failure, *counts) in zip(queued, torch.stack(read).tolist() if read else []):
+    for i in queued:
+        failure, *counts = outputs[i].pop("status").tolist()
         failed[i], saes[i].known_counts = failure != 0, Counts(*counts)
     return failed
 

@@ -926,8 +926,9 @@ def adam_rows(
         tl.store(weights + o, w, mask=inside)
 
 
-def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: torch.Tensor) -> None:
-    """One step of `optimizer` (torch.optim.Adam, whose state this uses), with clipping and decoder rows of unit norm.
+def begin_adam(optimizer, max_grad_norm: float, failure: torch.Tensor) -> torch.Tensor:
+    """The part of a step of `optimizer` (torch.optim.Adam, whose state this uses) before the weights: the clipping
+    factor and the other `scales` [5] for finish_adam.
 
     Reads the gradients of the parameters that the optimizer holds. Nothing changes if failure [] int64 is not 0, or if
     the gradient's norm is not finite, which sets that bit of failure. The learning rate may be a device tensor.
@@ -940,13 +941,23 @@ def adam_step(optimizer, decoder: torch.Tensor, max_grad_norm: float, failure: t
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-    steps, scales = [state["step"] for state in states], torch.empty(5, device=decoder.device)
-    lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=decoder.device)
+    steps, scales = [state["step"] for state in states], torch.empty(5, device=failure.device)
+    lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=failure.device)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     log2_betas = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
     adam_scales[(1,)](norm, failure, steps[0], lr, scales, max_grad_norm, *log2_betas)
     torch._foreach_copy_(steps, steps[:1] * len(steps))
-    for p, state in zip(parameters, states):
+    return scales
+
+
+def finish_adam(optimizer, decoder: torch.Tensor, scales: torch.Tensor) -> None:
+    """The rest of the step, with decoder rows of unit norm."""
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    for p in group["params"]:
+        if p.grad is None:
+            continue
+        state = optimizer.state[p]
         d = p.shape[1] if p.ndim == 2 else min(len(p), 1024)
         adam_rows[(triton.cdiv(p.numel(), d),)](
             p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], scales, p.numel(), d,
@@ -1064,7 +1075,7 @@ def self_test(device: torch.device) -> None:
     optimizers = [torch.optim.Adam([parameter], lr=0.01) for parameter in (ours, theirs)]
     for parameter in (ours, theirs):
         parameter.grad = W.clone()
-    adam_step(optimizers[0], ours, 1e9, torch.zeros((), dtype=torch.int64, device=device))
+    finish_adam(optimizers[0], ours, begin_adam(optimizers[0], 1e9, torch.zeros((), dtype=torch.int64, device=device)))
     theirs.grad -= (theirs.grad * theirs.detach()).sum(1, keepdim=True) * theirs.detach()
     optimizers[1].step()
     found, expected = [*found, ours.detach()], [*expected, F.normalize(theirs.detach())]
