@@ -238,18 +238,15 @@ def order_key(value):
 
 @triton.jit
 def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Histogram of the next digit of the keys that begin with state[0]. Integer atomics are deterministic."""
+    """Histogram of the next digit of the positive keys that begin with state[0]. Integer atomics are deterministic."""
     start = tl.program_id(0) * BLOCK
     n = tl.load(length)
     if start < n:
         i = start + tl.arange(0, BLOCK)
         key = order_key(tl.load(values + i, mask=i < n, other=0.0))
-        counted = (i < n) & ((key >> (SHIFT + BITS)) == tl.load(state))
-        digit = tl.where(counted, (key >> SHIFT) & ((1 << BITS) - 1), 0)
-        bins = tl.arange(0, 1 << BITS)
-        counts = tl.histogram(digit, 1 << BITS)
-        counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)  # masked out
-        tl.atomic_add(histogram + bins, counts, mask=counts > 0)
+        counted = (i < n) & (key > 0) & ((key >> (SHIFT + BITS)) == tl.load(state))
+        counts = tl.histogram((key >> SHIFT) & ((1 << BITS) - 1), 1 << BITS, mask=counted)
+        tl.atomic_add(histogram + tl.arange(0, 1 << BITS), counts, mask=counts > 0)
 
 
 @triton.jit
@@ -280,11 +277,10 @@ def row_keys_kernel(values, row_offsets, k, state, BLOCK: tl.constexpr):
         for first in range(start, end, BLOCK):
             i = first + tl.arange(0, BLOCK)
             keys = order_key(tl.load(values + i, mask=i < end, other=0.0))
-            counted = i < end
+            counted = (i < end) & (keys > 0)
             if digit_number > 0:
                 counted = counted & ((keys >> (shift + 8)) == key)
-            counts += tl.histogram(tl.where(counted, (keys >> shift) & 255, 0), 256)
-            counts -= tl.where(bins == 0, BLOCK - tl.sum(counted.to(tl.int32), axis=0), 0)
+            counts += tl.histogram((keys >> shift) & 255, 256, mask=counted)
         digit = tl.max(tl.where(tl.cumsum(counts, axis=0, reverse=True) >= wanted, bins, 0), axis=0)
         wanted = wanted - tl.sum(tl.where(bins > digit, counts, 0), axis=0)
         key = (key << 8) | digit
@@ -1021,29 +1017,29 @@ def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
     return index.scatter_(0, place, torch.arange(n, device=mask.device))[:capacity]
 
 
-def row_topk_mask(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Mask [B, n] of the k largest positive values of each row; ties go to the first."""
-    n, masks = values.shape[1], []
-    for part in values.contiguous().split(max(1, (2**31 - 2**12) // n)):  # places are 32-bit integers
+def keep_row_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
+    """[B, n]: the k largest positive values of each row, and 0 elsewhere; ties go to the first."""
+    n, values = values.shape[1], values.contiguous()
+    out, rows_at_once = torch.empty_like(values), max(1, (2**31 - 2**12) // n)  # places are 32-bit integers
+    for part, out_part in zip(values.split(rows_at_once), out.split(rows_at_once)):
         row_offsets = torch.arange(len(part) + 1, dtype=torch.int32, device=values.device) * n
         block = min(1024, triton.next_power_of_2(n))
         state = row_threshold_keys(part, row_offsets, k, block)
-        masks.append(torch.empty(part.shape, dtype=torch.int8, device=values.device))
-        mask_kept[(len(part),)](part, row_offsets, state, masks[-1], BLOCK=block)
-    return torch.cat(masks).bool()
+        write_row_top_k[(len(part),)](part, row_offsets, state, out_part, BLOCK=block)
+    return out
 
 
 @triton.jit
-def mask_kept(values, row_offsets, state, mask, BLOCK: tl.constexpr):
+def write_row_top_k(values, row_offsets, state, out, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     start, end = tl.load(row_offsets + row), tl.load(row_offsets + row + 1)
     key, ties = tl.load(state + row * 2), tl.load(state + row * 2 + 1)
     tied_before = 0
     for first in range(start, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        _, over, tied = compare(values, values, values, 0.0, i, end, key, False)
+        value, over, tied = compare(values, values, values, 0.0, i, end, key, False)
         nth = tied_before + tl.cumsum(tied.to(tl.int32), axis=0)
-        tl.store(mask + i, (over | (tied & (nth <= ties))).to(tl.int8), mask=i < end)
+        tl.store(out + i, tl.where(over | (tied & (nth <= ties)), value, 0.0), mask=i < end)
         tied_before += tl.sum(tied.to(tl.int32), axis=0)
 
 
@@ -1058,7 +1054,7 @@ def self_test(device: torch.device) -> None:
     capacity = B * num_features
     z = (x.double() @ W.double().T).float()
     kth = z.topk(k).values[:, -1:]
-    found, expected = [row_topk_mask(z, k).float()], [((z >= kth) & (z > 0)).float()]
+    found, expected = [keep_row_top_k(z, k)], [z * (z >= kth) * (z > 0)]
     products = [(z, table), (z.T, x), (x, W.T)]
     found, expected = found + [matmul(a, b) for a, b in products], expected + [a @ b for a, b in products]
     patterns = [
