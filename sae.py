@@ -347,7 +347,7 @@ class VanillaSAE(AdaptiveSparseSAE):
 
     def pre_activation(self, x, pattern=None):
         z = sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
-        return z + at_features(self.b_enc, pattern)
+        return z.add_(at_features(self.b_enc, pattern))
 
     def activation(self, z, pattern=None):
         return F.relu(z)
@@ -454,7 +454,7 @@ class JumpReLUSAE(AdaptiveSparseSAE):
         return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait))
 
     def pre_activation(self, x, pattern=None):
-        return sparse_ops.encode(x, None, self.W_enc, pattern) + at_features(self.b_enc, pattern)
+        return sparse_ops.encode(x, None, self.W_enc, pattern).add_(at_features(self.b_enc, pattern))
 
     def theta(self, pattern):
         """θ: [F], or [n] at the pattern."""

@@ -208,12 +208,13 @@ def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.
     """The number [] and the sum [] of the positive activations ([B, F], or [n] at the pattern), and the mask [F] of
     their features.
     """
-    if pattern is None:
-        return acts.sign().sum(-1).sum(dtype=torch.int64), acts.sum(), acts.amax(0) > 0
     if uses_kernels(acts):
         import triton_ops
 
-        return triton_ops.count_active(acts, pattern.cols, pattern.shape[1])
+        cols, num_features = (None, acts.shape[1]) if pattern is None else (pattern.cols, pattern.shape[1])
+        return triton_ops.count_active(acts, cols, num_features)
+    if pattern is None:
+        return acts.sign().sum(-1).sum(dtype=torch.int64), acts.sum(), acts.amax(0) > 0
     active, num_features = acts > 0, pattern.shape[1]
     found = torch.zeros(num_features + 1, dtype=torch.bool, device=acts.device)  # the last one is a dummy
     found.index_fill_(0, torch.where(active, pattern.cols, num_features), True)

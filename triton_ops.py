@@ -787,20 +787,38 @@ def count_active_kernel(acts, cols, n, counts, sums, mask, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(acts + i, mask=i < n, other=0.0)
     active = value > 0
-    tl.atomic_add(counts, tl.sum(active.to(tl.int32), axis=0))
+    tl.atomic_add(counts, tl.sum(active.to(tl.int64), axis=0))
     tl.store(sums + tl.program_id(0), tl.sum(value, axis=0))
     tl.store(mask + tl.load(cols + i, mask=active, other=0), tl.full([BLOCK], 1, tl.int8), mask=active)
 
 
-def count_active(acts, cols, num_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sparse_ops.count_active of activations [n] of the features cols [n]."""
-    numbers = torch.zeros(4 + num_features, dtype=torch.int8, device=acts.device)
-    count, found = numbers[:4].view(torch.int32), numbers[4:].view(torch.bool)
-    n, block = len(acts), 256
-    sums = torch.empty(triton.cdiv(n, block), device=acts.device)
-    if n:
-        count_active_kernel[(len(sums),)](acts.contiguous(), cols, n, count, sums, numbers[4:], BLOCK=block)
-    return count[0], sums.sum(), found
+@triton.jit
+def count_active_dense(acts, num_rows, num_features, counts, sums, mask, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr):
+    """The same for activations [B, F]."""
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    col = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = (row < num_rows) & (col < num_features)[None, :]
+    value = tl.load(acts + row * num_features + col[None, :], mask=inside, other=0.0)
+    active = tl.sum((value > 0).to(tl.int32), axis=0)
+    tl.atomic_add(counts, tl.sum(active.to(tl.int64), axis=0))
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(sums + program, tl.sum(tl.sum(value, axis=0), axis=0))
+    tl.store(mask + col, tl.full([BLOCK_F], 1, tl.int8), mask=active > 0)
+
+
+def count_active(acts, cols: torch.Tensor | None, num_features: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """sparse_ops.count_active of activations [n] of the features cols [n], or [B, F] if cols is None."""
+    numbers = torch.zeros(8 + num_features, dtype=torch.int8, device=acts.device)
+    count, mask, acts = numbers[:8].view(torch.int64), numbers[8:], acts.contiguous()
+    if cols is None:
+        grid, blocks = (triton.cdiv(len(acts), 64), triton.cdiv(num_features, 128)), dict(BLOCK_B=64, BLOCK_F=128)
+        sums = torch.empty(math.prod(grid), device=acts.device)
+        count_active_dense[grid](acts, len(acts), num_features, count, sums, mask, **blocks)
+    else:
+        sums = torch.empty(triton.cdiv(len(acts), 256), device=acts.device)
+        if len(acts):
+            count_active_kernel[(len(sums),)](acts, cols, len(acts), count, sums, mask, BLOCK=256)
+    return count[0], sums.sum(), mask.view(torch.bool)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ FLOATS = (
     "accumulation", "smallest", "factor",
 )  # fmt: skip
 CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=8, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
+CONSTANTS |= dict(BLOCK_B=64, BLOCK_F=128)
 CONSTANTS |= dict(FIRST=True, UNUSED=9, OF_X=True, PARTS=3, LOW=1, NOT_FINITE=1, OVERFLOW=2)
 SMALL, LARGE = dict(BLOCK_D=64, BLOCK_N=64, num_warps=4), dict(BLOCK_D=4096, BLOCK_N=1, num_warps=8)
 VARIANTS = {"count_kept": dict(PER_ROW=1, ABOVE=True), "write_kept": dict(PER_ROW=1, ABOVE=True)}
@@ -38,7 +39,7 @@ VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BIT
 VARIANTS |= {"pick_digit": dict(FIRST=False, BITS=7, UNUSED=0), "round_rows": dict(OF_X=False)}
 
 
-def kind(name: str, constants: dict) -> str:
+def kind(kernel: str, name: str, constants: dict) -> str:
     if name in constants:
         return "constexpr"
     if name in SIZES:
@@ -49,6 +50,8 @@ def kind(name: str, constants: dict) -> str:
         return "*fp16" if name in FLOAT16 else "*bf16"
     if name == "mask":
         return "*i8"
+    if name == "counts" and kernel.startswith("count_active"):
+        return "*i64"
     return "*i64" if name in INT64 else "*i32" if name in INT32 else "*fp32"
 
 
@@ -59,7 +62,7 @@ def main() -> None:
         for constants in signatures:
             options = {"num_warps": constants.pop("num_warps")}
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            signature = {key: kind(key, constants) for key in kernel.arg_names}
+            signature = {key: kind(name, key, constants) for key in kernel.arg_names}
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
             for capability in (80, 90):
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

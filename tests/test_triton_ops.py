@@ -232,6 +232,65 @@ def test_products_over_a_pattern(d):
     assert pattern.trimmed().sparse_tensor(pattern.trimmed().products).is_coalesced()
 
 
+@pytest.mark.parametrize("form", ["dense", "sparse", "nothing active"])
+@pytest.mark.fast
+def test_statistics_of_activations(form):
+    """Count, sum, the active features and the smallest positive activation, of several programs' worth of values."""
+    g = torch.Generator().manual_seed(0)
+    acts = torch.relu(torch.randn(150, 300, generator=g) - (100 if form == "nothing active" else 1.5))
+    acts[:, 7], acts[:, 130] = 0, 0
+    acts[149, 299] = 0 if form == "nothing active" else 5e-4
+    acts = acts.to(DEVICE)
+    pattern = None
+    values = acts
+    if form != "dense":
+        rows, cols = (torch.ones_like(acts) if form == "nothing active" else acts).nonzero(as_tuple=True)
+        pattern = SimpleNamespace(cols=cols.int(), shape=acts.shape)
+        values = acts[rows, cols]
+        smallest = acts[acts > 0].min() if (acts > 0).any() else torch.tensor(torch.inf)
+        assert sparse_ops.smallest_positive(values) == smallest.to(DEVICE)
+    count, total, mask = sparse_ops.count_active(values, pattern)
+    assert count == (acts > 0).sum() and mask.equal((acts > 0).any(0)) and mask.dtype == torch.bool
+    torch.testing.assert_close(total.double(), acts.double().sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.fast
+def test_mean_squared_error_and_its_gradients():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(150, 33, generator=g).to(DEVICE).requires_grad_() for _ in range(2))
+    exact = [x.detach().double().requires_grad_() for x in (a, b)]
+    loss, expected = sparse_ops.mean_squared_error(a, b), torch.nn.functional.mse_loss(*exact)
+    (3 * loss).backward(), (3 * expected).backward()
+    for ours, theirs in zip((loss, a.grad, b.grad), (expected, exact[0].grad, exact[1].grad)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (2, 3, 64), (0, 8)])
+@pytest.mark.fast
+def test_normalised_input(shape):
+    """Also into a given tensor; and as a differentiable function where gradients are wanted."""
+    x = 3 + 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    exact = x.double()
+    mean, std = exact.mean(-1, keepdim=True), exact.std(-1, keepdim=True)
+    expected, out = ((exact - mean) / (std + 1e-5), mean, std), torch.empty_like(x)
+    for found in (sparse_ops.normalise(x), sparse_ops.normalise(x, out), sparse_ops.normalise(x.requires_grad_())):
+        for ours, theirs in zip(found, expected):
+            torch.testing.assert_close(ours.detach().double(), theirs, rtol=1e-5, atol=1e-5)
+    assert found[0].requires_grad and found[0] is not out
+    torch.testing.assert_close(out.double(), expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fast
+def test_the_top_k_of_rows():
+    """Ties go to the first; a row with fewer positive values keeps them all; nothing else is left."""
+    z = torch.randn(6, 300, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    z[1], z[2, 5:], z[3, 10:20] = -1, -2, 4.0
+    acts = sparse_ops.keep_top_k(z, 7)
+    order = z.sort(dim=1, descending=True, stable=True).indices[:, :7]
+    expected = torch.zeros_like(z).scatter_(1, order, z.gather(1, order).clamp(min=0))
+    assert acts.equal(expected)
+
+
 def trained(kind, triton, monkeypatch, steps=2, dead=slice(None, None, 2), **changes):
     """An SAE after a few steps, half of its features (or `dead`) dead at first; and the steps' outputs."""
     use_triton(monkeypatch, triton)
