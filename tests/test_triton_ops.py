@@ -239,6 +239,7 @@ def test_statistics_of_activations(form):
     g = torch.Generator().manual_seed(0)
     acts = torch.relu(torch.randn(150, 300, generator=g) - (100 if form == "nothing active" else 1.5))
     acts[:, 7], acts[:, 130] = 0, 0
+    acts[:, 299] = 0
     acts[149, 299] = 0 if form == "nothing active" else 5e-4
     acts = acts.to(DEVICE)
     pattern = None
@@ -472,6 +473,21 @@ def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
         assert output["loss"].isfinite() and not {"failure", "status", "scales"} & set(output)
         assert not torch.equal(state(other)["W_dec"], before_other["W_dec"])
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "W", "offset"])
+@pytest.mark.fast
+def test_what_is_not_finite_is_noticed_on_the_device(where, bad):
+    """In one number of the inputs of a selection."""
+    x, W = small("plain", 1)
+    offset = torch.zeros(W.shape[1], device=DEVICE)
+    {"x": x, "W": W, "offset": offset}[where][..., 3] = bad
+    patterns = [triton_ops.select_above(x, W, offset, 0.0, 100)]
+    if where != "offset":
+        patterns += [triton_ops.select_topk(x, W, 3, per_row, 100) for per_row in (True, False)]
+    for pattern in patterns:
+        assert pattern.failure & sparse_ops.NOT_FINITE
 
 
 def test_the_kernels_test_themselves():
