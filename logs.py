@@ -15,6 +15,7 @@ import os
 import platform
 import secrets
 import subprocess
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,14 +40,7 @@ class RunLog:
         self.cfg, self.provenance, self.folder = cfg, provenance, run_folder(cfg)
         self.metrics = self.wandb_run = None
         self.unwritten, self.last_step = b"", 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.folder / ".lock", blocking=False)
-            self.lock.acquire()
-        except filelock.Timeout as error:
-            raise InputError(f"{self.folder} is being trained by another process") from error
-        except OSError as error:
-            raise InputError(f"output_dir = {cfg['output_dir']!r} cannot be written to: {error}") from error
+        self.lock = lock(cfg)
         if is_over(cfg):
             self.close()
             over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(self.folder)}"
@@ -154,6 +148,35 @@ class RunLog:
             if is_over(self.cfg):
                 with suppress(OSError):
                     Path(self.lock.lock_file).unlink()
+
+
+def lock(cfg: dict) -> filelock.FileLock:
+    """Create the run's folder and lock it. Raises InputError if another process has, or if that cannot be written."""
+    folder = run_folder(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(folder / ".lock", blocking=False)
+        held.acquire()
+    except filelock.Timeout as error:
+        raise InputError(f"{folder} is being trained by another process") from error
+    except OSError as error:
+        raise InputError(f"output_dir = {cfg['output_dir']!r} cannot be written to: {error}") from error
+    return held
+
+
+def check_folders(cfgs: list[dict]) -> None:
+    """Raise InputError if output_dir cannot be written to, or if another process trains one of these runs. RunLog does
+    that too, but only once the language model is loaded and the steps are measured. Creates no folder.
+    """
+    output_dir = cfgs[0]["output_dir"]
+    folder = Path(output_dir).absolute()
+    try:
+        tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())).close()
+    except OSError as error:
+        raise InputError(f"output_dir = {output_dir!r} cannot be written to: {error}") from error
+    for cfg in cfgs:
+        if run_folder(cfg).is_dir():
+            lock(cfg).release()
 
 
 def as_line(content: dict) -> bytes:

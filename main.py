@@ -27,7 +27,7 @@ from console import RANK, InputError, count_of, read_json, run_command, tell
 from demo.text import write_demo_text
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
-from logs import has_ended, is_finished, is_over, run_folder, why_stopped
+from logs import check_folders, has_ended, is_finished, is_over, run_folder, why_stopped
 from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES
@@ -88,14 +88,19 @@ def main(argv: list[str]) -> None:
 
 
 def runs_to_train(cfgs: list[dict]) -> list[dict]:
-    """The runs that are left to train. Prints how many are finished and which were stopped."""
+    """The runs that are left to train. Prints how many are finished and which were stopped. Raises InputError if there
+    is another reason why they cannot be trained.
+    """
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are skipped")
         warn_of_changed_data(cfgs)
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(run_folder(cfg))):
             tell(f"{run_folder(cfg)} was stopped ({why}): to train it again, move the folder")
-    return [cfg for cfg in cfgs if not is_over(cfg)]
+    todo = [cfg for cfg in cfgs if not is_over(cfg)]
+    if todo:
+        check_folders(todo)
+    return todo
 
 
 def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:

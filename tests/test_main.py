@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from helpers import DEMO_LM, REPO
@@ -411,6 +412,24 @@ def test_a_machine_that_is_too_small(main_here, tmp_path):
     error = the_error(code, err)
     assert "too small" in error and "days" in error and "main.py demo" in error
     assert "1,000,000,000,000,000 tokens" in err and not (tmp_path / "runs").exists()
+
+
+def test_folders_that_cannot_be_used(main_here, tmp_path, monkeypatch):
+    """Refused before the language model is loaded: a file as output_dir, and a run that another process trains."""
+    monkeypatch.setattr("language_model.load_model", None)
+    (tmp_path / "file").touch()
+    code, _, err = main_here("demo", *TINY, f"output_dir={tmp_path / 'file' / 'runs'}")
+    assert "output_dir = " in the_error(code, err) and "cannot be written to" in err
+    args = ["demo", *TINY, f"output_dir={tmp_path / 'runs'}"]
+    _, names, _ = main_here(*args, "--list")
+    folder = tmp_path / "runs" / "demo-0" / names.split()[0]
+    monkeypatch.setattr("checkpoint.run_folder", lambda cfg: folder)
+    monkeypatch.setattr("logs.run_folder", lambda cfg: folder)
+    folder.mkdir(parents=True)
+    held = filelock.FileLock(folder / ".lock")
+    with held:
+        code, _, err = main_here(*args)
+    assert the_error(code, err) == f"error: {folder} is being trained by another process"
 
 
 def test_runs_that_nan_has_stopped(program, tmp_path):
