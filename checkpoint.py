@@ -185,6 +185,7 @@ def load_weights(sae: BaseAutoencoder, tensors: dict) -> None:
     for name in [*state, *tensors]:
         check_tensor(name, describe(tensors.get(name)), describe(state.get(name)))
     sae.load_state_dict(tensors)
+    sae.known_counts = None
 
 
 def check_tensor(name: str, found: str, expected: str) -> None:

@@ -169,7 +169,9 @@ class StepGraphs:
     begin_step and finish_step. The first step of a form runs eagerly, the second is recorded.
     """
 
-    memory = None  # memory pool for the intermediate results of all graphs; no two run at the same time
+    # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
+    # so no other graph may run between them.
+    memory = None
     streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
@@ -206,7 +208,7 @@ class StepGraphs:
         optimizer.is_updating = True
         begin.replay()
         status.copy(output["status"])
-        finish.replay()
+        finish.replay()  # reads what begin has left in the shared memory
         optimizer.is_updating = False
         return output | {"status": status}
 
@@ -247,7 +249,7 @@ class HostCopy:
 
     def copy(self, tensor: torch.Tensor) -> None:
         self.values.copy_(tensor, non_blocking=True)
-        self.written.record()
+        self.written.record(torch.cuda.current_stream(tensor.device))
 
     def tolist(self) -> list:
         self.written.synchronize()
@@ -269,9 +271,10 @@ def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
 
 @sparse_ops.sae_arithmetic
 def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
-    """The output and gradients of a step. With the kernels of triton_ops.py also the statistics, unless the step
-    failed, its `status`, and the `scales` for finish_step.
+    """Compute the gradients of a step, and return its output. With the kernels of triton_ops.py, also update the
+    statistics, unless the step failed, and add to the output its `status`, and the `scales` for finish_step.
     """
+    clear_gradients(sae, optimizer)  # of a step in which memory ran out
     output = sae.forward_normalised(x, wait)[0]
     output["loss"].backward()
     if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:

@@ -2,7 +2,7 @@
 
 Nothing here waits for the device. Only the device knows the numbers of candidates, active features and ties, so arrays
 have a fixed capacity and their lengths stay on the device. Too many candidates, NaN and infinity set a failure flag
-(OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training.py reads the flag and repeats the step
+(OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training_step.py reads it and repeats the step
 with more capacity, or reports what is not finite. All sums have a fixed order, so steps are deterministic.
 
 The screen is in float16. Tensor cores multiply it as fast as bfloat16, and with 3 more bits the bound is 8 times as
@@ -178,7 +178,7 @@ def place_candidates(
         total += tl.sum(count, axis=0)
         error = tl.load(errors + i, mask=i < num_rows, other=0.0)
         broken = tl.maximum(broken, tl.max(tl.where(error < float("inf"), 0, 1), axis=0))  # NaN is not less
-    # Whether a product may have overflowed.
+    # Whether no product can have overflowed.
     fits = (tl.load(limits) < LARGEST * W_SCALE) & (tl.load(limits + 4) < LARGEST)
     total = tl.where(fits, total, 1 << 62)
     tl.store(found, total)
@@ -404,7 +404,8 @@ def row_threshold_keys(values: torch.Tensor, row_offsets: torch.Tensor, k: int, 
 
 class Screen(NamedTuple):
     """z [B, F] float16: x W_enc + offset, times scales [B], and errors [B], the bounds on its error before its last
-    rounding. limits [5]: the largest `norms` of W (round_rows). maxima and reached [B, G]: of group_maxima.
+    rounding. limits [5]: the largest `norms` of W (round_rows). maxima and reached [B, G]: of group_maxima, for groups
+    of `group` columns.
     """
 
     z: torch.Tensor
@@ -464,8 +465,8 @@ class Candidates(NamedTuple):
 
 
 def candidates(screened: Screen, threshold: torch.Tensor, capacity: int) -> Candidates:
-    """The entries that may reach the threshold, whose bits are in the first column of [B, 2] int32, or the first of [2]
-    for all rows.
+    """The entries that may reach the threshold: a float whose bits are an int32, in column 0 of [B, 2] for each row, or
+    in element 0 of [2] for all rows.
     """
     z, errors, scales, limits, maxima, _, group = screened
     (B, num_features), num_groups = z.shape, maxima.shape[1]
@@ -510,7 +511,7 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
-    offset, state = offset.contiguous(), torch.full((2,), -margin, device=x.device).view(torch.int32)
+    offset, state = offset.contiguous(), torch.full((2,), -float(margin), device=x.device).view(torch.int32)
     found = candidates(screen(x, W_enc, offset, at_least=1), state, capacity)
     return kept(x, refined(x, W_enc, found), found, state, capacity, False, W_enc.shape[1], offset, margin)
 
@@ -665,6 +666,7 @@ class PaddedPattern:
 
     rows, cols [n] int32, products [n]: unused places have column F and product 0. row_offsets [B + 1]: where each row's
     places begin. failure []: the bits NOT_FINITE and OVERFLOW. num_candidates []: the number of candidates found.
+    x as there.
     """
 
     is_padded = True
@@ -832,7 +834,8 @@ def smallest_positive(values: torch.Tensor) -> torch.Tensor:
     """sparse_ops.smallest_positive of at least one value [n]."""
     block = 1024
     smallest = torch.empty(triton.cdiv(len(values), block), device=values.device)
-    smallest_positive_kernel[(len(smallest),)](values.contiguous(), len(values), smallest, BLOCK=block)
+    with torch.cuda.device_of(values):  # called outside of sae_arithmetic, too
+        smallest_positive_kernel[(len(smallest),)](values.contiguous(), len(values), smallest, BLOCK=block)
     return smallest.amin()
 
 
@@ -891,7 +894,8 @@ def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, to
     out = torch.empty(x.shape, device=x.device) if out is None else out
     mean, std = (torch.empty(*shape, 1, device=x.device) for _ in range(2))
     if mean.numel():
-        normalise_rows[(mean.numel(),)](x.contiguous(), out, mean, std, d, BLOCK_D=triton.next_power_of_2(d))
+        with torch.cuda.device_of(x):  # called outside of sae_arithmetic, too
+            normalise_rows[(mean.numel(),)](x.contiguous(), out, mean, std, d, BLOCK_D=triton.next_power_of_2(d))
     return out, mean, std
 
 
@@ -1075,6 +1079,12 @@ def self_test(device: torch.device) -> None:
     found, expected = [keep_row_top_k(z, k)], [z * (z >= kth) * (z > 0)]
     products = [(z, table), (z.T, x), (x, W.T)]
     found, expected = found + [matmul(a, b) for a, b in products], expected + [a @ b for a, b in products]
+    found, expected = [*found, *normalise(x)], [*expected, (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 1e-5)]
+    expected += [x.mean(1, keepdim=True), x.std(1, keepdim=True)]
+    error = x.clone().requires_grad_()
+    loss = MeanSquaredError.apply(error, table[:1].expand_as(x))
+    found += [loss.detach(), *torch.autograd.grad(loss, error)]
+    expected += [(x - table[0]).square().mean(), (x - table[0]) * (2 / x.numel())]
     patterns = [
         (select_topk(x, W.T, k, True, capacity), z * (z >= kth) * (z > 0)),
         (select_topk(x, W.T, k, False, capacity), z * (z >= z.flatten().topk(B * k).values[-1])),
@@ -1085,6 +1095,11 @@ def self_test(device: torch.device) -> None:
         found += [pattern.sparse_tensor(pattern.products).to_dense(), pattern.spmm(pattern.products, table), grad_W]
         found += [pattern.spmm_t(pattern.products, x), pattern.feature_sums(pattern.products), grad_values.sum()]
         expected += [acts, acts @ table, acts.T @ x, acts.T @ x, acts.sum(0), ((x @ table.T) * (acts > 0)).sum()]
+        values = pattern.products.clamp(min=0)
+        for args in ((values, pattern.cols), (acts.relu(), None)):
+            statistics = count_active(*args, num_features)
+            found += [number.float() for number in (*statistics, smallest_positive(values))]
+            expected += [(acts > 0).sum().float(), acts.relu().sum(), (acts > 0).any(0).float(), acts[acts > 0].min()]
     ours, theirs = (F.normalize(table).clone().requires_grad_() for _ in range(2))
     optimizers = [torch.optim.Adam([parameter], lr=0.01) for parameter in (ours, theirs)]
     for parameter in (ours, theirs):

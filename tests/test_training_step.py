@@ -433,3 +433,24 @@ def test_loading_needs_no_pickle(tmp_path):
     torch.save(sae.state_dict(), folder / "sae_weights.safetensors")
     with pytest.raises(InputError):
         load_sae(folder)
+
+
+@pytest.mark.fast
+def test_a_step_after_one_in_which_memory_ran_out():
+    """In its backward pass, when some gradients are there already: they are not added to those of the next step."""
+    make = lambda: make_sae("batchtopk", d=12, F=24, k=3, lr=0.01)  # noqa: E731
+    x = make_x(6, 12, 0, torch.float64)
+    sae, expected = make(), make()
+    training_step(expected, make_optimizer(expected, expected.cfg), x, expected.cfg)
+
+    def no_memory(grad):
+        raise torch.OutOfMemoryError("no memory")
+
+    hook = sae.W_enc.register_hook(no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+    assert sae.W_dec.grad is not None
+    hook.remove()
+    training_step(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+    for name, value in state(expected).items():
+        assert torch.equal(state(sae)[name], value), name

@@ -179,6 +179,35 @@ def test_dense_products_have_16_bits_of_precision():
     assert not ((a.bfloat16().double() @ b.bfloat16().double().T - exact).abs() <= 2.0**-16 * norms).all()
 
 
+@BY_ROW
+@pytest.mark.fast
+def test_more_candidates_than_a_program_reads_at_once(per_row):
+    """300 groups of one feature each, more than half of them with candidates."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(2, 8, generator=g).to(DEVICE), torch.randn(300, 8, generator=g).to(DEVICE)
+    k = 75
+    rows, cols, _ = places(triton_ops.select_topk(x, W.T, k, per_row, 600))
+    z = x.double() @ W.double().T
+    level = z.topk(k).values[:, -1:] if per_row else z.flatten().topk(2 * k).values[-1]
+    found = torch.zeros_like(z, dtype=torch.bool)
+    found[rows, cols] = True
+    assert found.equal((z >= level) & (z > 0))
+
+
+@pytest.mark.fast
+def test_more_rows_than_a_program_places_at_once():
+    counts = torch.randint(0, 4, (2100,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    errors, limits = torch.zeros(2100, device=DEVICE), torch.zeros(5, device=DEVICE)
+    row_offsets = torch.empty(2101, dtype=torch.int32, device=DEVICE)
+    found, failure = torch.empty(2, dtype=torch.int64, device=DEVICE)
+    for capacity, expected in ((5000, 0), (500, sparse_ops.OVERFLOW)):
+        triton_ops.place_candidates[(1,)](
+            counts, errors, limits, row_offsets, found, failure, 2100, capacity, NOT_FINITE=1, OVERFLOW=2, BLOCK=1024
+        )
+        assert row_offsets[1:].equal(counts.cumsum(0).clamp(max=capacity).int()) and row_offsets[0] == 0
+        assert found == counts.sum() and failure == expected
+
+
 @pytest.mark.fast
 def test_ties_go_to_the_first():
     x, W = torch.ones(3, 2, device=DEVICE), feature_major(torch.ones(2, 128)).to(DEVICE)
@@ -385,6 +414,18 @@ def test_shards(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+@pytest.mark.fast
+def test_the_counts_for_the_next_step(kind, monkeypatch):
+    """What the host reads at the end of a step is what the SAE holds."""
+    sae, optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    if kind == "jumprelu":
+        sae.batches_until_sparse.fill_(3)
+    training_step(sae, optimizer, make_x(6, 12, 1, torch.float32).to(DEVICE), sae.cfg)
+    known, sae.known_counts = sae.known_counts, None
+    assert known == sae.counts() and known.most_dead > 0 and (known.until_sparse > 0) == (kind == "jumprelu")
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
 def test_a_step_gives_the_same_bits_again(kind, monkeypatch, two_steps):
     first, second = state(two_steps(kind, monkeypatch)[0]), state(trained(kind, True, monkeypatch)[0])
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -458,6 +499,8 @@ def test_nan_never_reaches_the_weights(kind, where, monkeypatch):
     """The step raises and changes nothing; the other SAE of the group takes its step."""
     sae, optimizer, _ = trained(kind, True, monkeypatch, steps=0)
     other, other_optimizer, _ = trained(kind, True, monkeypatch, steps=0)
+    if hasattr(sae, "batches_until_sparse"):
+        sae.batches_until_sparse.fill_(3)
     before, before_other = state(sae), state(other)
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
     runs = [Run(sae.cfg, sae, optimizer, None), Run(other.cfg, other, other_optimizer, None)]
