@@ -469,6 +469,25 @@ def run_folder(group, tmp_path_factory):
     return folder
 
 
+def test_a_run_opens_from_any_folder(group, tmp_path):
+    """Its relative paths are those from the folder in which it was trained."""
+    sae = copy.deepcopy(group[1]["batchtopk"])
+    (tmp_path / "lm").symlink_to(DEMO_LM)
+    (tmp_path / "text.jsonl").symlink_to(sae.cfg["dataset_path"])
+    relative = dict(output_dir="runs", sweep="sweep", model_name="lm", dataset_path="text.jsonl")
+    cfg = sae.cfg = post_init_cfg(sae.cfg | relative)
+    run = tmp_path / "runs" / "sweep" / cfg["name"]
+    save_sae(sae, run / "sae")
+    write_json(run / "config.json", cfg)
+    opened, _, store = evaluation.open_run(run)
+    assert opened.cfg["model_name"] == str(tmp_path / "lm") and store.cfg["dataset_path"] == str(
+        tmp_path / "text.jsonl"
+    )
+    run.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="model_name = 'lm'"):
+        evaluation.open_run(tmp_path / "elsewhere")
+
+
 def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):
     """An aligned table of all metrics, and a file with the same; result.json is unchanged. Fewer tokens go to another
     file than evaluation.json, which exports show.
