@@ -1065,8 +1065,13 @@ def write_row_top_k(values, row_offsets, state, out, BLOCK: tl.constexpr):
         tied_before += tl.sum(tied.to(tl.int32), axis=0)
 
 
+@full_precision()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def self_test(device: torch.device) -> None:
-    """Raises RuntimeError unless the kernels agree with dense products on a small problem."""
+    """Raises RuntimeError unless the kernels agree with dense products on a small problem. It may be called in any mode
+    (no_grad, inference_mode, TF32), because the kernels may first be used there.
+    """
     generator = torch.Generator().manual_seed(0)
     B, d, num_features, k = CHUNK + 6, 40, 48, 4
     x, W, table = (torch.randn(n, d, generator=generator).to(device) for n in (B, num_features, num_features))

@@ -533,9 +533,11 @@ def test_what_is_not_finite_is_noticed_on_the_device(where, bad):
         assert pattern.failure & sparse_ops.NOT_FINITE
 
 
-def test_the_kernels_test_themselves():
-    """At the real size: a self-test that fails turns the kernels off."""
-    triton_ops.self_test(torch.device(DEVICE))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_kernels_test_themselves(mode):
+    """At the real size, and in whatever mode they are first used: a self-test that fails turns the kernels off."""
+    with mode():
+        triton_ops.self_test(torch.device(DEVICE))
 
 
 def test_the_self_test_notices_wrong_kernels(monkeypatch):
