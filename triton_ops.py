@@ -511,7 +511,8 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, cap
 
 def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -> "PaddedPattern":
     """The entries with x W_enc + offset > −margin, products without the offset, in arrays of `capacity` entries."""
-    offset, state = offset.contiguous(), torch.full((2,), -float(margin), device=x.device).view(torch.int32)
+    offset = offset.contiguous()
+    state = torch.full((2,), -margin, dtype=torch.float32, device=x.device).view(torch.int32)
     found = candidates(screen(x, W_enc, offset, at_least=1), state, capacity)
     return kept(x, refined(x, W_enc, found), found, state, capacity, False, W_enc.shape[1], offset, margin)
 
