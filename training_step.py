@@ -162,8 +162,8 @@ def one_core_if_small(cfg: dict) -> Iterator[None]:
 
 
 class StepGraphs:
-    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 200 kernels takes
-    the host three times as long as the device needs to run them.
+    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 150 kernels takes
+    the host several times as long as the device needs to run them.
 
     A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own two, of
     begin_step and finish_step. The first step of a form runs eagerly, the second is recorded.
