@@ -57,8 +57,8 @@ NOT_FINITE, OVERFLOW = 1, 2  # bits of `failure`, for steps that do not wait for
 class SparsityPattern:
     """Places in a [B, F] matrix, in row-major order: rows [n] and cols [n], int64.
 
-    products [n], where they are known: x W_enc at these places. x [B, d]: the inputs of that product, if they were
-    selected by it (in TopK's SAEs without b_dec).
+    products [n], where they are known: x W_enc at these places. x [B, d]: the inputs of these products (minus b_dec, if
+    the SAE subtracts it); None in a pattern made by `of`.
     """
 
     x = None

@@ -667,7 +667,7 @@ class PaddedPattern:
 
     rows, cols [n] int32, products [n]: unused places have column F and product 0. row_offsets [B + 1]: where each row's
     places begin. failure []: the bits NOT_FINITE and OVERFLOW. num_candidates []: the number of candidates found.
-    x as there.
+    x [B, d] as in SparsityPattern.
     """
 
     is_padded = True
