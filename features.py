@@ -2,8 +2,9 @@
 
     python features.py RUN [--num N] [--features I I ...]      RUN is a run's folder, runs/<sweep>/<name>
 
-RUN/features.html has the requested features I first, then the N top-ranked features. Their activations f are computed
-in eval() on the held-out tokens, and are 0 at the positions and tokens that evaluation skips.
+RUN/features.html has the requested features I first, then the N top-ranked ones (default: 2048). With --features alone,
+only those are shown, in RUN/requested_features.html. Activations f are computed in eval() on the held-out tokens, and
+are 0 at the positions and tokens that evaluation skips.
 
 Features are ranked by energy, Σ f² ‖W_dec row‖² over the held-out tokens. Those active on fewer than RARE tokens or on
 a larger fraction than DENSE come last.
@@ -209,8 +210,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, runs/<sweep>/<name>")
     parser.add_argument("--num", type=int, metavar="N", help="the N top-ranked features (default: 2048)")
     parser.add_argument(
-        "--features", nargs="+", type=int, default=[], metavar="I", help="show these first; without N, only these"
-    )
+        "--features", nargs="+", type=int, default=[], metavar="I",
+        help="show these first; without N, only these, on another page",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     num = args.num
     if num is None:
@@ -234,8 +236,9 @@ def main(argv: list[str]) -> None:
     data["cfg"] = {key: sae.cfg[key] for key in ("sae_type", "model_name", "hook_point", "dataset_path")}
     numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     data["result"] = {key: value for key, value in numbers.items() if math.isfinite(value)}
-    write_page(args.run / "features.html", sae.cfg["name"], data)
-    print(f"Wrote {len(features)} of {sae.cfg['dict_size']} features to {args.run / 'features.html'}")
+    page = args.run / ("features.html" if num else "requested_features.html")
+    write_page(page, sae.cfg["name"], data)
+    print(f"Wrote {len(features)} of {sae.cfg['dict_size']} features to {page}")
 
 
 if __name__ == "__main__":

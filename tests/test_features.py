@@ -223,13 +223,15 @@ def run_folder(group, tmp_path_factory):
     return folder
 
 
-def page_of(folder: Path) -> dict:
-    page = (folder / "features.html").read_text(encoding="utf-8")
+def page_of(folder: Path, name: str = "features.html") -> dict:
+    page = (folder / name).read_text(encoding="utf-8")
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
 def test_command_writes_the_same_page_twice(run_folder, capsys):
-    """Requested features come first, then the top-ranked ones; a second run writes the same bytes."""
+    """Requested features come first, then the top-ranked ones; a second run writes the same bytes. Requested ones alone
+    go to another page.
+    """
     features.main([str(run_folder), "--features", "7", "3", "7", "--num", "5"])
     first = (run_folder / "features.html").read_bytes()
     numbers = [page["i"] for page in page_of(run_folder)["features"]]
@@ -238,7 +240,8 @@ def test_command_writes_the_same_page_twice(run_folder, capsys):
     features.main([str(run_folder), "--features", "7", "3", "7", "--num", "5"])
     assert (run_folder / "features.html").read_bytes() == first
     features.main([str(run_folder), "--features", "9"])
-    assert [page["i"] for page in page_of(run_folder)["features"]] == [9]
+    assert [page["i"] for page in page_of(run_folder, "requested_features.html")["features"]] == [9]
+    assert (run_folder / "features.html").read_bytes() == first
 
 
 def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
@@ -253,7 +256,8 @@ def test_an_sae_whose_features_all_died(group, tmp_path, capsys):
     assert page["features"] == [] and page["never_active"] == sae.cfg["dict_size"]
     assert "0 of 64 features" in capsys.readouterr().out
     features.main([str(tmp_path), "--features", "3"])
-    assert [(page["i"], page["active"], page["examples"]) for page in page_of(tmp_path)["features"]] == [(3, 0, [])]
+    (page,) = page_of(tmp_path, "requested_features.html")["features"]
+    assert (page["i"], page["active"], page["examples"]) == (3, 0, [])
 
 
 def test_bad_input_is_one_line(run_folder, group, tmp_path, program):
