@@ -311,6 +311,8 @@ def run_ranks(size: int, function, timeout: int = 120) -> list[tuple]:
         def command(_):
             nonlocal result
             with distributed.process_group():
+                # The store is in rank 0 here, not in torchrun: it must not end while another rank still connects.
+                torch.distributed.all_reduce(torch.zeros(1))
                 result = function()
 
         with contextlib.redirect_stderr(stderr):
