@@ -286,13 +286,8 @@ class BaseAutoencoder(nn.Module):
     def update_statistics(self, output: dict) -> None:
         """Store a training forward's counters (and thresholds), unless it failed. Does not wait for the device."""
         self.known_counts = None
-        self.num_batches_not_active.copy_(
-            self.unless_failed(output, output["num_batches_not_active"], self.num_batches_not_active)
-        )
-
-    def unless_failed(self, output: dict, value: torch.Tensor, otherwise) -> torch.Tensor:
-        """value, or `otherwise` if the output has a `failure` that is not 0."""
-        return torch.where(output["failure"] == 0, value, otherwise) if "failure" in output else value
+        counters = self.num_batches_not_active
+        counters.copy_(unless_failed(output, output["num_batches_not_active"], counters))
 
     @torch.no_grad()
     def make_decoder_weights_and_grad_unit_norm(self) -> None:
@@ -330,7 +325,7 @@ class AdaptiveSparseSAE(BaseAutoencoder):
             few &= self.batches_until_sparse > 0  # dense at 0 means that there were too many candidates: restart
         left = (self.batches_until_sparse - 1).clamp(min=0)
         left = torch.where(few, left, SPARSE_AFTER)
-        self.batches_until_sparse.copy_(self.unless_failed(output, left, self.batches_until_sparse))
+        self.batches_until_sparse.copy_(unless_failed(output, left, self.batches_until_sparse))
 
     def is_sparse(self) -> bool:
         return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts().until_sparse == 0
@@ -407,7 +402,7 @@ class BatchTopKSAE(TopKSAE):
     def update_statistics(self, output):
         super().update_statistics(output)
         smallest = self.shards.minimum(sparse_ops.smallest_positive(output["feature_acts"].detach()))
-        found = self.unless_failed(output, smallest < torch.inf, False)  # a batch without activations does not count
+        found = unless_failed(output, smallest < torch.inf, False)  # a batch without activations does not count
         self.threshold_num_batches += found
         weight = (1 / self.threshold_num_batches.clamp(min=1)).clamp(min=0.01)
         self.threshold += torch.where(found, (smallest - self.threshold) * weight, 0)
@@ -466,6 +461,11 @@ class JumpReLUSAE(AdaptiveSparseSAE):
     def sparsity(self, z, acts, pattern):
         """The number of active features, differentiable in θ alone."""
         return NumActive.apply(z, self.theta(pattern), self.cfg["bandwidth"])
+
+
+def unless_failed(output: dict, value: torch.Tensor, otherwise) -> torch.Tensor:
+    """value, or `otherwise` if the output has a `failure` that is not 0."""
+    return torch.where(output["failure"] == 0, value, otherwise) if "failure" in output else value
 
 
 def keep_above(values: torch.Tensor, z: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

@@ -61,10 +61,8 @@ class SparsityPattern:
     the SAE subtracts it); None in a pattern made by `of`.
     """
 
-    x = None
-
-    def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int], products=None):
-        self.rows, self.cols, self.shape, self.products = rows, cols, shape, products
+    def __init__(self, rows: torch.Tensor, cols: torch.Tensor, shape: tuple[int, int], products=None, x=None):
+        self.rows, self.cols, self.shape, self.products, self.x = rows, cols, shape, products, x
 
     @classmethod
     def of(cls, matrix: torch.Tensor) -> "SparsityPattern":
@@ -98,9 +96,7 @@ class SparsityPattern:
         """The entries where the mask keep [n] is True."""
         index = nonzero(keep)
         rows, cols, products = (of.index_select(0, index) for of in (self.rows, self.cols, self.products))
-        pattern = SparsityPattern(rows, cols, self.shape, products)
-        pattern.x = self.x
-        return pattern
+        return SparsityPattern(rows, cols, self.shape, products, self.x)
 
     def by_group(self, ends: list[int]) -> "SparsityPattern":
         """The places in [B·P, F] where row i·P + g has the entries of row i in the g-th of P groups of neighbouring

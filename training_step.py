@@ -282,8 +282,9 @@ def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
 
         share_gradients(sae, optimizer)
         optimizer.is_updating = True
-        failure = output.setdefault("failure", torch.zeros((), dtype=torch.int64, device=sae.W_dec.device))
-        output["scales"] = triton_ops.begin_adam(optimizer, cfg["max_grad_norm"], failure)
+        if "failure" not in output:
+            output["failure"] = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
+        output["scales"] = triton_ops.begin_adam(optimizer, cfg["max_grad_norm"], output["failure"])
         sae.update_statistics(output)
         output["status"] = torch.cat([output.pop("failure")[None], sae.counts_on_device()])
     return output

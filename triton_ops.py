@@ -543,9 +543,8 @@ def kept(
     write_kept[(B + triton.cdiv(length, 256),)](
         *args, kept_ties, kept_offsets, rows, out_cols, out_values, length, B, num_features, **flags
     )
-    pattern = PaddedPattern(rows, out_cols, kept_offsets, (B, num_features), out_values, found.failure, found.found)
-    pattern.x = x.detach()
-    return pattern
+    arrays = rows, out_cols, kept_offsets, (B, num_features), out_values
+    return PaddedPattern(*arrays, found.failure, found.found, x.detach())
 
 
 # Products over the entries
@@ -671,18 +670,17 @@ class PaddedPattern:
     """
 
     is_padded = True
-    x = None
 
-    def __init__(self, rows, cols, row_offsets, shape, products, failure, num_candidates):
+    def __init__(self, rows, cols, row_offsets, shape, products, failure, num_candidates, x=None):
         self.rows, self.cols, self.row_offsets, self.shape, self.products = rows, cols, row_offsets, shape, products
-        self.failure, self.num_candidates = failure, num_candidates
+        self.failure, self.num_candidates, self.x = failure, num_candidates, x
 
     def trimmed(self) -> "PaddedPattern":
         """The same without unused places. Waits for the device."""
         n = int(self.row_offsets[-1])
         arrays = self.rows[:n], self.cols[:n], self.row_offsets, self.shape, self.products[:n]
-        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
-        pattern.is_padded, pattern.x = False, self.x
+        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates, self.x)
+        pattern.is_padded = False
         return pattern
 
     def select(self, keep: torch.Tensor) -> "PaddedPattern":
@@ -691,8 +689,8 @@ class PaddedPattern:
         rows, numbers = self.rows[index], torch.arange(len(self.row_offsets), dtype=torch.int32, device=keep.device)
         row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
         arrays = rows, self.cols[index], row_offsets, self.shape, self.products[index]
-        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates)
-        pattern.is_padded, pattern.x = False, self.x
+        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates, self.x)
+        pattern.is_padded = False
         return pattern
 
     def by_group(self, ends: list[int]) -> "PaddedPattern":

@@ -416,19 +416,18 @@ def test_a_machine_that_is_too_small(main_here, tmp_path):
 
 def test_folders_that_cannot_be_used(main_here, tmp_path, monkeypatch):
     """Refused before the language model is loaded: a file as output_dir, and a run that another process trains."""
+    import main
+    from checkpoint import run_folder
+
     monkeypatch.setattr("language_model.load_model", None)
     (tmp_path / "file").touch()
     code, _, err = main_here("demo", *TINY, f"output_dir={tmp_path / 'file' / 'runs'}")
     assert "output_dir = " in the_error(code, err) and "cannot be written to" in err
-    args = ["demo", *TINY, f"output_dir={tmp_path / 'runs'}"]
-    _, names, _ = main_here(*args, "--list")
-    folder = tmp_path / "runs" / "demo-0" / names.split()[0]
-    monkeypatch.setattr("checkpoint.run_folder", lambda cfg: folder)
-    monkeypatch.setattr("logs.run_folder", lambda cfg: folder)
+    args = [*TINY, f"output_dir={tmp_path / 'runs'}"]
+    folder = run_folder(main.sweep_configs("demo", dict(map(main.parse_override, args)))[3])
     folder.mkdir(parents=True)
-    held = filelock.FileLock(folder / ".lock")
-    with held:
-        code, _, err = main_here(*args)
+    with filelock.FileLock(folder / ".lock"):
+        code, _, err = main_here("demo", *args)
     assert the_error(code, err) == f"error: {folder} is being trained by another process"
 
 
