@@ -204,8 +204,6 @@ def remove_failed(runs: list[Run], outputs: list, step: int) -> list[str]:
     lines = []
     for run, output in list(zip(runs, outputs)):
         if isinstance(output, FloatingPointError):
-            runs.remove(run)
-            outputs.remove(output)
             if run.log:
                 lines.append(f"{run.cfg['name']}: step {step}: {output}")
                 tell(lines[-1], any_rank=True)
@@ -213,6 +211,8 @@ def remove_failed(runs: list[Run], outputs: list, step: int) -> list[str]:
                 save_sae(run.sae, run_folder(run.cfg) / "sae")
                 if run.log:
                     run.log.stop(step, str(output))
+            runs.remove(run)  # not before it is saved: if an error ends that, the checkpoint must hold it (SaveOnError)
+            outputs.remove(output)
     return lines
 
 
@@ -264,9 +264,9 @@ class TrainingBar(tqdm):
 
 
 class SaveOnError:
-    """Saves a checkpoint if memory runs out in a step, or if the progress bar cannot be written because its reader is
-    gone. Some SAEs may have taken the step and others not, so it is the checkpoint of the step before, with a list of
-    the SAEs that are ahead of it and the numbers of their outputs.
+    """Saves a checkpoint if memory runs out, or the reader of the progress bar is gone, before a step is complete. Some
+    SAEs may have taken the step and others not, so it is the checkpoint of the step before, with a list of the SAEs
+    that are ahead of it and the numbers of their outputs.
     """
 
     def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
@@ -302,7 +302,7 @@ class SaveOnError:
 
 
 class StopSignals:
-    """Handles SIGINT and SIGTERM: stop at once while no SAE is being updated, else after the step."""
+    """Handles SIGINT and SIGTERM: stop at once while activations are harvested, else after the step."""
 
     def __enter__(self):
         self.stop_requested = self.interruptible = False

@@ -543,6 +543,27 @@ def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, 
     assert not groups_folder(cfgs[0]).exists()
 
 
+def test_a_closed_pipe_while_nan_stops_a_run(model, training_cfg, uninterrupted, monkeypatch):
+    """The checkpoint that is saved then has the run that is about to be stopped, too."""
+    cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    real, steps = training_step.start_step, itertools.count(1)
+
+    def poisoned(sae, optimizer, x, cfg, wait=False):
+        if cfg["name"] == cfgs[1]["name"] and next(steps) == 5:
+            raise FloatingPointError("NaN or infinity in the test")
+        return real(sae, optimizer, x, cfg, wait)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "start_step", poisoned)
+        patch.setattr(tqdm, "_lock", threading.RLock())  # tqdm does not release its lock when writing fails
+        patch.setattr(sys, "stderr", ClosedPipe("NaN or infinity in the test"))
+        with pytest.raises(BrokenPipeError):
+            train(model, cfgs)
+    state = json.loads((newest_checkpoint(cfgs[0]) / "state.json").read_text())
+    assert state["step"] == 4 and why_stopped(run_folder(cfgs[1])) is None
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
 @pytest.mark.fast
 def test_nan_in_the_activations_stops_all_of_them(model, training_cfg):
     """No SAE is to blame: they are saved as they were, and not marked as stopped."""
