@@ -341,7 +341,7 @@ def tensors_of(run) -> dict:
     tensors = {f"sae.{name}": tensor for name, tensor in run.sae.state_dict().items()}
     for i, values in run.optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{key}": tensor for key, tensor in values.items()}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_checkpoint(path: Path, state: dict, runs: list) -> None:

@@ -18,7 +18,7 @@ device is split over several ranks, which exchange more: shards.py.
 The first rank that fails prints its line and exits. The others then lose their connection to it, and exit without a
 line (RankLost). torchrun ends those that do not. All resume from the last checkpoint.
 
-Without torchrun there is one rank, and every function here returns at once.
+Without torchrun there is one rank, and nothing is exchanged.
 """
 
 import hashlib

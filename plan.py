@@ -21,7 +21,7 @@ from evaluation import eval_batches, kept, predict, prediction_losses, variants_
 from sae import SAE_CLASSES, SPARSE_AFTER
 from shards import team
 from sparse_ops import screen_dtype
-from training_step import Run, group_step, is_small, make_optimizer
+from training_step import Run, form_of_step, group_step, is_small, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer is not started
 SHORTER = "num_tokens=… makes a sweep shorter"
@@ -269,7 +269,7 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
             for i in which:  # the same dead features in each turn: on CUDA another number of them is another form
                 runs[i].sae.num_batches_not_active.copy_(counters[i])
                 runs[i].sae.known_counts = None
-                runs[i].sae.form_of_step()  # reads the counts here, so that this is not timed
+                form_of_step(runs[i].sae)  # reads the counts here, so that this is not timed
             seconds.append([timed_step(runs[i]) for i in which])
         return {i: min(times[-2:]) for i, times in zip(which, zip(*seconds))}
 

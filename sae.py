@@ -4,9 +4,8 @@ Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 
     W_enc [d, F]   W_dec [F, d], rows of unit norm   b_enc [F]   b_dec [d]
 
-A subclass of BaseAutoencoder defines its activations (`pre_activation`, `activation`), its sparsity penalty
-(`sparsity`), and what is compared with the input in the loss if that is more than the reconstruction
-(`reconstructions`). They share everything else.
+A subclass of BaseAutoencoder defines `select`, `pre_activation` and `activation`. It may override the sparsity penalty
+(`sparsity`) and what the loss compares with the input (`reconstructions`). BaseAutoencoder has the rest.
 
 Pre-activations z and activations f have two forms: dense [B, F], or a vector [n] of the values at the places of a
 `pattern` (sparse_ops.py), which are all places where f can be positive. `select` returns the pattern if the sparse form
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 
 import sparse_ops
 from config import prefix_sizes
+from console import InputError
 from shards import WHOLE, Shards
 from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, sae_arithmetic
 
@@ -49,7 +49,7 @@ class BaseAutoencoder(nn.Module):
         self.cfg, self.shards = cfg, shards
         d, dict_size, dtype = cfg["act_size"], cfg["dict_size"], getattr(torch, cfg["dtype"])
         if d is None:
-            raise ValueError("act_size is None: set it to the width of the activations before building an SAE")
+            raise InputError("act_size is None: set it to the width of the activations before building an SAE")
         # The published code's Kaiming initialisation of a [d, F] matrix uses F as the fan-in: U(±√(6/F)).
         bound = (6 / dict_size) ** 0.5
         generator = torch.Generator().manual_seed(cfg["seed"])
@@ -120,7 +120,8 @@ class BaseAutoencoder(nn.Module):
         estimated.
         """
         tokens = self.preprocess_input(x.reshape(-1, x.shape[-1]))[0]
-        return self.activation(self.pre_activation(tokens)).view(*x.shape[:-1], -1)
+        acts = self.activation(self.pre_activation(tokens))
+        return acts.view(*x.shape[:-1], acts.shape[-1])
 
     @sae_arithmetic
     def decode(self, acts: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +132,7 @@ class BaseAutoencoder(nn.Module):
         """
         tokens = acts.reshape(-1, acts.shape[-1])
         reconstruction = self.shards.add(sparse_ops.decode(tokens, self.W_dec)) + self.b_dec
-        reconstruction = reconstruction.view(*acts.shape[:-1], -1)
+        reconstruction = reconstruction.view(*acts.shape[:-1], len(self.b_dec))
         if like is None:
             return reconstruction
         _, mean, std = self.preprocess_input(like)
@@ -140,10 +141,8 @@ class BaseAutoencoder(nn.Module):
     @sae_arithmetic
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual-stream vectors [..., d] -> (reconstruction in the same units, activations [..., F])."""
-        tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
-        acts = self.activation(self.pre_activation(tokens))
-        reconstruction = self.postprocess_output(self.decode(acts), mean, std)
-        return reconstruction.view(x.shape), acts.view(*x.shape[:-1], -1)
+        acts = self.encode(x)
+        return self.decode(acts, like=x), acts
 
     @contextmanager
     def splice(self, model):
@@ -180,7 +179,7 @@ class BaseAutoencoder(nn.Module):
         counters after this batch. l2_loss is the mean squared error of the reconstruction from all features; loss may
         have another (`reconstructions`). The SAE does not change: a training loop of your own must call
         update_statistics(output), as training_step.training_step does.
-        Raises FloatingPointError if x, the weights or the loss hold NaN or infinity.
+        Raises FloatingPointError if x, W_enc or l2_loss hold NaN or infinity.
         """
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
         output, reconstruction = self.forward_normalised(tokens)
@@ -273,15 +272,6 @@ class BaseAutoencoder(nn.Module):
         most_dead = (self.num_batches_not_active + 1 >= self.cfg["n_batches_to_dead"]).sum()
         return torch.stack([until_sparse, most_dead])
 
-    def form_of_step(self) -> tuple:
-        """Everything known to the host that determines the operations of a step on CUDA and the sizes of its arrays.
-
-        Sets known_counts, because while a CUDA graph is recorded they cannot be read.
-        """
-        until_sparse, most_dead = self.known_counts = self.counts()
-        dead = sparse_ops.room_for(most_dead, self.cfg["dict_size"]) if self.aux_loss_on_dead_features else 0
-        return until_sparse == 0, dead, sparse_ops.capacities()
-
     @torch.no_grad()
     def update_statistics(self, output: dict) -> None:
         """Store a training forward's counters (and thresholds), unless it failed. Does not wait for the device."""
@@ -327,25 +317,25 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         left = torch.where(few, left, SPARSE_AFTER)
         self.batches_until_sparse.copy_(unless_failed(output, left, self.batches_until_sparse))
 
-    def is_sparse(self) -> bool:
-        return sparse_ops.has_sparse_kernels(self.W_enc.device) and self.counts().until_sparse == 0
+    def select_above(self, x, theta, margin: float, wait: bool) -> SparsityPattern | None:
+        """The places of x W_enc + b_enc > θ − margin; None for the dense form."""
+        if not sparse_ops.has_sparse_kernels(x.device) or self.counts().until_sparse > 0:
+            return None
+        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait))
 
 
 class VanillaSAE(AdaptiveSparseSAE):
     """f = relu((x̂ − b_dec) W_enc + b_enc);  loss = L2 + l1_coeff · mean_B Σ_j f_j."""
 
     def select(self, x, wait):
-        if not self.is_sparse():
-            return None
-        x = x - self.b_dec
-        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, 0, 0, wait))
+        return self.select_above(x - self.b_dec, 0, 0, wait)
 
     def pre_activation(self, x, pattern=None):
         z = sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
         return z.add_(at_features(self.b_enc, pattern))
 
     def activation(self, z, pattern=None):
-        return F.relu(z)
+        return F.relu(z, inplace=True)  # nothing else reads z
 
 
 class TopKSAE(BaseAutoencoder):
@@ -390,10 +380,8 @@ class BatchTopKSAE(TopKSAE):
         return super().select(x, wait) if self.training else None
 
     def activation(self, z, pattern=None):
-        if pattern is not None:
-            return z
         if self.training:
-            return super().activation(z)
+            return super().activation(z, pattern)
         if self.threshold_num_batches == 0:
             raise RuntimeError("this BatchTopK has no inference threshold yet: train it, or encode in train() mode")
         return keep_above(z, z, self.threshold)
@@ -442,11 +430,8 @@ class JumpReLUSAE(AdaptiveSparseSAE):
         self.jumprelu.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
     def select(self, x, wait):
-        if not self.is_sparse():
-            return None
         # θ has a gradient down to half a bandwidth below θ, where f is 0.
-        theta, margin = self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2
-        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait))
+        return self.select_above(x, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2, wait)
 
     def pre_activation(self, x, pattern=None):
         return sparse_ops.encode(x, None, self.W_enc, pattern).add_(at_features(self.b_enc, pattern))

@@ -34,14 +34,13 @@ from contextlib import contextmanager
 from functools import cached_property, lru_cache, wraps
 from itertools import pairwise
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+
 # Page faults of 4 KiB take a fifth of a step on a CPU; torch can ask for pages of 2 MiB. It reads this variable when it
-# first allocates, so it is set before the import.
+# first allocates memory, which importing it does not.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
 if not torch.sparse.check_sparse_tensor_invariants.is_enabled():
     torch.sparse.check_sparse_tensor_invariants.disable()  # the default, but torch 2.11 warns unless it is set
 
@@ -238,8 +237,8 @@ def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor:
-    """The features where the mask dead [F] is True, in order. If the kernels are used with x, the length is
-    room_for(upper_bound()), which needs no wait for the device, and unused places hold F.
+    """The features where the mask dead [F] is True, in order. Where the kernels are used, the length is
+    room_for(upper_bound()), which is known without waiting for the device, and unused places hold F.
     """
     if not uses_kernels(x):
         return nonzero(dead)
@@ -250,7 +249,7 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
 
 def room_for(num_dead: int, num_features: int) -> int:
     """The length of a dead_index on CUDA. Few lengths are possible, since each needs its own CUDA graph."""
-    unit = max(256, 2 ** max(num_dead, 1).bit_length() // 8)
+    unit = max(256, 2 ** num_dead.bit_length() // 8)
     return min(-(-num_dead // unit) * unit, num_features)
 
 
@@ -270,12 +269,8 @@ def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
 
 def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
     """[] int64: not 0 if the results of a step that did not wait for the device are invalid (triton_ops.py)."""
-    return not_finite(loss) * NOT_FINITE | (0 if pattern is None else pattern.failure)
-
-
-def not_finite(number: torch.Tensor) -> torch.Tensor:
-    """[] bool: whether a number [] is NaN or infinite, in two kernels (isfinite takes four)."""
-    return ~(number.abs() < torch.inf)
+    not_finite = ~(loss.abs() < torch.inf)  # isfinite takes more kernels
+    return not_finite * NOT_FINITE | (0 if pattern is None else pattern.failure)
 
 
 def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
@@ -294,11 +289,12 @@ class KeepTopK(torch.autograd.Function):
             return acts
         acts = torch.relu(z)
         if k < acts.shape[-1]:
-            # A threshold is several times as fast as topk on a CPU. It is that of z, as NumPy's partition is five times
-            # slower over the many zeros of relu(z).
+            # A threshold is several times as fast as topk on a CPU. It is taken from z, because NumPy's partition is
+            # five times as slow on relu(z), which is mostly zeros.
             t = kth_largest(z, k).unsqueeze(-1)
             kept = torch.ge(acts, t, out=torch.empty_like(acts))
-            # If several values equal the threshold. A GPU does not ask, as the host would have to wait for the answer.
+            # Of several values that equal the threshold, keep the first. A GPU always does this, since to ask whether
+            # it is necessary would make the host wait.
             count = kept.sum(-1) if k < 2**23 else kept.count_nonzero(-1)  # float32 is exact to 2²⁴, and faster
             if acts.device.type != "cpu" or ((count > k) & (t.squeeze(-1) > 0)).any():
                 more, tied = acts > t, acts == t
@@ -352,8 +348,10 @@ class Decode(torch.autograd.Function):
         grad = grad.contiguous()
         if ctx.pattern is not None:
             return *ctx.pattern.decode_gradients(acts, W_dec, grad), None
+        # In this order, because the first product takes more memory of its own, and the second returns [B, F].
+        grad_W_dec = matmul(acts.T, grad) if ctx.needs_input_grad[1] else None
         grad_acts = matmul(grad, W_dec.T) if ctx.needs_input_grad[0] else None
-        return grad_acts, matmul(acts.T, grad) if ctx.needs_input_grad[1] else None, None
+        return grad_acts, grad_W_dec, None
 
 
 class AtFeatures(torch.autograd.Function):
@@ -430,8 +428,8 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     return pattern.select(pattern.products + offset[pattern.cols] > -margin)
 
 
-# On CUDA: capacity for candidates by (B, F, k). It grows after an overflow. Weights do not depend on it, but the last
-# bits of logged sums may.
+# On CUDA: capacity for candidates by (B, F, k), with k None for select_above. It grows after an overflow. Weights do
+# not depend on it, but the last bits of logged sums may.
 _capacity = {}
 
 
@@ -440,7 +438,9 @@ def capacities() -> tuple:
 
 
 def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
-    """select(capacity), a PaddedPattern. With wait, it is repeated with more capacity as needed, and trimmed."""
+    """select(capacity), a PaddedPattern. With wait, it is repeated with more capacity as needed, and trimmed; None if
+    the dense form is cheaper.
+    """
     most = key[0] * key[1] // DENSE_FROM
     while True:
         capacity = _capacity.setdefault(key, min(first, most))
@@ -564,8 +564,7 @@ def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
 
 def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> SparsityPattern | None:
     """The entries whose screened value z [B, F] reaches floor [B] of their row; None if more than 1/DENSE_FROM do."""
-    B, num_features = z.shape
-    groups = maxima.shape[1]
+    num_features, groups = z.shape[1], maxima.shape[1]
     size = num_features // groups
     floor = floor.to(z.dtype)
     # The maximum of a group without positive numbers is unknown (group_maxima), so a negative floor includes it.

@@ -161,12 +161,22 @@ def one_core_if_small(cfg: dict) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def form_of_step(sae: BaseAutoencoder) -> tuple:
+    """What determines the operations and array sizes of a step on CUDA: whether it may be sparse, the room for dead
+    features, and the room for candidates. Sets known_counts, which cannot be read while a CUDA graph is recorded.
+    """
+    until_sparse, most_dead = sae.known_counts = sae.counts()
+    dead = sparse_ops.room_for(most_dead, sae.cfg["dict_size"]) if sae.aux_loss_on_dead_features else 0
+    return until_sparse == 0, dead, sparse_ops.capacities()
+
+
 class StepGraphs:
     """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 150 kernels takes
     the host several times as long as the device needs to run them.
 
-    A graph repeats fixed operations on fixed memory, so each form of a step (form_of_step) has its own two, of
-    begin_step and finish_step. The first step of a form runs eagerly, the second is recorded.
+    A graph repeats fixed operations on fixed memory. So each form of a step (form_of_step) has two graphs of its own,
+    one of begin_step and one of finish_step. Between them the status is copied to the host, which reads it while the
+    weights are updated. The first step of a form runs eagerly, the second is recorded.
     """
 
     # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
@@ -187,7 +197,7 @@ class StepGraphs:
         if x.device not in self.streams:
             self.streams[x.device] = torch.cuda.Stream(x.device)
         stream = self.streams[x.device]
-        form = (x.data_ptr(), x.shape, x.dtype, sae.form_of_step())
+        form = (x.data_ptr(), x.shape, form_of_step(sae))
         if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
             stream.wait_stream(torch.cuda.current_stream(x.device))
             try:
@@ -219,7 +229,7 @@ class StepGraphs:
         """
         sae, group = self.sae, self.optimizer.param_groups[0]
         begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
-        self.lr = torch.zeros((), device=x.device) if self.lr is None else self.lr
+        self.lr = x.new_zeros(()) if self.lr is None else self.lr
         output = {key: torch.empty_like(value) for key, value in like.items()}
         StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # torch cannot free cached memory while it records
@@ -277,10 +287,10 @@ def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
     clear_gradients(sae, optimizer)  # of a step in which memory ran out
     output = sae.forward_normalised(x, wait)[0]
     output["loss"].backward()
+    share_gradients(sae, optimizer)
     if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
         import triton_ops
 
-        share_gradients(sae, optimizer)
         optimizer.is_updating = True
         if "failure" not in output:
             output["failure"] = torch.zeros((), dtype=torch.int64, device=sae.W_dec.device)
@@ -314,7 +324,6 @@ def update_weights(sae: BaseAutoencoder, optimizer, cfg: dict) -> None:
         torch.nn.utils.clip_grads_with_norm_(sae.parameters(), cfg["max_grad_norm"], norm)
     optimizer.is_updating = True
     sae.make_decoder_weights_and_grad_unit_norm()
-    share_gradients(sae, optimizer)
     optimizer.step()
     sae.normalize_decoder()
 

@@ -2,7 +2,7 @@
 
 Nothing here waits for the device. Only the device knows the numbers of candidates, active features and ties, so arrays
 have a fixed capacity and their lengths stay on the device. Too many candidates, NaN and infinity set a failure flag
-(OVERFLOW, NOT_FINITE). An update whose flag is set changes nothing; training_step.py reads it and repeats the step
+(OVERFLOW, NOT_FINITE). A step whose flag is set changes nothing; training_step.py reads it and repeats the step
 with more capacity, or reports what is not finite. All sums have a fixed order, so steps are deterministic.
 
 The screen is in float16. Tensor cores multiply it as fast as bfloat16, and with 3 more bits the bound is 8 times as
@@ -40,10 +40,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from console import InputError
 from sparse_ops import NOT_FINITE, OVERFLOW, full_precision
 
 CHUNK = 64  # entries of a feature that one program sums
 DIGITS = (8, 8, 8, 7)  # bits per round of a radix selection: the 31 bits of a nonnegative float
+LARGEST_INDEX = 2**31 - 2**12  # places in [B, n] are 32-bit integers, and a program computes some after its last
 GROUP = 64  # columns of a group, at most: their candidates are the bits of an int64
 W_SCALE = tl.constexpr(8.0)
 # Norm of an encoder column, and offset: 16 · 8 · 250 + 8 · 8 · 250 is below the largest float16, 65504.
@@ -132,8 +134,9 @@ def find_candidates(
     z, maxima, scales, errors, threshold, stride, groups, hits, num_hot, counts, num_features, num_groups,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Which entries may reach the threshold of their row. In `groups` [B, G] the numbers of the groups whose maximum
-    does, in `hits` [B, G] their entries, as a bit each; and per row, the number of such groups and of such entries.
+    """Which entries may reach the threshold of their row. Writes for each row: the groups whose maximum may (`groups`
+    [B, G], of which the first `num_hot` are used), one bit for each of their entries that may (`hits`), and the number
+    of such entries (`counts`).
     """
     row = tl.program_id(0).to(tl.int64)
     level = tl.load(threshold + row * stride).to(tl.float32, bitcast=True)
@@ -207,7 +210,7 @@ def write_candidates(
         bits = tl.load(hits + row * num_groups + i, mask=i < n, other=0)
         count = number_of_bits(bits)
         at = place + tl.cumsum(count, axis=0) - count
-        for _ in range(0, tl.max(count, axis=0)):
+        for _ in range(tl.max(count, axis=0)):
             lowest = bits & -bits
             number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127  # its exponent
             tl.store(cols + at, group * GROUP + number, mask=(bits != 0) & (at < capacity))
@@ -251,8 +254,8 @@ def count_digits(values, length, state, histogram, SHIFT: tl.constexpr, BITS: tl
 
 @triton.jit
 def pick_digit(histogram, state, k, FIRST: tl.constexpr, BITS: tl.constexpr, UNUSED: tl.constexpr):
-    """Append to state[0] the largest digit that state[1] keys (k in the FIRST round) reach, and UNUSED zero bits;
-    state[1] becomes how many of those are wanted.
+    """Find the largest digit that at least `wanted` keys reach: state[1], or k in the FIRST round. Append it to the key
+    in state[0], and then UNUSED zero bits. state[1] becomes the number wanted among the keys with this digit.
     """
     bins = tl.arange(0, 1 << BITS)
     counts = tl.load(histogram + bins)
@@ -418,17 +421,17 @@ class Screen(NamedTuple):
 
 
 def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None, at_least: int) -> Screen:
-    """As sparse_ops.screen, but for the scales and the accumulation term: tensor cores align and truncate what they
-    add, which known models of them keep under twice the bound of float32 sums. at_least: groups, if there are as many
-    features.
+    """As sparse_ops.screen, with scales and twice the accumulation term: tensor cores align and truncate what they add,
+    and in known models of them that error stays below twice the bound of float32 sums. at_least: the least number of
+    groups, if there are as many features.
     """
     W, x = W_enc.T.contiguous(), x.contiguous()
     (B, d), num_features = x.shape, len(W)
     parts = 0 if offset is None else 3
     width = -(-(d + parts) // 8) * 8  # what tensor cores want
     x16, W16 = (torch.empty(n, width, dtype=torch.float16, device=x.device) for n in (B, num_features))
-    x_norms, W_norms = (torch.empty(5, n, device=x.device) for n in (B, num_features))
-    scales, errors = (torch.empty(B, device=x.device) for _ in range(2))
+    x_norms, W_norms = (x.new_empty(5, n) for n in (B, num_features))
+    scales, errors = (x.new_empty(B) for _ in range(2))
     offset = x if offset is None else offset.contiguous()
     options = dict(PARTS=parts, BLOCK_D=triton.next_power_of_2(d))
     smallest = 1.0 if parts else 2.0**-40  # the offset is scaled as the row is
@@ -442,9 +445,9 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None, at
     while group > 1 and -(-num_features // group) < at_least:
         group //= 2
     num_groups = -(-num_features // group)
-    if B * num_groups >= 2**31:  # places in the maxima are 32-bit integers
-        raise ValueError(
-            f"batch_size = {B} is too large for {num_features} features on CUDA: at most {2**31 // num_groups}"
+    if B * num_groups > LARGEST_INDEX:
+        raise InputError(
+            f"batch_size = {B} is too large for {num_features} features on CUDA: at most {LARGEST_INDEX // num_groups}"
         )
     maxima, reached = (torch.empty(B, num_groups, dtype=t, device=x.device) for t in (torch.float16, torch.float32))
     block = min(64, triton.next_power_of_2(num_groups))
@@ -520,7 +523,7 @@ def select_above(x, W_enc, offset: torch.Tensor, margin: float, capacity: int) -
 def refined(x, W_enc, found: Candidates) -> torch.Tensor:
     """[capacity]: x W_enc in float32 at the candidates."""
     d = x.shape[1]
-    values = torch.empty(len(found.cols), device=x.device)
+    values = x.new_empty(len(found.cols))
     block_d = triton.next_power_of_2(d)
     args = x.contiguous(), W_enc.T.contiguous(), found.row_offsets, found.cols, values, d
     refine[(len(x),)](*args, **tile(block_d))
@@ -537,7 +540,7 @@ def kept(
     counts, kept_ties, kept_offsets, rows, out_cols = (
         torch.empty(n, dtype=torch.int32, device=device) for n in ((B, 2), B, B + 1, length, length)
     )
-    out_values = torch.empty(length, device=device)
+    out_values = values.new_empty(length)
     count_kept[(B,)](*args, counts, **flags)
     place_rows[(1,)](counts, state, kept_ties, kept_offsets, B, PER_ROW=int(per_row), BLOCK=1024)
     write_kept[(B + triton.cdiv(length, 256),)](
@@ -631,7 +634,7 @@ def encode_gradients_kernel(
 
 @triton.jit
 def add_extra_chunks(extra_offsets, extra_feature, grad_W, d, num_features, BLOCK_D: tl.constexpr):
-    """Adds to a feature's first part the other parts, in order, in the program of the first of these."""
+    """Add a feature's other parts to its first, in order. The program of its second part does this."""
     number = tl.program_id(0)
     feature = tl.load(extra_feature + number).to(tl.int64)
     if feature < num_features:
@@ -669,7 +672,7 @@ class PaddedPattern:
     x [B, d] as in SparsityPattern.
     """
 
-    is_padded = True
+    is_padded = True  # whether there may be unused places
 
     def __init__(self, rows, cols, row_offsets, shape, products, failure, num_candidates, x=None):
         self.rows, self.cols, self.row_offsets, self.shape, self.products = rows, cols, row_offsets, shape, products
@@ -677,18 +680,16 @@ class PaddedPattern:
 
     def trimmed(self) -> "PaddedPattern":
         """The same without unused places. Waits for the device."""
-        n = int(self.row_offsets[-1])
-        arrays = self.rows[:n], self.cols[:n], self.row_offsets, self.shape, self.products[:n]
-        pattern = PaddedPattern(*arrays, self.failure, self.num_candidates, self.x)
-        pattern.is_padded = False
-        return pattern
+        return self.part(slice(int(self.row_offsets[-1])), self.row_offsets)
 
     def select(self, keep: torch.Tensor) -> "PaddedPattern":
         """The places where the mask keep [n] is True. Waits for the device."""
         index = keep.nonzero().squeeze(-1)
-        rows, numbers = self.rows[index], torch.arange(len(self.row_offsets), dtype=torch.int32, device=keep.device)
-        row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
-        arrays = rows, self.cols[index], row_offsets, self.shape, self.products[index]
+        return self.part(index, offsets_of(self.rows[index], self.shape[0]))
+
+    def part(self, index, row_offsets: torch.Tensor) -> "PaddedPattern":
+        """The places at an index. None of them may be unused."""
+        arrays = self.rows[index], self.cols[index], row_offsets, self.shape, self.products[index]
         pattern = PaddedPattern(*arrays, self.failure, self.num_candidates, self.x)
         pattern.is_padded = False
         return pattern
@@ -697,9 +698,7 @@ class PaddedPattern:
         """As SparsityPattern.by_group. Unused places have row B·P."""
         (B, num_features), P = self.shape, len(ends)
         rows = (self.rows * P + sum(self.cols >= end for end in ends)).int()
-        numbers = torch.arange(B * P + 1, dtype=torch.int32, device=rows.device)
-        row_offsets = torch.searchsorted(rows, numbers, out_int32=True)
-        shape = B * P, num_features
+        row_offsets, shape = offsets_of(rows, B * P), (B * P, num_features)
         pattern = PaddedPattern(rows, self.cols, row_offsets, shape, None, self.failure, self.num_candidates)
         order, _, *rest = self.by_feature
         pattern.by_feature = order, rows[order], *rest
@@ -710,14 +709,13 @@ class PaddedPattern:
         """Feature-major: (order [n] that sorts the places, rows [n], feature_offsets [F + 1], extra_offsets [F + 1] and
         extra_feature [n // CHUNK]: the range of each feature's chunks beyond the first, and the feature of each).
         """
-        num_features, device = self.shape[1], self.cols.device
+        num_features = self.shape[1]
         narrow = torch.int16 if num_features < 2**15 else torch.int32  # half the passes of a radix sort
         cols, order = self.cols.to(narrow).sort(stable=True)
-        features = torch.arange(num_features + 1, dtype=narrow, device=device)
-        feature_offsets = torch.searchsorted(cols, features, out_int32=True)
+        feature_offsets = offsets_of(cols, num_features)
         extra = (feature_offsets.diff() - 1).clamp(min=0) // CHUNK
         extra_offsets = F.pad(extra.cumsum(0, dtype=torch.int32), (1, 0))
-        numbers = torch.arange(len(cols) // CHUNK, dtype=torch.int32, device=device)
+        numbers = torch.arange(len(cols) // CHUNK, dtype=torch.int32, device=cols.device)
         extra_feature = torch.searchsorted(extra_offsets[1:], numbers, right=True, out_int32=True)
         return order, self.rows[order], feature_offsets, extra_offsets, extra_feature
 
@@ -731,7 +729,7 @@ class PaddedPattern:
         """[B, d]: per row Σ value · table[col], with a table [F, d]."""
         table = table.contiguous()
         d = table.shape[1]
-        out = torch.empty(self.shape[0], d, device=values.device)
+        out = values.new_empty(self.shape[0], d)
         block_d = min(256, triton.next_power_of_2(d))
         spmm_kernel[(self.shape[0], triton.cdiv(d, block_d))](
             values.contiguous(), self.row_offsets, self.cols, table, out, d, BLOCK_D=block_d, BLOCK_N=4, num_warps=1
@@ -740,43 +738,39 @@ class PaddedPattern:
 
     def decode_gradients(self, values, W_dec, grad) -> tuple[torch.Tensor, torch.Tensor]:
         """(grad[row] · W_dec[col] [n]; per feature Σ value · grad[row] [F, d]), with grad [B, d]."""
-        order, rows, *features = self.by_feature
-        grad_values = torch.zeros_like(values)
-        grad_W = self.gradient_buffer(W_dec.shape[1])
-        args = values.contiguous(), rows, order, *features, W_dec.contiguous(), grad.contiguous(), grad_values, grad_W
-        block_d = triton.next_power_of_2(W_dec.shape[1])
+        grad_values, block_d = torch.zeros_like(values), triton.next_power_of_2(W_dec.shape[1])
         options = dict(BLOCK_D=block_d, BLOCK_N=max(1, 2048 // block_d), num_warps=max(1, block_d // 1024))
-        self.over_chunks(decode_gradients_kernel, options, *args)
-        return grad_values, grad_W[: self.shape[1]]
+        args = W_dec.contiguous(), grad.contiguous(), grad_values
+        return grad_values, self.over_chunks(decode_gradients_kernel, options, values, *args)
 
     def spmm_t(self, values, x) -> torch.Tensor:
         """[F, d]: per feature Σ value · x[row]."""
+        options = tile(triton.next_power_of_2(x.shape[1]))
+        return self.over_chunks(encode_gradients_kernel, options, values, x.contiguous())
+
+    def over_chunks(self, kernel, options: dict, values, matrix, *more) -> torch.Tensor:
+        """[F, d]: of each feature, the sum of what a feature-major kernel writes for its chunks."""
         order, rows, *features = self.by_feature
-        grad_W = self.gradient_buffer(x.shape[1])
-        args = values.contiguous(), rows, order, *features, x.contiguous(), grad_W
-        self.over_chunks(encode_gradients_kernel, tile(triton.next_power_of_2(x.shape[1])), *args)
-        return grad_W[: self.shape[1]]
-
-    def gradient_buffer(self, d: int) -> torch.Tensor:
-        return torch.empty(self.shape[1] + len(self.cols) // CHUNK, d, device=self.cols.device)
-
-    def over_chunks(self, kernel, options: dict, *args) -> None:
-        """Run a feature-major kernel over all chunks of all features, and sum the chunks of each feature."""
-        grad_W, num_features = args[-1], self.shape[1]
-        d, (extra_offsets, extra_feature) = grad_W.shape[1], self.by_feature[3:]
-        block_d = triton.next_power_of_2(d)
+        (_, *extra), num_features, d = features, self.shape[1], matrix.shape[1]
+        grad_W = matrix.new_empty(num_features + len(extra[1]), d)
+        args = values.contiguous(), rows, order, *features, matrix, *more, grad_W
         kernel[(len(grad_W),)](*args, d, num_features, CHUNK=CHUNK, **options)
-        if len(extra_feature):
-            add_extra_chunks[(len(extra_feature),)](
-                extra_offsets, extra_feature, grad_W, d, num_features, BLOCK_D=block_d
-            )
+        if len(extra[1]):
+            add_extra_chunks[(len(extra[1]),)](*extra, grad_W, d, num_features, BLOCK_D=options["BLOCK_D"])
+        return grad_W[:num_features]
 
     def feature_sums(self, values: torch.Tensor) -> torch.Tensor:
         """[F]: per feature Σ value."""
         order, _, feature_offsets, *_ = self.by_feature
-        out = torch.empty(self.shape[1], device=values.device)
+        out = values.new_empty(self.shape[1])
         sum_features[(self.shape[1],)](values.contiguous(), order, feature_offsets, out, BLOCK=64)
         return out
+
+
+def offsets_of(sorted_index: torch.Tensor, n: int) -> torch.Tensor:
+    """[n + 1] int32: where each of 0 … n begins in a sorted vector."""
+    numbers = torch.arange(n + 1, dtype=sorted_index.dtype, device=sorted_index.device)
+    return torch.searchsorted(sorted_index, numbers, out_int32=True)
 
 
 # Statistics and the loss
@@ -813,10 +807,10 @@ def count_active(acts, cols: torch.Tensor | None, num_features: int) -> tuple[to
     count, mask, acts = numbers[:8].view(torch.int64), numbers[8:], acts.contiguous()
     if cols is None:
         grid, blocks = (triton.cdiv(len(acts), 64), triton.cdiv(num_features, 128)), dict(BLOCK_B=64, BLOCK_F=128)
-        sums = torch.empty(math.prod(grid), device=acts.device)
+        sums = acts.new_empty(math.prod(grid))
         count_active_dense[grid](acts, len(acts), num_features, count, sums, mask, **blocks)
     else:
-        sums = torch.empty(triton.cdiv(len(acts), 256), device=acts.device)
+        sums = acts.new_empty(triton.cdiv(len(acts), 256))
         if len(acts):
             count_active_kernel[(len(sums),)](acts, cols, len(acts), count, sums, mask, BLOCK=256)
     return count[0], sums.sum(), mask.view(torch.bool)
@@ -832,7 +826,7 @@ def smallest_positive_kernel(values, n, minima, BLOCK: tl.constexpr):
 def smallest_positive(values: torch.Tensor) -> torch.Tensor:
     """sparse_ops.smallest_positive of at least one value [n]."""
     block = 1024
-    smallest = torch.empty(triton.cdiv(len(values), block), device=values.device)
+    smallest = values.new_empty(triton.cdiv(len(values), block))
     with torch.cuda.device_of(values):  # called outside of sae_arithmetic, too
         smallest_positive_kernel[(len(smallest),)](values.contiguous(), len(values), smallest, BLOCK=block)
     return smallest.amin()
@@ -862,7 +856,7 @@ class MeanSquaredError(torch.autograd.Function):
         a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
         n, block = a.numel(), MeanSquaredError.BLOCK
-        sums = torch.empty(triton.cdiv(n, block), device=a.device)
+        sums = a.new_empty(triton.cdiv(n, block))
         squared_error_kernel[(len(sums),)](a, b, n, sums, BLOCK=block)
         return sums.sum() / n
 
@@ -890,8 +884,8 @@ def normalise_rows(x, out, means, stds, d, BLOCK_D: tl.constexpr):
 def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """sparse_ops.normalise."""
     *shape, d = x.shape
-    out = torch.empty(x.shape, device=x.device) if out is None else out
-    mean, std = (torch.empty(*shape, 1, device=x.device) for _ in range(2))
+    out = x.new_empty(x.shape) if out is None else out
+    mean, std = (x.new_empty(*shape, 1) for _ in range(2))
     if mean.numel():
         with torch.cuda.device_of(x):  # called outside of sae_arithmetic, too
             normalise_rows[(mean.numel(),)](x.contiguous(), out, mean, std, d, BLOCK_D=triton.next_power_of_2(d))
@@ -956,11 +950,11 @@ def begin_adam(optimizer, max_grad_norm: float, failure: torch.Tensor) -> torch.
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states):
         if not state:
-            state["step"] = torch.zeros((), device=p.device)
+            state["step"] = p.new_zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-    steps, scales = [state["step"] for state in states], torch.empty(5, device=failure.device)
-    lr = lr if isinstance(lr, torch.Tensor) else torch.full((), lr, device=failure.device)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    lr = lr if isinstance(lr, torch.Tensor) else norm.new_full((), lr)
+    steps, scales = [state["step"] for state in states], norm.new_empty(5)
     log2_betas = [math.log2(beta) if beta else -math.inf for beta in (beta1, beta2)]
     adam_scales[(1,)](norm, failure, steps[0], lr, scales, max_grad_norm, *log2_betas)
     torch._foreach_copy_(steps, steps[:1] * len(steps))
@@ -1041,7 +1035,7 @@ def packed_index(mask: torch.Tensor, capacity: int) -> torch.Tensor:
 def keep_row_top_k(values: torch.Tensor, k: int) -> torch.Tensor:
     """[B, n]: the k largest positive values of each row, and 0 elsewhere; ties go to the first."""
     n, values = values.shape[1], values.contiguous()
-    out, rows_at_once = torch.empty_like(values), max(1, (2**31 - 2**12) // n)  # places are 32-bit integers
+    out, rows_at_once = torch.empty_like(values), max(1, LARGEST_INDEX // n)
     for part, out_part in zip(values.split(rows_at_once), out.split(rows_at_once)):
         row_offsets = torch.arange(len(part) + 1, dtype=torch.int32, device=values.device) * n
         block = min(1024, triton.next_power_of_2(n))
@@ -1073,7 +1067,7 @@ def self_test(device: torch.device) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     B, d, num_features, k = CHUNK + 6, 40, 48, 4
-    x, W, table = (torch.randn(n, d, generator=generator).to(device) for n in (B, num_features, num_features))
+    x, W, table = (torch.randn(n, d, generator=generator).float().to(device) for n in (B, num_features, num_features))
     x += 1
     W[7] = 0
     W[3] = 10  # active on every token: its entries are more than a chunk

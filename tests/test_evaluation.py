@@ -428,6 +428,12 @@ def test_splice_is_what_the_evaluation_measures(model, hf_model, group, name, sk
     assert torch.equal(model(tokens), before), "an error inside leaves no hook behind"
 
 
+def test_splice_with_nothing_to_replace(model, group):
+    with group[1]["topk"].splice(model), torch.no_grad():
+        spliced = model(model.to_tokens(""))
+    assert torch.equal(spliced, model(model.to_tokens("")))
+
+
 def test_splice_into_another_bridge(model, group):
     """A bridge not made by load_model computes the same, also with excluded tokens."""
     own = TransformerBridge.boot_transformers(str(DEMO_LM), device="cpu", dtype=torch.float32)

@@ -84,6 +84,20 @@ def test_encode_decode_and_reconstruct_equal_the_reference(kind):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_tokens(kind, training):
+    """As when a model is spliced and its prompt has no position but the first."""
+    sae = make_sae(kind)
+    sae.update_statistics(sae(make_x(7, 5)))
+    sae.train(training)
+    for shape in ((0,), (2, 0)):
+        x = torch.zeros(*shape, 5)
+        acts = sae.encode(x)
+        assert acts.shape == (*shape, len(sae.W_dec))
+        assert sae.decode(acts).shape == sae.decode(acts, like=x).shape == sae.reconstruct(x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 def test_leading_dimensions_are_those_of_the_flattened_batch(kind, training):
     """encode, decode, reconstruct and forward of [2, 3, d] and of [d] are those of the tokens in a row."""
     sae = make_sae(kind)

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import sparse_ops
 from sae import FEATURE_DIM, SAE_CLASSES, Counts
 from shards import team
 from training import SaveOnError
-from training_step import Run, group_step, make_optimizer, start_step, training_step
+from training_step import Run, form_of_step, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
 import triton  # noqa: E402
@@ -533,7 +534,16 @@ def test_what_is_not_finite_is_noticed_on_the_device(where, bad):
         assert pattern.failure & sparse_ops.NOT_FINITE
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, float64_by_default])
 def test_the_kernels_test_themselves(mode):
     """At the real size, and in whatever mode they are first used: a self-test that fails turns the kernels off."""
     with mode():
@@ -579,8 +589,8 @@ def test_a_step_reads_nothing_once_its_form_is_known(kind, monkeypatch):
     x = sae.preprocess_input(make_x(6, 12, 4, torch.float32).to(DEVICE))[0]
     sae.known_counts = None
     with pytest.raises(AssertionError, match="tolist"), NoReads():
-        sae.form_of_step()
-    sae.form_of_step()
+        form_of_step(sae)
+    form_of_step(sae)
     with NoReads():
         start_step(sae, optimizer, x, sae.cfg)
 
