@@ -8,18 +8,16 @@ A checkpoint holds everything that a group of runs needs to resume with bit-iden
 
 With feature_shards = 4, each rank writes its slice of a run: 00.0.safetensors to 00.3.safetensors.
 
-Everything is written under a temporary name, flushed, and renamed: after a kill, the old or the new version is there.
+Folders, like files (files.py), are written under a temporary name, flushed and renamed.
 """
 
 import functools
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,8 @@ from safetensors.torch import load_file
 
 import distributed
 from config import post_init_cfg
-from console import InputError, gib, one_line, tell, tell_once
+from console import InputError, gib, one_line, out_of_memory, tell, tell_once
+from files import SaveError, sha256_of, sync, sync_folder, write, write_json
 from sae import FEATURE_DIM, SAE_CLASSES, BaseAutoencoder
 
 # Keys of state.json; logged: the last step in each run's metrics.jsonl; stream: the store's state.
@@ -43,12 +42,6 @@ ADDED_LATER = ("batches_until_sparse",)
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 WEIGHTS_SHA256 = "weights_sha256"  # the only key of sae/cfg.json that is not part of the config
 MAX_CHECKPOINT_INTERVAL = 900  # seconds, unless writing is slow
-
-
-class SaveError(RuntimeError):
-    """A file could not be written. The message is one line; the same command resumes once there is space."""
-
-    exit_code = 3
 
 
 # SAEs
@@ -110,13 +103,13 @@ def layout(sae: BaseAutoencoder) -> tuple[bytes, dict, int]:
 def write_slices(sae: BaseAutoencoder, file: Path) -> None:
     """Write this rank's slice of each tensor to its place in the file. The first rank writes what all have."""
     shards, (_, places, _) = sae.shards, layout(sae)
-    with open(file, "wb", opener=lambda path, _: os.open(path, os.O_WRONLY)) as out:  # "wb" alone would empty it
+    with open(file, "rb+") as out:  # "wb" would empty it
         for name, tensor in sae.state_dict().items():
             dim = FEATURE_DIM.get(name)
             if dim is None and shards.index > 0:
                 continue
             outer, count = (tensor.shape[0] if dim == 1 else 1), (1 if dim is None else shards.count)
-            rows = tensor.detach().cpu().reshape(outer, -1).numpy()  # W_enc [d, F] has one in each of its d rows
+            rows = tensor.detach().cpu().reshape(outer, -1).numpy()  # of each row of W_enc [d, F], a part
             for i, row in enumerate(rows):
                 out.seek(places[name] + (i * count + shards.index) * row.nbytes)
                 out.write(np.ascontiguousarray(row))
@@ -165,7 +158,9 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     return sae.eval()
 
 
@@ -251,7 +246,7 @@ def find_checkpoint(cfgs: list[dict], provenance: dict, resume_anyway: bool) -> 
     """The newest checkpoint of these runs and its state; None and the state of the beginning if there is none."""
     paths = {newest_checkpoint(cfg) for cfg in cfgs}
     if len(paths) > 1:
-        found = ", ".join(sorted(str(path.name if path else "none") for path in paths))
+        found = ", ".join(sorted(str(path or "none") for path in paths))
         raise InputError(f"these runs cannot be resumed together: their newest checkpoints are {found}")
     path = paths.pop()
     if path is None:
@@ -307,8 +302,8 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
             shutil.rmtree(path)
         temporary.rename(path)
         sync_folder(folder)
-        older = sorted(old for old in folder.glob("step_*[0-9]") if old.name < path.name)
-        for old in older[: len(older) + 1 - keep] if keep <= len(older) else ():
+        older = sorted((old for old in folder.glob("step_*[0-9]") if old.name < path.name), reverse=True)
+        for old in older[keep - 1 :]:
             remove(old)
 
     digests = {}
@@ -355,7 +350,9 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
                 "param_groups": run.optimizer.state_dict()["param_groups"],
             })  # fmt: skip
         except Exception as error:
-            raise InputError(f"{path} does not fit {run.cfg['name']}: {' '.join(str(error).split())[:300]}") from error
+            if out_of_memory(error):
+                raise
+            raise InputError(f"{path} does not fit {run.cfg['name']}: {one_line(error)}") from error
 
 
 def load_slice(path: Path, state: dict, run) -> dict:
@@ -494,58 +491,3 @@ def check_provenance(before: dict, now: dict, path: Path, resume_anyway: bool) -
         raise InputError(f"cannot resume from {path}: {'; '.join(changed)} (--resume-anyway ignores this)")
     if changed:
         tell(f"{path}: {'; '.join(changed)}; resuming anyway")
-
-
-def remove_checkpoints(sweep: Path, has_ended: Callable[[Path], bool]) -> None:
-    """Delete the checkpoints of those groups of a sweep in which every run has ended, as has_ended(its folder) says."""
-    with suppress(OSError):
-        for group in list((sweep / "groups").iterdir()):
-            runs = [runs_of(path) for path in group.glob("step_*[0-9]")]
-            if runs and all(names is not None and all(has_ended(sweep / name) for name in names) for names in runs):
-                for path in group.glob("step_*[0-9]"):
-                    remove(path)
-                shutil.rmtree(group)
-        (sweep / "groups").rmdir()  # if it is empty
-
-
-# Files
-
-
-def write(path: Path, content: bytes) -> str:
-    """Write and flush a file; returns the SHA-256 of `content`."""
-    path.write_bytes(content)
-    sync(path)
-    return hashlib.sha256(content).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON under a temporary name, flush it, rename it, and flush the folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary, json.dumps(content, indent=2).encode() + b"\n")
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a written file to disk, so that it is complete before it is renamed."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Flush the names in a folder to disk, where the system supports it."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

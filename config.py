@@ -9,13 +9,15 @@ import hashlib
 import json
 import math
 import re
-import warnings
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from console import CONTROL, InputError
 
-SAE_TYPES = ("vanilla", "topk", "batchtopk", "jumprelu", "matryoshka")
+SAE_TYPES = {  # with their names in tables and figures
+    "vanilla": "Vanilla (L1)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU",
+    "matryoshka": "Matryoshka",
+}  # fmt: skip
 BATCH_TOP_K_TYPES = ("batchtopk", "matryoshka")
 TOP_K_TYPES = ("topk", *BATCH_TOP_K_TYPES)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,7 +37,7 @@ class Key:
     at_least: int | None = None
     above: int | None = None
     below: int | None = None
-    types: tuple[str, ...] = SAE_TYPES  # the SAE types that use it
+    types: tuple[str, ...] = tuple(SAE_TYPES)  # the SAE types that use it
     in_name: bool = True  # it changes the weights or the final figures, so the run's name depends on it
     in_point: bool = True  # runs that differ in it are not averaged to one point of a plot
     in_group: bool = True  # runs trained as one group agree on it: they see the same batches, report at the same steps
@@ -51,7 +53,8 @@ Neutral = partial(Key, in_name=False, in_point=False)  # changes no result (anot
 # fmt: off
 TABLE = (  # the keys under the titles of their sections
     "The SAE",
-    PerSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk", "jumprelu" or "matryoshka"', choices=SAE_TYPES),
+    PerSAE("sae_type", "batchtopk", '"vanilla", "topk", "batchtopk", "jumprelu" or "matryoshka"',
+        choices=tuple(SAE_TYPES)),
     PerSAE("dict_size", 12288, "F, number of features", at_least=1),
     PerSAE("top_k", 32, "k: active features per token (topk), or on average over the batch (batchtopk, matryoshka)",
         at_least=1, types=TOP_K_TYPES),
@@ -71,7 +74,7 @@ TABLE = (  # the keys under the titles of their sections
     PerSAE("input_unit_norm", True, "normalise each activation vector to mean 0, standard deviation 1"),
     PerSAE("dtype", "float32", "of the SAE's weights: \"float32\" or \"float64\"", choices=("float32", "float64")),
     "Its training",
-    PerSAE("seed", 49, "draws the initial weights", at_least=0, below=2**63, in_point=False),
+    PerSAE("seed", 49, "draws the initial weights", at_least=0, in_point=False),
     PerSAE("b_dec_init", "zero", 'initial b_dec: "zero", or "mean": the mean normalised activation of the first buffer',
         choices=("zero", "mean"), added_later=True),
     Key("batch_size", 4096, "tokens per training step", at_least=1),
@@ -116,7 +119,7 @@ TABLE = (  # the keys under the titles of their sections
     Neutral("activation_cache", None, "folder that stores activations for later runs",
         optional=str, portable=False),
     Key("shuffle_seed", 49, "seed of the shuffle; only runs with the same seed share a stream",
-        at_least=0, below=2**63),
+        at_least=0),
     Key("exclude_tokens", None, 'tokens left out of training and evaluation: "bos", "special", or a list of ids',
         optional=list, in_cache=True, added_later=True, set_by_model=True),
     "Evaluation: the first documents of the dataset are held out and never trained on",
@@ -193,8 +196,6 @@ def post_init_cfg(cfg: dict) -> dict:
             f"lr_warmup_steps = {cfg['lr_warmup_steps']} and lr_decay_steps = {cfg['lr_decay_steps']} are impossible: "
             f"num_tokens and batch_size make {num_steps(cfg)} steps, and together they may be as many"
         )
-    if cfg["l1_coeff"] == 0 and cfg["sae_type"] in ("vanilla", "jumprelu"):
-        warnings.warn(f"l1_coeff is 0: nothing makes this {cfg['sae_type']} SAE sparse", stacklevel=2)
 
     if "." in cfg["site"]:
         cfg["hook_point"] = cfg["site"]
@@ -220,8 +221,10 @@ def check_value(key: Key, value):
     kind = key.optional or type(key.default)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # num_tokens = 1e9
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if type(value) is int and abs(value) >= 2**63:
+        raise InputError(f"{key.name} is too large: it must be below 2**63")
+    if kind is float and type(value) in (int, float):
+        value = float(value) + 0.0  # -0.0 becomes 0.0, which has the same name
     if type(value) is not kind:
         found = type(value).__name__
         raise InputError(f"{key.name} = {value!r} is of type {found}; it must be of type {kind.__name__}")
@@ -238,11 +241,11 @@ def check_value(key: Key, value):
     elif key.above is not None and value <= key.above:
         allowed = f"above {key.above}"
     elif key.name == "site" and "." not in value and value not in SITES:
-        allowed = f"one of {', '.join(SITES)}, or a full hook name such as blocks.8.hook_resid_pre"
+        allowed = f"one of {', '.join(SITES)}, or a full hook name with a dot, such as blocks.8.hook_resid_pre"
     elif kind is str and not value.strip():
-        allowed = "not empty"
+        allowed = "a non-empty string"
     elif kind is str and CONTROL.search(value):
-        allowed = "without control characters"
+        allowed = "text without control characters"
     elif key.name == "sweep" and (value in (".", "..") or "/" in value or "\\" in value):
         allowed = "a plain folder name"
     elif key.name == "device":

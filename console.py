@@ -1,16 +1,14 @@
-"""What all commands share: messages, one-line errors, exit codes, tables, and reading JSON. Imports no torch, so
-results.py starts fast.
+"""What all commands share: messages, one-line errors, exit codes, and tables. Imports no torch, so results.py starts
+fast.
 """
 
 import errno
 import functools
-import json
 import os
 import re
 import select
 import sys
 import warnings
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -85,22 +83,9 @@ def run_command(main, interrupted: str = "Stopped") -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of another library's error message, cut to a readable length."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    return line if len(line) <= 200 else line[:200] + " …"
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; {} if there is no file. Raises InputError if it is corrupt or cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is corrupt: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is corrupt: it holds a {type(content).__name__}, not a dict")
-    return content
+    """Another library's error message in one line, cut to a readable length."""
+    line = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return line if len(line) <= 300 else line[:300] + " …"
 
 
 def text_table(rows: list, right: bool = False) -> str:

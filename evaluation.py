@@ -4,9 +4,9 @@
 
 prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a run's folder, runs/<sweep>/<name>. It
 uses the run's held-out tokens. With --eval-tokens it uses only the first N of them and writes to
-RUN/evaluation_first_<N>.json. With --dataset-path it uses as many tokens of the beginning of another dataset, prints
-the run's own L0 too, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an activation and r its
-reconstruction, both in the units of the residual stream:
+RUN/evaluation_first_<N>.json. With --dataset-path it uses the first tokens of another dataset instead, as many as the
+run holds out, also prints the run's own L0, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an
+activation and r its reconstruction, both in the units of the residual stream:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -58,9 +58,10 @@ from tqdm import tqdm
 
 import distributed
 from activation_store import ActivationsStore
-from checkpoint import load_sae, saved_sae, write_json
-from config import BATCH_TOP_K_TYPES, KEYS, best_device, prefix_sizes
-from console import InputError, count_of, one_line, read_json, run_command, tell, text_table
+from checkpoint import load_sae, saved_sae
+from config import BATCH_TOP_K_TYPES, KEYS, best_device, device_problem, prefix_sizes
+from console import InputError, count_of, one_line, run_command, tell, text_table
+from files import read_json, write_json
 from hub import stay_offline_without_network
 from language_model import complete_cfg, load_model
 from sae import BaseAutoencoder
@@ -104,8 +105,8 @@ def heldout_baseline(activation_store: ActivationsStore) -> dict:
 
 
 def evaluation_cost(saes: list[BaseAutoencoder]) -> float:
-    """Time of evaluate per context of the whole set, in times of a prediction in heldout_baseline. With the SAE and the
-    KL divergence, a prediction was measured to take 1.4 to 1.9 times as long.
+    """Estimated time of evaluate per context of the whole set; the unit is a prediction in heldout_baseline. With the
+    SAE and the KL divergence, a prediction was measured to take 1.4 to 1.9 times as long.
     """
     return 1.5 * (1 + sum(len(variants_of(sae.cfg, whole=True)) for sae in saes))
 
@@ -392,8 +393,8 @@ def calibrate_threshold(sae: BaseAutoencoder, activations, target_l0: float | No
 
 
 def open_run(run: Path, dataset_path: str | None = None) -> tuple:
-    """A run's SAE, its language model, and an activation store with its held-out tokens alone, or with as many of the
-    beginning of another dataset. The SAE is on the device of its training, if that exists here.
+    """A run's SAE, its language model, and an activation store with its held-out tokens alone, or with as many tokens
+    from the beginning of another dataset. The SAE is on the device of its training, if that exists here.
 
     Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
     text has changed since training.
@@ -402,11 +403,13 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
         raise InputError(f"{run} is not a folder; RUN must be a run's folder, runs/<sweep>/<name>")
     if names := sorted(path.parent.name for path in run.glob("*/config.json")):
         raise InputError(f"{run} is a sweep's folder; RUN must be one of its runs, such as {run / names[0]}")
+    if run.name == "sae" and (run.parent / "config.json").is_file():
+        raise InputError(f"{run} is an SAE's folder; RUN must be that of its run, {run.parent}")
     record = read_json(run / "config.json")
     if record and saved_sae(run / "sae") is None:
         raise InputError(f"{run} holds no SAE yet: its training has not ended")
     device = str(record.get("device"))
-    sae = load_sae(run, device if device.startswith(("cpu", best_device())) else best_device())
+    sae = load_sae(run, best_device() if device_problem(device) else device)
     if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:
         raise InputError(
             f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
@@ -481,11 +484,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     sae, _, activation_store = open_run(args.run, args.dataset_path)
     contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
-    of_run = recorded_metrics(args.run)
-    name, text, other = "evaluation.json", "held-out contexts", {}
-    if args.dataset_path is not None:
-        name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"
-        text, other = f"contexts of {args.dataset_path}, each", {"dataset_path": args.dataset_path}
+    name, text, other, of_run = "evaluation.json", "held-out context", {}, {}
     if args.eval_tokens is not None:
         if not 1 <= args.eval_tokens <= contexts.numel():
             raise InputError(
@@ -496,15 +495,19 @@ def main(argv: list[str]) -> None:
         activation_store.eval_contexts = contexts
         if args.dataset_path is None and len(contexts) < len(all_contexts):  # exports show evaluation.json
             name = f"evaluation_first_{contexts.numel()}.json"
+    if args.dataset_path is not None:
+        name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"  # of these tokens
+        text, other, of_run = "context", {"dataset_path": args.dataset_path}, recorded_metrics(args.run)
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     try:  # before the table is printed, which fails if stdout is closed
         write_json(args.run / name, other | {"eval_tokens": contexts.numel()} | metrics)
     except OSError as error:
         raise InputError(f"{args.run / name} cannot be written: {one_line(error)}") from error
     finally:
-        print(f"{sae.cfg['name']} on {len(contexts)} {text} of {seq_len} tokens")
+        where = f" of {args.dataset_path}, each" if other else ""
+        print(f"{sae.cfg['name']} on {count_of(len(contexts), text)}{where} of {seq_len} tokens")
         print(table(metrics))
-        if other and "l0" in of_run:
+        if "l0" in of_run:
             print(f"l0 on the run's own held-out text: {with_error(of_run, 'l0')}")
 
 

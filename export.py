@@ -22,7 +22,6 @@ import argparse
 import json
 import re
 import shutil
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,9 +32,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_sae, serialized, sync, write, write_json
+from checkpoint import load_sae, serialized
 from config import BATCH_TOP_K_TYPES, KEYS, SITES, TOP_K_TYPES, num_steps, post_init_cfg, prefix_sizes
 from console import InputError, one_line, run_command
+from files import sync, write, write_json
 from hub import is_hub_name
 from language_model import hub_name
 from model_card import model_card
@@ -74,10 +74,8 @@ def import_sae(folder: str | Path, source: str) -> BaseAutoencoder:
     """
     folder = Path(folder)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # l1_coeff = 0: the value in training is unknown
-            cfg, tensors = convert(*IMPORTS[source](folder))
-            cfg = post_init_cfg(cfg)
+        cfg, tensors = convert(*IMPORTS[source](folder))
+        cfg = post_init_cfg(cfg)
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
         sae.load_state_dict(sae.state_dict() | tensors)
     except InputError as error:
@@ -387,7 +385,7 @@ def upload(folder: Path, repo: str) -> str:
     except (httpx.TransportError, ConnectionError) as error:
         raise InputError(f"{folder} is not uploaded: {api.endpoint} cannot be reached: {one_line(error)}") from error
     except Exception as error:  # a failed file transfer, or a model card with invalid metadata
-        raise InputError(f"{folder} is not uploaded to {repo}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{folder} is not uploaded to {repo}: {one_line(error)}") from error
 
 
 def main(argv: list[str]) -> None:

@@ -31,6 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from config import SITES
 from console import InputError, run_command
 from evaluation import DENSE, heldout_activations, kept, open_run, recorded_metrics
+from files import replace
 
 EXAMPLES = 8  # top contexts of a feature
 WINDOW, BEFORE = 32, 22  # tokens shown per context, and how many of them precede its peak
@@ -68,7 +69,9 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     best["shown"] = torch.zeros(EXAMPLES, window, dict_size, device=device)
 
     bar = tqdm(total=contexts.numel(), unit="tok", unit_scale=True, desc="held-out activations")
-    for tokens in contexts.split(max(1, CHUNK // (dict_size * seq_len))):
+    size = max(1, CHUNK // (dict_size * seq_len))
+    for first in range(0, len(contexts), size):
+        tokens = contexts[first : first + size]
         x = heldout_activations(activation_store, tokens)
         acts = sae.encode(x.flatten(0, 1)).float()
         acts[~kept(activation_store, tokens).flatten().to(device)] = 0
@@ -81,7 +84,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
         start = (position - BEFORE).clamp(0, seq_len - window)
         offsets = start[:, None] + torch.arange(window, device=device)[:, None]  # [contexts, window, F]
         shown = torch.take_along_dim(F.pad(per_context, (0, 0, skip, 0)), offsets, 1)
-        context = torch.arange(len(tokens), device=device)[:, None] + bar.n // seq_len
+        context = torch.arange(len(tokens), device=device)[:, None] + first
         new = dict(value=value, position=position, start=start, context=context.expand_as(value), shown=shown)
         order = torch.cat([best["value"], value]).argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
         for key, tensor in new.items():
@@ -200,9 +203,7 @@ def write_page(path: Path, title: str, data: dict) -> None:
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {"TITLE": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(), "DATA": content}
     page = re.sub("{{(TITLE|DATA)}}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    replace(path, page.encode())
 
 
 def main(argv: list[str]) -> None:
@@ -211,7 +212,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--num", type=int, metavar="N", help="the N top-ranked features (default: 2048)")
     parser.add_argument(
         "--features", nargs="+", type=int, default=[], metavar="I",
-        help="show these first; without N, only these, on another page",
+        help="show these first; without --num only these, in requested_features.html",
     )  # fmt: skip
     args = parser.parse_args(argv)
     num = args.num

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -23,8 +24,9 @@ import filelock
 import torch
 import wandb
 
-from checkpoint import SaveError, run_folder, saved_sae, write, write_json
-from console import InputError, one_line, read_json, tell, tell_once
+from checkpoint import remove, run_folder, runs_of, saved_sae
+from console import InputError, one_line, tell, tell_once
+from files import SaveError, read_json, replace, write_json
 from language_model import model_fingerprint
 
 WANDB_TIMEOUT = 30  # seconds to wait for Weights & Biases at the end of a run
@@ -41,7 +43,7 @@ class RunLog:
         self.metrics = self.wandb_run = None
         self.unwritten, self.last_step = b"", 0
         self.lock = lock(cfg)
-        if is_over(cfg):
+        if has_ended(self.folder):
             self.close()
             over = "a finished run" if is_finished(cfg) else f"a run that was stopped: {why_stopped(self.folder)}"
             raise InputError(f"{self.folder} is {over}. To train it again, change its config or move the folder")
@@ -72,8 +74,7 @@ class RunLog:
         made_with = history(recorded, self.provenance, step) | {"wandb_id": wandb_id}
         try:
             write_json(self.folder / "config.json", self.cfg | {"_provenance": made_with})
-            write(path.with_suffix(".tmp"), b"".join(map(as_line, lines)))
-            path.with_suffix(".tmp").replace(path)
+            replace(path, b"".join(map(as_line, lines)))
             self.metrics = open(path, "ab", buffering=0)
         except OSError as error:
             raise SaveError(f"{self.folder} cannot be written: {error.strerror or error}") from error
@@ -145,7 +146,7 @@ class RunLog:
             self.metrics.close()
         if self.lock.is_locked:
             self.lock.release()
-            if is_over(self.cfg):
+            if has_ended(self.folder):
                 with suppress(OSError):
                     Path(self.lock.lock_file).unlink()
 
@@ -183,14 +184,17 @@ def as_line(content: dict) -> bytes:
     return json.dumps(content).encode() + b"\n"
 
 
-def complete_lines(content: bytes) -> list[dict]:
+def complete_lines(written: bytes) -> list[dict]:
     """The JSON lines before the first that is incomplete or corrupt."""
     lines = []
-    for line in content.split(b"\n")[:-1]:  # a killed run may leave half a line at the end
+    for line in written.split(b"\n")[:-1]:  # a killed run may leave half a line at the end
         try:
-            lines.append(json.loads(line))
+            content = json.loads(line)
         except ValueError:
             break
+        if not isinstance(content, dict) or "step" not in content:
+            break
+        lines.append(content)
     return lines
 
 
@@ -199,7 +203,7 @@ def is_finished(cfg: dict) -> bool:
 
 
 def why_stopped(folder: Path) -> str | None:
-    """The step and the reason, if NaN or infinity stopped the run in this folder, or that stopped.json is corrupt."""
+    """Why the run in this folder was stopped: step and reason, or that stopped.json is corrupt; None if it was not."""
     try:
         stopped = read_json(folder / "stopped.json")
     except InputError as error:
@@ -207,13 +211,21 @@ def why_stopped(folder: Path) -> str | None:
     return f"step {stopped.get('step')}: {stopped.get('reason')}" if stopped else None
 
 
-def is_over(cfg: dict) -> bool:
-    return has_ended(run_folder(cfg))
-
-
 def has_ended(folder: Path) -> bool:
     """Whether the run in this folder is finished, or NaN or infinity stopped it."""
     return (folder / "result.json").is_file() or why_stopped(folder) is not None
+
+
+def remove_checkpoints(sweep: Path) -> None:
+    """Delete the checkpoints of those groups of a sweep in which every run has ended."""
+    with suppress(OSError):
+        for group in list((sweep / "groups").iterdir()):
+            runs = [runs_of(path) for path in group.glob("*")]  # also of a checkpoint whose removal was interrupted
+            if runs and all(names is not None and all(has_ended(sweep / name) for name in names) for names in runs):
+                for path in group.glob("step_*[0-9]"):
+                    remove(path)
+                shutil.rmtree(group)
+        (sweep / "groups").rmdir()  # if it is empty
 
 
 def start_wandb(cfg: dict, folder: Path, wandb_id: str):

@@ -5,13 +5,17 @@
 A sweep is a base config and a list of overrides, one per run, applied to the defaults in config.py. Edit them here.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the imports take seconds; Ctrl-C ends them without a traceback
+
 import argparse
 import ast
 import hashlib
 import json
 import os
 import re
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -21,13 +25,14 @@ import torch
 import distributed
 import features
 from activation_store import ActivationsStore
-from checkpoint import newest_checkpoint, remove_checkpoints
+from checkpoint import newest_checkpoint
 from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
-from console import RANK, InputError, count_of, read_json, run_command, tell
+from console import RANK, InputError, count_of, run_command, tell
 from demo.text import write_demo_text
+from files import read_json
 from hub import stay_offline_without_network
 from language_model import check_hook_point, complete_cfg, load_model
-from logs import check_folders, has_ended, is_finished, is_over, run_folder, why_stopped
+from logs import check_folders, has_ended, is_finished, remove_checkpoints, run_folder, why_stopped
 from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES
@@ -83,7 +88,7 @@ def main(argv: list[str]) -> None:
         distributed.check_device(cfgs[0]["device"])
         todo = distributed.from_rank_0(lambda: runs_to_train(cfgs))
         failed = train(todo, args.force, args.resume_anyway) if todo else []
-    if RANK == 0:  # if finish raised on another rank, torchrun would end this one
+    if RANK == 0:  # on one rank alone, since torchrun ends all ranks as soon as one exits with an error
         finish(sweep, cfgs, failed)
 
 
@@ -97,7 +102,7 @@ def runs_to_train(cfgs: list[dict]) -> list[dict]:
     for cfg in cfgs:
         if not is_finished(cfg) and (why := why_stopped(run_folder(cfg))):
             tell(f"{run_folder(cfg)} was stopped ({why}): to train it again, move the folder")
-    todo = [cfg for cfg in cfgs if not is_over(cfg)]
+    todo = [cfg for cfg in cfgs if not has_ended(run_folder(cfg))]
     if todo:
         check_folders(todo)
     return todo
@@ -106,7 +111,7 @@ def runs_to_train(cfgs: list[dict]) -> list[dict]:
 def finish(sweep: str, cfgs: list[dict], failed: list[str]) -> None:
     """Remove checkpoints that are no longer needed and draw the results. Raises InputError if NaN stopped an SAE."""
     folder = run_folder(cfgs[0]).parent
-    remove_checkpoints(folder, has_ended)
+    remove_checkpoints(folder)
     draw_results(folder)
     stopped = sum(why_stopped(run_folder(cfg)) is not None for cfg in cfgs if not is_finished(cfg))
     if failed or stopped:
@@ -270,5 +275,6 @@ def train_planned(group: list[dict], model, steps_done: int, available: int, for
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat SIGTERM as Ctrl-C, also before training
+    for number in (signal.SIGINT, signal.SIGTERM):  # treat SIGTERM as Ctrl-C, also before training
+        signal.signal(number, signal.default_int_handler)
     run_command(main, "Run the same command again to resume")

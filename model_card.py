@@ -9,18 +9,15 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from config import BATCH_TOP_K_TYPES, KEYS, TOP_K_TYPES, prefix_sizes
-from console import markdown_table, read_json
+from config import BATCH_TOP_K_TYPES, KEYS, SAE_TYPES, TOP_K_TYPES, prefix_sizes
+from console import markdown_table
 from dataset import file_kind
 from evaluation import with_error
+from files import read_json
 from hub import is_hub_name
 from language_model import hub_name
 from sae import BaseAutoencoder
 
-KINDS = {
-    "vanilla": "Vanilla (L1)", "topk": "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU",
-    "matryoshka": "Matryoshka BatchTopK",
-}  # fmt: skip
 METRIC_DEFINITIONS = {  # as in evaluation.py
     "nmse": "mean over tokens of ‖x − r‖² / ‖x − mean(x)‖², where mean(x) is over the token's own coordinates",
     "fvu": "fraction of variance unexplained; the explained variance is 1 − fvu",
@@ -70,7 +67,7 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
 # license: choose one of the hub's license identifiers, such as mit or apache-2.0
 ---
 
-# {KINDS[cfg["sae_type"]]} SAE with {F} features, {cfg["hook_point"]} of {cfg["model_name"]}
+# {SAE_TYPES[cfg["sae_type"]]} SAE with {F} features, {cfg["hook_point"]} of {cfg["model_name"]}
 
 A sparse autoencoder ([arXiv {paper}](https://arxiv.org/abs/{paper})) for the activations x [{d}] at
 `{cfg["hook_point"]}` (a transformer_lens hook point) of `{plain(model_name)}`. It maps x to sparse features
@@ -94,9 +91,9 @@ x = torch.randn(4, {d}{x_dtype})  # replace with activations [n, {d}] of the lan
 {loading}
 ```
 
-## Held-out metrics
+## Metrics
 
-{metrics_section(cfg, evaluation or result, "_batch" if in_batch else "")}
+{metrics_section(cfg, evaluation or result, "_batch" if in_batch else "", held_out=bool(num_tokens))}
 
 ## Config
 
@@ -180,20 +177,21 @@ def equations(sae: BaseAutoencoder, in_batch: bool) -> str:
     return textwrap.indent("\n".join(lines), "    ")
 
 
-def metrics_section(cfg: dict, metrics: dict, suffix: str) -> str:
-    known = {key: text for key, text in METRIC_DEFINITIONS.items() if key + suffix in metrics}
-    if not known:
+def metrics_section(cfg: dict, metrics: dict, suffix: str, held_out: bool) -> str:
+    rows = []
+    for key, text in METRIC_DEFINITIONS.items():
+        name = key if key == "ce_original" else key + suffix  # the model's own loss has no suffix
+        if name in metrics:
+            rows.append((f"`{key}`", with_error(metrics, name), text))
+    if not rows:
         return "No metrics are recorded."
-    rows = [(f"`{key}`", with_error(metrics, key + suffix), text) for key, text in known.items()]
     table = markdown_table([("metric", "value", "meaning"), *rows])
     num_tokens = metrics.get("eval_tokens", -(-cfg["eval_tokens"] // cfg["seq_len"]) * cfg["seq_len"])
     skip = cfg["eval_skip_positions"]
     skipped = f", from position {skip} of each context on" if skip else ""
     skipped += ", without the excluded tokens" if cfg["exclude_tokens"] is not None else ""
-    return (
-        f"On the first {num_tokens:,} tokens of `{cfg['dataset_path']}`, which were held out from training{skipped}; "
-        f"± one standard error over documents.\n\n{table}"
-    )
+    text = f"On the first {num_tokens:,} tokens of `{cfg['dataset_path']}`{', held out from training' * held_out}"
+    return f"{text}{skipped}; ± one standard error over documents.\n\n{table}"
 
 
 def plain(text: str) -> str:

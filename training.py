@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 import distributed
 from activation_store import ActivationsStore
-from checkpoint import Checkpoints, handle_save_errors, remove_checkpoints, run_folder, save_sae
+from checkpoint import Checkpoints, handle_save_errors, run_folder, save_sae
 from config import MIN_L0
 from console import InputError, count_of, out_of_memory, tell, text_table
 from evaluation import evaluate, evaluation_cost, heldout_baseline
+from files import SaveError
 from hub import StreamError
 from language_model import complete_cfg
-from logs import RunLog, has_ended, provenance
+from logs import RunLog, provenance, remove_checkpoints
 from sae import BaseAutoencoder
 from training_step import Run, group_step, learning_rate, make_optimizer, read_failures
 
@@ -76,6 +77,8 @@ def train_sae_group(
     cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
     made_with = provenance(model, activation_store)
     distributed.check_ranks(made_with, run_folder(cfgs[0]).parent)
+    for sae_type in {cfg["sae_type"] for cfg in cfgs if cfg["l1_coeff"] == 0} & {"vanilla", "jumprelu"}:
+        tell(f"warning: l1_coeff is 0: nothing makes this {sae_type} SAE sparse")
     with ExitStack() as stack:
         runs = []
         for sae, cfg in zip(saes, cfgs):
@@ -112,7 +115,7 @@ def train_sae_group(
         all_results = dict(
             distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results) if run.log])
         )
-        distributed.from_rank_0(lambda: remove_checkpoints(run_folder(cfgs[0]).parent, has_ended))
+        distributed.from_rank_0(lambda: remove_checkpoints(run_folder(cfgs[0]).parent))
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
     return [all_results[cfg["name"]] for cfg in cfgs]
@@ -150,7 +153,7 @@ def train_steps(
                 failures = any(isinstance(output, FloatingPointError) for output in outputs)
                 if (failures or not runs) and not x.isfinite().all():  # ranks without SAEs check too: all must raise
                     raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
-            except (InputError, StreamError, Stopped) as error:
+            except (InputError, StreamError, SaveError, Stopped) as error:
                 checkpoints.save(step - 1, position)
                 if isinstance(error, InputError) and step > 1:
                     for run in runs:

@@ -19,9 +19,10 @@ import torch
 from common import markdown_table
 
 from activation_store import ActivationsStore
-from checkpoint import load_sae, run_folder, write_json
-from config import post_init_cfg
-from console import read_json, run_command
+from checkpoint import load_sae, run_folder
+from config import SAE_TYPES, post_init_cfg
+from console import run_command
+from files import read_json, write_json
 from language_model import check_hook_point, load_model
 from logs import is_finished
 from main import SWEEPS, parse_override
@@ -130,9 +131,10 @@ def draw(points: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(6.8, 0.9 + 0.25 * len(sets)), sharey=True, layout="constrained")
     for axis, key, label in zip(axes, ("dead", "nmse", "step_seconds"), ("Dead features (%)", "NMSE", "Step (s)")):
         for kind, runs in points.groupby("sae_type"):
-            name, colour, marker, _ = STYLES[kind]
+            colour, marker, _ = STYLES[kind]
             means = runs.groupby("set")[key].mean() * (100 if key == "dead" else 1)
-            axis.plot(means, [sets.index(of) for of in means.index], marker, color=colour, label=name, clip_on=False)
+            style = dict(color=colour, label=SAE_TYPES[kind], clip_on=False)
+            axis.plot(means, [sets.index(of) for of in means.index], marker, **style)
         axis.set(xlabel=label, xlim=(0, None), yticks=range(len(sets)), yticklabels=sets)
     axes[0].legend()
     figure.suptitle("F = {}, k = {}, {:,} tokens".format(*most))

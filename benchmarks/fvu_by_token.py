@@ -91,7 +91,7 @@ def draw(tables: dict[str, pd.DataFrame], path: Path) -> None:
     for column, (grouping, table) in zip(axes.T, tables.items()):
         table = table.drop("all")
         for i, name in enumerate(dict.fromkeys(name for name, _ in table if name)):
-            style = dict(zip(("color", "marker"), STYLES[name.split("_")[0]][1:3]), linestyle=LINES[i % len(LINES)])
+            style = dict(zip(("color", "marker"), STYLES[name.split("_")[0]]), linestyle=LINES[i % len(LINES)])
             for axis, what in zip(column, ("fvu", "l0")):
                 axis.plot(range(len(table)), table[name, what], label=name, **style)
         column[1].set_xticks(range(len(table)), table.index, rotation=45, ha="right")

@@ -23,7 +23,7 @@ from checkpoint import load_sae
 from config import get_default_cfg, post_init_cfg
 from console import InputError
 from language_model import load_model, run_bridge_to_hook
-from logs import run_folder
+from logs import has_ended, run_folder
 from sae import SAE_CLASSES
 from shards import team
 from training import train_sae_group
@@ -233,6 +233,10 @@ def completed_training_cfg(data: str, output_dir: Path, **changes) -> dict:
         num_batches_in_buffer=3, eval_tokens=96, n_batches_to_dead=4, output_dir=str(output_dir),
     )  # fmt: skip
     return post_init_cfg(cfg | changes)
+
+
+def is_over(cfg: dict) -> bool:
+    return has_ended(run_folder(cfg))
 
 
 def train(model, cfgs: list[dict], store_class=ActivationsStore) -> tuple[list, list[dict]]:

@@ -10,11 +10,12 @@ import torch
 from helpers import OFTEN, SAES, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
 
 import checkpoint
+import files
 import training
 from activation_store import ActivationsStore
 from checkpoint import find_corruption, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
 from console import InputError
-from logs import run_folder
+from logs import remove_checkpoints, run_folder
 from sae import SAE_CLASSES
 
 
@@ -55,6 +56,7 @@ def test_a_partly_written_checkpoint_is_ignored(model, training_cfg, monkeypatch
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(checkpoint, "write", interrupted)
+            patch.setattr(files, "write", interrupted)
             train(model, [cfg])
         assert len(calls) == interrupt_at
         path = newest_checkpoint(cfg)
@@ -150,19 +152,24 @@ def test_the_checksum_is_not_part_of_the_config(saved):
 
 
 def test_partly_deleted_checkpoints(model, training_cfg):
-    """A kill during deletion leaves checkpoints without a state.json. Other runs start nevertheless, and the files are
-    deleted once their own runs are over.
+    """A kill during deletion leaves checkpoints without a state.json, or with a temporary name. Other runs start
+    nevertheless, and the files are deleted once their own runs are over.
     """
     cfgs = [training_cfg(**changes) for changes in SAES[:2]]
     with pytest.raises(training.Stopped):
         train(model, cfgs[:1], stopping_store(4, training.Stopped()))
-    (newest_checkpoint(cfgs[0]) / "state.json").unlink()
+    path = newest_checkpoint(cfgs[0])
+    (path / "state.json").unlink()
     (run_folder(cfgs[1])).mkdir()
     (run_folder(cfgs[1]) / "config.json").write_text("{}")
     assert newest_checkpoint(cfgs[1]) is None
     group = group_folder(cfgs[1:])
     (group / "step_000000001.tmp").mkdir(parents=True)
-    checkpoint.remove_checkpoints(groups_folder(cfgs[0]).parent, lambda folder: True)
+    path.rename(f"{path}.tmp")
+    remove_checkpoints(groups_folder(cfgs[0]).parent)
+    assert path.parent.exists(), "the run has not ended"
+    (run_folder(cfgs[0]) / "result.json").write_text("{}")
+    remove_checkpoints(groups_folder(cfgs[0]).parent)
     assert list(groups_folder(cfgs[0]).iterdir()) == [group], "a checkpoint that is being written is kept"
 
 

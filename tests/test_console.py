@@ -3,11 +3,13 @@
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from console import InputError, count_of, markdown_table, read_json, run_command, tell, text_table
+from console import InputError, count_of, markdown_table, one_line, run_command, tell, text_table
+from files import read_json
 
 
 def test_messages_hold_no_control_characters(capsys):
@@ -46,6 +48,21 @@ def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path, monkeypatch
     assert exit.value.code == 3 and capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
     with pytest.raises(OSError, match="of the program"):
         run_command(lambda argv: (_ for _ in ()).throw(OSError("of the program")))
+
+
+def test_warnings_are_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # is restored
+    run_command(lambda argv: None)
+    assert warnings.formatwarning("too hot", UserWarning, "a.py", 3) == "warning: too hot\n"
+
+
+@pytest.mark.parametrize(
+    "message, line",
+    [("", "ValueError"), ("one.", "one"), ("one\n  two\n", "one two"), ("x" * 400, "x" * 300 + " …")],
+)
+def test_errors_of_others_in_one_line(message, line):
+    assert one_line(ValueError(message)) == line
 
 
 def test_counts():

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import textwrap
 
@@ -28,11 +29,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
-from checkpoint import save_sae, write_json
-from config import get_default_cfg, post_init_cfg
+from checkpoint import save_sae
+from config import best_device, get_default_cfg, post_init_cfg
 from console import InputError, run_command
 from demo.text import documents
 from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
+from files import write_json
 from sae import SAE_CLASSES
 from shards import WHOLE
 from training_step import make_optimizer, training_step
@@ -494,6 +496,14 @@ def test_a_run_opens_from_any_folder(group, tmp_path):
         evaluation.open_run(tmp_path / "elsewhere")
 
 
+def test_a_run_opens_on_another_machine(group, run_folder, tmp_path):
+    """On the best device that is there, if that of its training is not."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    cfg = json.loads((run_folder / "config.json").read_text())
+    write_json(tmp_path / "run" / "config.json", cfg | {"device": "cuda:7"})
+    assert str(evaluation.open_run(tmp_path / "run")[0].W_dec.device) == best_device()
+
+
 def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):
     """An aligned table of all metrics, and a file with the same; result.json is unchanged. Fewer tokens go to another
     file than evaluation.json, which exports show.
@@ -504,6 +514,8 @@ def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys)
         (["--eval-tokens", "40"], 3, f"evaluation_first_{3 * SEQ_LEN}.json"), ([], 6, "evaluation.json")
     ]:  # fmt: skip
         (run_folder / "evaluation.json").unlink(missing_ok=True)
+        if not arguments:
+            (run_folder / "evaluation.json").write_text("{")  # it is written again
         evaluation.main([str(run_folder), *arguments])
         store = copy.copy(group[0])
         store.eval_contexts = store.eval_contexts[:contexts]
@@ -586,6 +598,9 @@ def test_command_on_other_text(model, group, tmp_path, capsys):
     text.write_text("Another letter, about the sea and the long way there. " * 4)
     evaluation.main([str(run), "--dataset-path", str(text)])
     assert len(list(run.glob("evaluation_letter_*.json"))) == 2, "another text of the same name has its own file"
+    evaluation.main([str(run), "--dataset-path", str(text), "--eval-tokens", "10"])
+    assert len(list(run.glob("evaluation_letter_*.json"))) == 3, "fewer tokens do, too"
+    assert f"on 1 context of {text}, each of {SEQ_LEN} tokens" in capsys.readouterr().out
     text.write_text("Dear")
     with pytest.raises(InputError, match="letter.txt' is too short: it has . tokens; it must have seq_len = 16"):
         evaluation.main([str(run), "--dataset-path", str(text)])
@@ -602,6 +617,7 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
 
     assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
+    assert f"RUN must be that of its run, {run_folder}" in refused(run_folder / "sae")
     for run in ("b", "a"):
         (tmp_path / "sweep" / run).mkdir(parents=True)
         write_json(tmp_path / "sweep" / run / "config.json", {"device": "cpu"})

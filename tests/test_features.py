@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ import tokenizers
 import torch
 import transformers
 from helpers import DEMO_LM
+from tqdm import tqdm
 
 import features
 from activation_store import ActivationsStore
-from checkpoint import save_sae, write_json
+from checkpoint import save_sae
 from config import get_default_cfg, post_init_cfg
 from console import InputError
+from files import write_json
 from language_model import load_model
 from sae import SAE_CLASSES
 from training_step import make_optimizer, training_step
@@ -76,6 +79,7 @@ def test_statistics_equal_a_slow_reference(group, name, contexts_at_a_time, excl
     store.excluded = torch.tensor(excluded, dtype=torch.int64)
     seq_len, skip, dict_size = store.seq_len, store.cfg["eval_skip_positions"], sae.cfg["dict_size"]
     monkeypatch.setattr(features, "CHUNK", contexts_at_a_time * dict_size * seq_len)
+    monkeypatch.setattr(features, "tqdm", partial(tqdm, disable=True))  # as TQDM_DISABLE=1 does
     got = features.feature_statistics(sae, store)
     with torch.no_grad():  # rounding depends on the shape: encode the same chunks
         parts = [store.get_activations(part)[:, skip:] for part in store.eval_contexts.split(contexts_at_a_time)]

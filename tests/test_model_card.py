@@ -105,14 +105,17 @@ def test_metrics(tmp_path):
     """They are from evaluation.json, else from result.json; for the published scripts with the top k of the batch."""
     sae, metrics = make_sae("batchtopk"), some_metrics()
     batch = {re.sub("(_se)?$", r"_batch\1", key, count=1): value + 0.5 for key, value in metrics.items()}
+    batch = {key: value for key, value in batch.items() if "ce_original" not in key}  # it is the model's alone
     run = make_run(tmp_path / "run", sae, metrics | batch | {"tokens": 1_234_944, "steps": 3, "seconds": 4.5})
     card = model_card.model_card(sae, "saelens", run)
-    assert "trained on 1,234,944 tokens of `Skylion007/openwebtext`" in card and "first 65,536 tokens" in card
+    assert "trained on 1,234,944 tokens of `Skylion007/openwebtext`" in card
+    assert "first 65,536 tokens of `Skylion007/openwebtext`, held out from training" in card
     for key in model_card.METRIC_DEFINITIONS:
         assert rows(card)[key] == f"{metrics[key]:.4f} ± {metrics[f'{key}_se']:.4f}"
     assert "f = z where z > 0.54321, else 0" in card and "4·B largest" in card
     published = model_card.model_card(sae, "published", run)
     assert rows(published)["nmse"].startswith(f"{batch['nmse_batch']:.4f}") and "0.54321" not in published
+    assert rows(published)["ce_original"] == rows(card)["ce_original"]
 
     newer = {"eval_tokens": 2560} | some_metrics(3)
     (run / "evaluation.json").write_text(json.dumps(newer))
@@ -164,6 +167,9 @@ def test_unknown_training_is_not_made_up(tmp_path):
     card = card_of(tmp_path / "out")
     assert "No metrics are recorded." in card and "training is not recorded" in card
     assert "openwebtext" not in card and "lr" not in rows(card) and rows(card)["dict_size"] == "64"
+    (tmp_path / "run" / "evaluation.json").write_text(json.dumps(some_metrics()))
+    card = model_card.model_card(make_sae("topk"), "saelens", tmp_path / "run")
+    assert "nmse" in rows(card) and "held out" not in card
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 from wandb_server import WandbServer, offline_run
 
 import results
-from config import get_default_cfg, post_init_cfg
+from config import SAE_TYPES, TOP_K_TYPES, get_default_cfg, post_init_cfg
 from console import InputError
 from logs import RunLog
+from records import mmcs
 
 METRICS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]
 EDGES = [-4.0, -3.0, -2.0, -1.0, 0.0]
@@ -229,7 +230,7 @@ def test_figure_shows_the_numbers(by_hand):
     """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
     sweep, written, _ = by_hand
     figure = results.paper_figure(finished_points(sweep))
-    labels = {label: sae_type for sae_type, (label, *_) in results.STYLES.items()}
+    labels = {label: sae_type for sae_type, label in SAE_TYPES.items()}
     axes = np.array(figure.axes).reshape(2, 2)
     for column, metric in enumerate(["nmse", "ce_degradation"]):
         for row, fixed in enumerate([lambda p: p[0] != "jumprelu" and p[2] == 16, lambda p: p[1] == 512]):
@@ -268,7 +269,7 @@ def test_pareto_figure_has_every_configuration(by_hand):
         wanted = [(of_metric(runs, "l0")[0], of_metric(runs, metric)[0]) for runs in written.values()]
         np.testing.assert_allclose(sorted(map(tuple, drawn)), sorted(wanted))
         own = results.front(points[points["sae_type"] == "topk"], metric)
-        drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][1].lower()]
+        drawn = [line.get_xydata() for line in axis.lines if line.get_color() == results.STYLES["topk"][0].lower()]
         assert any(np.array_equal(line, own[["l0", metric]]) for line in drawn)
     assert "Pareto front (thin lines: per colour)" in labels(figure)
     plt.close(figure)
@@ -352,7 +353,7 @@ def test_figures_are_readable_in_a_paper(by_hand):
         inside = figure.get_tightbbox()
         assert inside.x0 >= -0.02 and inside.x1 <= figure.get_figwidth() + 0.02, "nothing is cut off"
         plt.close(figure)
-    _, colours, markers, lines = zip(*results.STYLES.values())
+    colours, markers, lines = zip(*results.STYLES.values())
     assert all(len(set(way)) == len(results.STYLES) for way in (colours, markers, lines))
 
 
@@ -418,6 +419,8 @@ def test_figures_of_one_type(tmp_path, sae_type, alive):
     points, table = finished_points(tmp_path / "sweep"), results.run_table(results.local_runs(tmp_path / "sweep"))
     for draw in (results.paper_figure, results.pareto_figure, results.histograms_figure):
         draw(points).canvas.draw()
+    labels = {axis.get_xlabel() for axis in results.paper_figure(points).axes}
+    assert labels == {"L0 (512 features)"} | ({"Dictionary size (k = 20)"} if sae_type in TOP_K_TYPES else set())
     results.curves_figure(table).canvas.draw()
     plt.close("all")
     assert "†" in results.main_table(points)
@@ -469,8 +472,8 @@ def test_agreement_of_many_features():
     """More than one block of rows, and a dictionary without features."""
     a, b = (rows / np.linalg.norm(rows, axis=1)[:, None] for rows in np.random.default_rng(0).normal(size=(2, 2500, 3)))
     wanted = ((a @ b.T).max(1).mean() + (a @ b.T).max(0).mean()) / 2
-    assert results.mmcs(a, b) == pytest.approx(wanted, rel=1e-6) and np.isnan(results.mmcs(a, b[:0]))
-    assert results.mmcs(a, a[::-1]) == pytest.approx(1)
+    assert mmcs(a, b) == pytest.approx(wanted, rel=1e-6) and np.isnan(mmcs(a, b[:0]))
+    assert mmcs(a, a[::-1]) == pytest.approx(1)
 
 
 def test_unfinished_runs_are_named_and_skipped(by_hand, run):
@@ -543,16 +546,21 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     (tmp_path / "empty").mkdir()
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
+    other = write_run(tmp_path / "other", {})
+    (tmp_path / "other" / other / "metrics.jsonl").write_text("5\n")
     damaged = write_run(tmp_path / "damaged", dict.fromkeys(METRICS, 0.5) | {"l0": None, "fvu": "0.5"})
     for folder, said in [
         ("empty", f"{tmp_path / 'empty'} has no run records"),
         ("missing", f"{tmp_path / 'missing'} has no run records"),
         ("broken", f"{name}/metrics.jsonl is corrupt"),
+        ("other", f"{other}/metrics.jsonl is corrupt"),
         ("damaged", f"{damaged}/result.json is corrupt: no number for fvu, l0"),
     ]:
         with pytest.raises(InputError, match=f"^.*{re.escape(said)}.*$"):
             results.draw_results(results.sweep_folder(tmp_path / folder))
         assert capsys.readouterr() == ("", "")
+    with pytest.raises(InputError, match="has no run records"):
+        results.draw_results(tmp_path / "empty")
     commands = [
         (["demo", "--wandb", "me/project"], "wandb login"),
         (["demo", "--wandb", "project"], "ENTITY/PROJECT"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import OFTEN, SAES, STEPS, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
+from helpers import OFTEN, SAES, STEPS, assert_as_uninterrupted, corrupt, is_over, same_bits, stopping_store, train
 from kill_and_resume import command, digests, environment, kill_and_resume
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ from activation_store import ActivationsStore
 from checkpoint import Checkpoints, SaveError, groups_folder, load_sae, newest_checkpoint
 from console import InputError, run_command
 from hub import StreamError
-from logs import RunLog, is_finished, is_over, run_folder, why_stopped
+from logs import RunLog, is_finished, run_folder, why_stopped
 from sae import SAE_CLASSES
 from training import train_sae_group
 
@@ -390,6 +390,19 @@ def test_two_processes_on_one_run(training_cfg):
     RunLog(cfg, {}).close()
 
 
+@pytest.mark.parametrize("line", ["5", "{}", '{"step": 3'])
+def test_a_corrupt_line_of_the_metrics_is_refused(model, training_cfg, line):
+    """If it is of a step before the checkpoint."""
+    cfg = training_cfg(**SAES[1], log_freq=1)
+    with pytest.raises(training.Stopped):
+        train(model, [cfg], stopping_store(5, training.Stopped()))
+    path = run_folder(cfg) / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    with pytest.raises(InputError, match="metrics.jsonl does not match the checkpoint after step 4"):
+        train(model, [cfg])
+
+
 @pytest.mark.parametrize("name", ["config.json", "stopped.json"])
 def test_a_run_with_a_corrupt_record_is_refused(training_cfg, name):
     """In one line, and the record is kept: it may say why the run was stopped, or what it was trained with."""
@@ -458,7 +471,7 @@ def test_a_run_that_was_moved_away_starts_from_scratch(model, training_cfg):
         train(model, cfgs, stopping_store(6, training.Stopped()))
     run_folder(cfgs[1]).rename(run_folder(cfgs[1]).parent.parent / "moved")
     assert newest_checkpoint(cfgs[1]) is None and newest_checkpoint(cfgs[0]) is not None
-    with pytest.raises(InputError, match="cannot be resumed together: .*none, step_000000005"):
+    with pytest.raises(InputError, match="cannot be resumed together: .*step_000000005, none"):
         train(model, cfgs)
     alone = train(model, cfgs[1:])[0][0]
     assert same_bits(alone, train(model, [training_cfg("whole", **SAES[1])])[0][0])

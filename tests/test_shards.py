@@ -12,6 +12,7 @@ from helpers import (
     SAES,
     completed_training_cfg,
     figures,
+    is_over,
     lines_of,
     only_line,
     results_of,
@@ -30,7 +31,7 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, newest_checkpoint
 from config import get_default_cfg, post_init_cfg
 from console import InputError
-from logs import is_over, run_folder
+from logs import run_folder
 from sae import FEATURE_DIM, SAE_CLASSES
 from shards import WHOLE, team
 from sparse_ops import SparsityPattern

@@ -132,6 +132,15 @@ def test_a_warning_when_l0_falls_to_nearly_zero(model, training_cfg, capsys):
     assert line.startswith(f"warning: {cfgs[2]['name']}: ") and f"after step {low[0]}," in line
 
 
+def test_a_warning_of_saes_that_nothing_makes_sparse(model, training_cfg, capsys):
+    """Once for each type of the group."""
+    changes = [dict(sae_type="vanilla"), dict(sae_type="vanilla", lr=1e-3), dict(sae_type="topk")]
+    cfgs = [training_cfg(**each, l1_coeff=0, num_tokens=BATCH) for each in changes]
+    train(model, [*cfgs, training_cfg(sae_type="jumprelu", l1_coeff=0.01, num_tokens=BATCH)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: l1_coeff")]
+    assert lines == ["warning: l1_coeff is 0: nothing makes this vanilla SAE sparse"]
+
+
 @pytest.fixture
 def recorded(model, training_cfg):
     """A group of three with its records: configs, trained SAEs, results."""

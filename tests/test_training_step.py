@@ -426,6 +426,19 @@ def test_an_sae_saved_before_a_buffer_was_added(kind, tmp_path):
     training_step(loaded.train(), make_optimizer(loaded, loaded.cfg), make_x(7, 5, 60), loaded.cfg)
 
 
+@pytest.mark.parametrize("error", [MemoryError("8 GiB"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_loading_with_too_little_memory(error, tmp_path, monkeypatch):
+    """The file is not to blame."""
+    save_sae(trained("topk"), tmp_path / "sae")
+
+    def load_file(path):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load_file", load_file)
+    with pytest.raises(type(error)):
+        load_sae(tmp_path / "sae")
+
+
 def test_loading_needs_no_pickle(tmp_path):
     """Loading runs no code from the file: a pickled state dict in place of the weights is refused."""
     folder, sae = tmp_path / "sae", trained("topk")
