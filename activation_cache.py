@@ -12,10 +12,13 @@ import json
 import shutil
 from pathlib import Path
 
+import filelock
 import torch
 
-from checkpoint import sha256_of, write, write_json
-from console import InputError, gib, tell
+from console import InputError, gib, one_line, tell
+from files import SaveError, replace, sha256_of, write_json
+
+ENTRY = ("rows", "sha256", "next")  # of a buffer in the manifest
 
 
 class ActivationCache:
@@ -25,7 +28,7 @@ class ActivationCache:
     disk space needed. Raises InputError if it exceeds the free space or the folder cannot be written.
     """
 
-    def __init__(self, folder: str, identity: dict, buffer_rows: int, num_rows: int):
+    def __init__(self, folder: str, identity: dict, num_rows: int):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         self.folder, self.identity = Path(folder) / digest, identity
         self.dtype, self.width = getattr(torch, identity["activation_dtype"]), identity["act_size"]
@@ -33,10 +36,10 @@ class ActivationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{where} cannot be written to: {error}") from error
-        self.buffers = self.read_manifest()
+            raise InputError(f"{where} cannot be written to: {error.strerror}") from error
+        self.buffers, size = self.read_manifest(), identity["buffer_rows"]
 
-        present = sum(max(0, min(entry["rows"], num_rows - i * buffer_rows)) for i, entry in enumerate(self.buffers))
+        present = sum(max(0, min(entry["rows"], num_rows - i * size)) for i, entry in enumerate(self.buffers))
         row_bytes = self.width * self.dtype.itemsize
         needed, free = (num_rows - present) * row_bytes, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -49,11 +52,11 @@ class ActivationCache:
     def read_manifest(self) -> list[dict]:
         path = self.folder / "manifest.json"
         try:
-            return json.loads(path.read_text())["buffers"]
+            return [{key: entry[key] for key in ENTRY} for entry in json.loads(path.read_text())["buffers"]]
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            tell(f"{path} is corrupt ({error}): the activations are harvested again")
+            tell(f"{path} is corrupt ({one_line(error)}): the activations are harvested again")
             return []
 
     def read(self, index: int, buffer: torch.Tensor) -> dict | None:
@@ -75,18 +78,19 @@ class ActivationCache:
         return entry["next"]
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
-        """Write `buffer` [rows, d] as buffer `index`. Raises InputError if it cannot be written."""
+        """Write `buffer` [rows, d] as buffer `index`. Raises SaveError if it cannot be written."""
         if index > len(self.buffers):
             return  # training began without this cache, and the manifest cannot have gaps
         path = self.path(index)
-        temporary = path.with_suffix(".tmp")
+        if index < len(self.buffers) and self.buffers[index]["rows"] != len(buffer):
+            del self.buffers[index:]  # those after it begin elsewhere in the text
         try:
-            sha256 = write(temporary, buffer.cpu().flatten().view(torch.uint8).numpy())
-            temporary.replace(path)
-            self.buffers[index : index + 1] = [{"rows": len(buffer), "sha256": sha256, "next": next_position}]
-            write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
+            with filelock.FileLock(self.folder / ".lock"):  # another run may write the same buffer
+                sha256 = replace(path, buffer.cpu().flatten().view(torch.uint8).numpy())
+                self.buffers[index : index + 1] = [{"rows": len(buffer), "sha256": sha256, "next": next_position}]
+                write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
         except OSError as error:
-            raise InputError(f"activation_cache: {path} cannot be written: {error}") from error
+            raise SaveError(f"activation_cache: {path} cannot be written: {error.strerror or error}") from error
 
     def path(self, index: int) -> Path:
         return self.folder / f"buffer_{index:06}.bin"

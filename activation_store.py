@@ -114,6 +114,9 @@ class ActivationsStore:
         return min(num_kept, contexts * self.seq_len)
 
     def too_short(self, usable: int) -> InputError:
+        if usable >= self.tokens_needed:  # a loop that asks for more than num_tokens
+            after = f"after the {usable:,} tokens of num_tokens"
+            return InputError(f"dataset_path = {self.cfg['dataset_path']!r} has no text left {after}")
         epochs = f" in num_epochs = {self.cfg['num_epochs']}" if self.cfg["num_epochs"] > 1 else ""
         epochs += " without exclude_tokens" if len(self.excluded) else ""
         return InputError(
@@ -126,7 +129,7 @@ class ActivationsStore:
         identity |= {"act_size": self.act_size, "buffer_rows": len(self.storage)}
         identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
         identity |= self.stream.reader.fingerprint()
-        self.cache = ActivationCache(self.cfg["activation_cache"], identity, len(self.storage), self.tokens_needed)
+        self.cache = ActivationCache(self.cfg["activation_cache"], identity, self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:
         """The next contexts of the stream, [model_batch_size, seq_len]; fewer at its end.
@@ -151,8 +154,8 @@ class ActivationsStore:
         return distributed.from_rank_0(lambda: self.interruptible(function))
 
     def read_batches(self, missing: int) -> list[tuple[dict, torch.Tensor]]:
-        """Positions in the text and contexts of the next forward passes: one per rank, or fewer if they give `missing`
-        rows.
+        """Positions in the text and contexts of the next forward passes: one per rank, or fewer if those already hold
+        `missing` rows.
         """
         batches = []
         while missing > 0 and len(batches) < distributed.size():
@@ -165,8 +168,8 @@ class ActivationsStore:
 
     def forwards(self, missing: int, room: torch.Tensor) -> list[tuple[dict, torch.Tensor]]:
         """The next forward passes in text order, one per rank, or fewer if they give `missing` rows: position in the
-        text, and activations [n, d] without those of exclude_tokens, in activation_dtype. They are in `room`, one after
-        the other, as long as they fit. They may be used after wait_for_activations().
+        text, and activations [n, d] without those of exclude_tokens, in activation_dtype. They are written to `room`
+        one after the other; those that do not fit get memory of their own. Use them after wait_for_activations().
         """
         passes = []
         for source, (position, tokens) in enumerate(self.from_text(partial(self.read_batches, missing))):
@@ -224,7 +227,7 @@ class ActivationsStore:
         """Forget what was harvested of the next buffer."""
         self.wait_for_activations()
         self.filling = self.carry = None
-        self.rows_ahead = 0  # rows of the next buffer that are there or being exchanged; inf if it is complete
+        self.rows_ahead = 0  # rows of the next buffer that are harvested or being exchanged; inf if all are
 
     def fill_buffer(self) -> None:
         """Harvest the next buffer, or read it from the cache, and shuffle it."""
@@ -234,8 +237,8 @@ class ActivationsStore:
 
     def fill_in_parts(self) -> Iterator[float]:
         """fill_buffer as an iterator. Before it waits for activations of other ranks, it yields the number of rows that
-        will then be there, or inf if no more are needed. (It does not yield before the forward pass that a loaded
-        position begins in.)
+        will then be there, or inf if no more are needed. After load_state_dict, the forward pass in which the position
+        lies is run without a yield before it.
         """
         start = self.next_start
         missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])

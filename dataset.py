@@ -27,9 +27,10 @@ from fsspec.utils import glob_translate
 from pandas.errors import ParserWarning
 
 from console import InputError, one_line, tell
-from hub import is_hub_name, offline_hint
+from hub import is_hub_name, is_transient, offline_hint
 
-COLUMNS = ("tokens", "input_ids", "text")  # the columns to read if dataset_column is None, in order of preference
+TOKEN_COLUMNS = ("tokens", "input_ids")  # columns that hold only tokens
+COLUMNS = (*TOKEN_COLUMNS, "text")  # the columns to read if dataset_column is None, in order of preference
 BUILDERS = {
     ".txt": "text", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow",
     ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv",
@@ -103,7 +104,7 @@ def choose_column(names, cfg: dict) -> str:
     found = [name for name in COLUMNS if name in names]
     if not found:
         raise InputError(
-            f"{where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(names)} "
+            f"{where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(names) or 'no columns'} "
             f"(set dataset_column to the one to read)"
         )
     if len(found) > 1:
@@ -132,7 +133,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
             try:
                 return cast(pyarrow.table({column: values}), **options)
             except TypeError as error:  # its message has several lines
-                raise TypeError(" ".join(str(error).split())) from error
+                raise TypeError(one_line(error)) from error
 
         builder._cast_table = cast_column
         yield from generate(**sources)
@@ -169,7 +170,9 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
                         names = list(dict.fromkeys(name for row in rows for name in row))
                         yield Key(0, 0), pyarrow.table({"names": [names], "by_lines": [by_lines]})
                         return
-            except (ValueError, EOFError) as error:  # DocumentReader stops at this file or skips it
+            except Exception as error:  # DocumentReader stops at this file or skips it
+                if is_transient(error):
+                    raise
                 unreadable.append(f"{where} cannot be read: {one_line(error)} of {file}")
 
     def tables(files_iterables, allow_full_read=True, **_):
@@ -181,7 +184,7 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
                 names.update(*rows)
                 values = [row.get(column) for row in rows]
                 if typed:
-                    values = [None if value is None else json.dumps(value) for value in values]
+                    values = [None if value is None else as_json(value) for value in values]
                     values = pyarrow.array(values, pyarrow.string()).cast(datasets.Json.pa_type)
                 yield Key(shard, part), pyarrow.table({column: values})
             if names and column not in names:
@@ -197,7 +200,8 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
         raise
     column = choose_column(first["names"], cfg)
     report_missing = reporter(column, cfg)
-    # Without types, as `datasets` reads a JSON list, the stream's state has another form, which older checkpoints hold.
+    # Without types, as `datasets` reads a JSON list, the stream's state has another form. Older checkpoints hold that
+    # form, so it is kept.
     typed = bool(card_features) or first["by_lines"] or column not in COLUMNS
     if typed:
         builder.info.features = datasets.Features({column: datasets.Json()})
@@ -259,9 +263,16 @@ def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
     return rows, b""
 
 
-def is_chat(document) -> bool:
-    """Whether a document is a list of messages."""
-    return isinstance(document, list) and bool(document) and isinstance(document[0], dict)
+def as_json(value) -> str:
+    """A document as JSON. `datasets` parses it with pandas, which drops half of a surrogate pair silently, so such a
+    document is replaced by an invalid one.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps({"text that is not valid Unicode": ascii(value)[:80]})
+    return text
 
 
 # Files and splits
@@ -276,6 +287,8 @@ def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]
         check_split(cfg, [str(saved.split or "train")])
     # The stored format may convert to tensors and hide columns.
     saved = saved.with_format(None)
+    if not len(saved):
+        raise InputError(f"dataset_path = {cfg['dataset_path']!r} is empty")
     column = choose_column(saved.column_names, cfg)
     return saved.select_columns(column).to_iterable_dataset(), column
 

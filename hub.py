@@ -2,16 +2,18 @@
 
 import functools
 import inspect
-import os
 import re
 import socket
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import _http, httpx, validate_repo_id  # the httpx whose errors it raises
+
+from console import InputError
 
 
 class StreamError(RuntimeError):
@@ -86,7 +88,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def stay_offline_without_network(*names: str) -> None:
-    """If one of `names` is a hub name and the hub is unreachable, use only the local cache, without retries."""
+    """If one of `names` is not a local path and the hub is unreachable, use only the local cache, without retries."""
     if not all(Path(name).exists() for name in names) and not hub_reachable():
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
@@ -95,16 +97,23 @@ def offline_hint(name: str) -> str:
     """Advice for an error message if the hub is unreachable; empty if it is reachable or `name` is local."""
     if Path(name).exists() or hub_reachable():
         return ""
-    return ". Without a network, try `python main.py demo`, or name a local model_name and dataset_path"
+    return ". Without a network, try `python main.py demo`, or set model_name and dataset_path to local ones"
 
 
 def hub_reachable() -> bool:
     """Whether the hub's address accepts a connection within 5 s. A proxy is assumed to work."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True
-    url = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    endpoint = huggingface_hub.constants.ENDPOINT
     try:
-        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+        url = urlsplit(endpoint)
+        address = url.hostname, url.port or {"https": 443, "http": 80}[url.scheme]
+    except (ValueError, KeyError):
+        address = None, None
+    if not address[0]:
+        raise InputError(f"HF_ENDPOINT = {endpoint!r} is not a URL such as https://huggingface.co")
+    if {url.scheme, "all"} & getproxies().keys():
+        return True
+    try:
+        socket.create_connection(address, timeout=5).close()
     except OSError:
         return False
     return True

@@ -35,13 +35,12 @@ import numpy as np
 import torch
 
 from console import InputError, one_line, tell
-from dataset import COLUMNS, is_chat, load_text
+from dataset import COLUMNS, TOKEN_COLUMNS, load_text
 from hub import StreamError, hub_reachable, is_transient, limit_retries
 
 BATCH_DOCUMENTS = 32  # documents per call of the tokenizer, which is parallel, and per token chunk
 PREFETCH_CHUNKS = 8  # token chunks that the thread may read ahead
 FINGERPRINT_BYTES, FINGERPRINT_BLOCK = 2**26, 2**16  # bytes of local data to hash (about), and per read
-TOKEN_COLUMNS = ("tokens", "input_ids")  # columns that hold only tokens
 MAX_BACKOFF = 60  # seconds before a retry: 1, 2, 4, ... up to this
 
 
@@ -191,7 +190,7 @@ def prefetch(items: Iterator, results: queue.Queue, stop: threading.Event) -> No
             if stop.is_set():
                 return
         put((None, None))
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust, too, else the reader would wait for ever
         put((None, error))
 
 
@@ -220,7 +219,7 @@ class DocumentReader:
         self.tell_once = functools.cache(tell)
         if not self.local:
             limit_retries()
-        self.dataset, self.column, self.shard_names, self.commit = self.with_retries(lambda: load_text(cfg))
+        self.dataset, self.column, self.shard_names, self.commit = self.open()
         self.num_held_out = 0  # tokens at the beginning of the stream that later epochs skip
         self.batch_documents = BATCH_DOCUMENTS
 
@@ -252,12 +251,12 @@ class DocumentReader:
                     digest.update(content.read(FINGERPRINT_BLOCK))
         return digest.hexdigest()
 
-    def with_retries(self, function):
-        """The result of a function that uses the hub, retried after transient errors."""
+    def open(self) -> tuple:
+        """load_text, retried after transient errors of the hub."""
         failures = 0
         while True:
             try:
-                return function()
+                return load_text(self.cfg)
             except InputError as error:
                 failures += 1
                 if self.local or not is_transient(error) or not hub_reachable():
@@ -298,7 +297,8 @@ class DocumentReader:
                 raise error
             if not group:
                 break
-        yield self.beginning | {"epoch": num_epochs or self.cfg["num_epochs"]}, np.empty(0, np.int64)
+        end = {"epoch": num_epochs or self.cfg["num_epochs"], "skip": self.num_held_out}
+        yield self.beginning | end, np.empty(0, np.int64)
 
     def document_batches(self, position: dict, num_epochs: int) -> Iterator[tuple[dict, list]]:
         """Yields (position of the first, documents) from a position's row on: up to batch_documents of one shard."""
@@ -360,7 +360,7 @@ class DocumentReader:
             for i, document in enumerate(documents):
                 place = f"document {start['row'] + i + 1} of {self.shard_names[start['shard']]}"
                 try:
-                    if document:
+                    if document not in (None, "", []):
                         valid.append((index, place, self.validated(document)))
                 except BadDocument as error:
                     self.handle_bad_data(f"{place} {error}", error)
@@ -382,18 +382,18 @@ class DocumentReader:
 
     def validated(self, document) -> str | list[int]:
         """The text or tokens of a document; a chat is rendered to text. Raises BadDocument."""
-        if is_chat(document) and self.column not in TOKEN_COLUMNS:
+        if isinstance(document, list) and isinstance(document[0], dict) and self.column not in TOKEN_COLUMNS:
             return self.render_chat(document)
         if isinstance(document, list) and self.column != "text":
             for token in document:
                 if type(token) is not int or not 0 <= token < self.d_vocab:
                     raise BadDocument(
-                        f"has {brief(token)} in column {self.column!r}; the vocabulary of {self.cfg['model_name']} is "
-                        f"0 to {self.d_vocab - 1}"
+                        f"has {brief(token)} in column {self.column!r}; token ids of {self.cfg['model_name']} are "
+                        f"integers from 0 to {self.d_vocab - 1}"
                     )
             return document
         if not isinstance(document, str) or self.column in TOKEN_COLUMNS:
-            expected = "a list" if self.column in TOKEN_COLUMNS else "a string"
+            expected = "a list" if self.column in TOKEN_COLUMNS else "a string or a list of messages"
             if self.column not in COLUMNS:
                 expected = "a string, a list of tokens or a list of messages"
             kind = type(document).__name__

@@ -314,7 +314,7 @@ def test_the_end_of_the_data_is_an_error(model, jsonl):
     store = ActivationsStore(model, stream_cfg(dataset_path=path))
     for _ in range(10):
         store.next_batch()
-    with pytest.raises(InputError, match="too short"):
+    with pytest.raises(InputError, match="has no text left after the 400 tokens of num_tokens"):
         while True:
             assert len(store.next_batch()) == 40
 

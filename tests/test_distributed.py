@@ -291,8 +291,9 @@ def test_a_cache_that_cannot_be_written_ends_all_ranks(model, training_cfg, tmp_
 
     monkeypatch.setattr(activation_cache, "write_json", write_json)
     ranks = run_ranks(2, lambda: train_shared(model, cfgs), timeout=60)
-    assert [code for code, *_ in ranks] == [2, 2] and "No space left on device" in only_line(ranks)
+    assert [code for code, *_ in ranks] == [3, 3] and "No space left on device" in only_line(ranks)
     assert {newest_checkpoint(cfg).name for cfg in cfgs} == {"step_000000003"}
+    assert not any((run_folder(cfg) / "sae").exists() for cfg in cfgs)
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "cuda"])

@@ -3,6 +3,7 @@
 All tests use the real libraries. The hub's tests run the program in separate processes (see test_hub.py).
 """
 
+import gzip
 import itertools
 import json
 import random
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from console import InputError
-from text_stream import TextStream
+from text_stream import Prefetcher, TextStream
 
 # By default the hub's client waits 1 and 2 s before its retries, and up to 10 s for an answer.
 IMPATIENT = """
@@ -385,6 +386,39 @@ def test_the_first_jsonl_file_is_corrupt(three_files, capsys):
         (folder / f"{name}.jsonl").write_text("\n".join(["{corrupt"] if name == "a" else lines) + "\n")
     valid = documents["b"] + documents["c"]
     assert_stops_and_skips(folder, valid, r"document 1 of .*a\.jsonl and later documents", capsys)
+
+
+DAMAGED = {
+    "no gzip": b"no gzip",
+    "wrong bytes": gzip.compress(b"{" * 999)[:-9] + b"x" * 9,
+    "deep nesting": gzip.compress(b"[" * 99999),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_the_first_compressed_jsonl_file_is_corrupt(three_files, capsys, damage):
+    documents, folder = three_files
+    for name, texts in documents.items():
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        (folder / f"{name}.jsonl.gz").write_bytes(DAMAGED[damage] if name == "a" else gzip.compress(lines.encode()))
+    valid = documents["b"] + documents["c"]
+    assert_stops_and_skips(folder, valid, r"document 1 of .*a\.jsonl\.gz and later documents", capsys)
+
+
+def test_a_thread_that_dies_is_an_error():
+    """Also of what is no Exception, as a panic in Rust."""
+
+    class Panic(BaseException):
+        pass
+
+    def items():
+        yield 1
+        raise Panic
+
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 1
+    with pytest.raises(Panic):
+        next(prefetcher)
 
 
 def test_a_corrupt_parquet_file(three_files, capsys):

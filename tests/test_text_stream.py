@@ -10,6 +10,7 @@ import textwrap
 import threading
 from bisect import bisect
 from collections import Counter
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_too_few_epochs(model, jsonl):
         ActivationsStore(model, stream_cfg(dataset_path=path, num_tokens=820, num_epochs=2))
     store = ActivationsStore(model, stream_cfg(dataset_path=path, num_tokens=800, num_epochs=2))
     assert sum(len(store.next_batch()) for _ in range(20)) == 800
-    with pytest.raises(InputError, match="too short: 800 tokens"):
+    with pytest.raises(InputError, match="has no text left after the 800 tokens of num_tokens"):
         store.next_batch()
 
 
@@ -390,6 +391,52 @@ def test_a_cached_stream_resumes(cached):
         other, _ = make_store(**changes)
         other.load_state_dict(json.loads(json.dumps(store.state_dict())))
         assert torch.equal(batches_of(other, 27), live[13:])
+
+
+def test_a_cache_of_a_run_that_read_past_its_end(cached):
+    """Its last buffer is shorter than that of a longer run, and the one after it begins elsewhere in the text."""
+    _, live, make_store = cached
+    shorter, _ = make_store(num_tokens=840)
+    batches_of(shorter, 22)  # 21 are 840 tokens
+    for _ in range(2):
+        assert torch.equal(batches_of(make_store()[0], 40), live)
+
+
+def test_a_longer_run_skips_the_held_out_tokens_of_a_second_epoch(model, jsonl, tmp_path):
+    """Also if the run that wrote the cache ended with the epoch."""
+    path = jsonl(documents_of_random_length(3, 48 + 400), "tokens")
+    cfg = stream_cfg(dataset_path=path, num_tokens=400, num_batches_in_buffer=4)
+    cache = {"activation_cache": str(tmp_path / "cache")}
+    batches_of(ActivationsStore(model, cfg | cache), 10)
+    longer = cfg | {"num_tokens": 800, "num_epochs": 2}
+    expected = batches_of(ActivationsStore(model, longer), 20)
+    assert torch.equal(batches_of(ActivationsStore(model, longer | cache), 20), expected)
+
+
+@pytest.mark.parametrize("buffers", [[{}], [5], 5, {"a": 1}])
+def test_a_manifest_of_another_form_is_corrupt(cached, capsys, buffers):
+    _, live, make_store = cached
+    batches_of(make_store()[0], 3)
+    (folder,) = Path(make_store()[0].cfg["activation_cache"]).iterdir()
+    (folder / "manifest.json").write_text(json.dumps({"buffers": buffers}))
+    assert torch.equal(batches_of(make_store()[0], 3), live[:3])
+    assert "manifest.json is corrupt" in capsys.readouterr().err
+
+
+def test_two_runs_write_one_cache(cached):
+    """At the same time, each from its own process."""
+    _, live, make_store = cached
+    children = []
+    for _ in range(2):
+        if not (pid := os.fork()):
+            code = 1
+            with suppress(Exception):
+                code = int(not torch.equal(batches_of(make_store()[0], 40), live))
+            os._exit(code)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    last, forwards = make_store()
+    assert torch.equal(batches_of(last, 40), live) and not forwards
 
 
 def test_a_shorter_run_reads_a_longer_ones_cache(cached):
