@@ -18,7 +18,7 @@ import distributed
 from config import num_steps
 from console import InputError, count_of, gib, tell
 from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
-from sae import SAE_CLASSES, SPARSE_AFTER
+from sae import SAE_CLASSES
 from shards import team
 from sparse_ops import screen_dtype
 from training_step import Run, form_of_step, group_step, is_small, make_optimizer
@@ -163,7 +163,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
     teams = ranks // cfg["feature_shards"]
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
-    # and for each SAE, first_step, step, step_with_dead and reconstruction (step_times).
+    # and for each SAE, step, step_with_dead and reconstruction (step_times).
     tokens = eval_batches(store)[0]
     acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
@@ -179,7 +179,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     shards = team(cfg["feature_shards"])
     own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
-    first_step, step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
+    step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_rank_0(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
 
@@ -195,9 +195,8 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     steps = num_steps(cfg) - steps_done
     batches = len(eval_batches(store))
     evaluations = max((num_steps(cfg) - 1) // cfg["perf_log_freq"] - steps_done // cfg["perf_log_freq"], 0)
-    first_steps = max(min(SPARSE_AFTER, num_steps(cfg)) - steps_done, 0)
     seconds = slowest(step) + harvest / ranks
-    training = steps * seconds + first_steps * (slowest(first_step) - slowest(step))
+    training = steps * seconds
     with_dead = training + steps * max(slowest(step_with_dead) - slowest(step), 0)
     baseline = 2 * forward + harvest  # evaluation.heldout_baseline
     evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
@@ -242,11 +241,10 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
     return owners
 
 
-def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, float, float]]:
-    """For a new SAE of each config, the seconds of one of the first SPARSE_AFTER steps (dense in JumpReLU and vanilla),
-    of a later step, of a step with many dead features, and of a reconstruction of x [batch_size, d]; 0 for an SAE with
-    NaN or infinity. As in training, the SAEs take turns, so that no SAE's weights are still in the CPU cache. Small
-    SAEs step side by side: of each, the seconds are its share.
+def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, float]]:
+    """For a new SAE of each config, the seconds of a step, of a step with many dead features, and of a reconstruction
+    of x [batch_size, d]; 0 for an SAE with NaN or infinity. As in training, the SAEs take turns, so that no SAE's
+    weights are still in the CPU cache. Small SAEs step side by side: of each, the seconds are its share.
 
     Many dead features are those that are not active in x. If n_batches_to_dead is small, about so many die early in
     training, and the aux loss over them can take several times as long as the rest of a step.
@@ -274,24 +272,18 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
         return {i: min(times[-2:]) for i, times in zip(which, zip(*seconds))}
 
     warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps of a form record CUDA graphs
-    dense_first = [i for i, run in enumerate(runs) if hasattr(run.sae, "batches_until_sparse")]
     dying = [
         i for i, run in enumerate(runs)
         if run.sae.aux_loss_on_dead_features and run.cfg["n_batches_to_dead"] < num_steps(run.cfg)
     ]  # fmt: skip
-    total = len(runs) * (warm_up + 3) + (len(dense_first) + len(dying)) * (warm_up - 1)
+    total = len(runs) * (warm_up + 3) + len(dying) * (warm_up - 1)
     with tqdm(total=total, desc="measuring", leave=False, delay=2, disable=distributed.rank() > 0) as bar:
         counters = [torch.zeros_like(run.sae.num_batches_not_active) for run in runs]
-        for i in dense_first:
-            runs[i].sae.batches_until_sparse.zero_()
         step = take_turns(list(range(len(runs))), warm_up + 2)
         share, small = 1.0, [i for i, cfg in enumerate(cfgs) if step[i] and is_small(cfg)]
         if len(small) > 1:
             side_by_side = [partial(group_step, [runs[i] for i in small], x, [], {}) for _ in range(2)]
             share = min(time_call(turn, "cpu") for turn in side_by_side) / sum(step[i] for i in small)
-        for i in dense_first:
-            runs[i].sae.batches_until_sparse.fill_(SPARSE_AFTER)
-        first_step = step | take_turns(dense_first, warm_up - 1)
         for i in dying:
             counters[i][runs[i].sae.num_batches_not_active > 0] = runs[i].cfg["n_batches_to_dead"]
         step_with_dead = step | take_turns(dying, warm_up - 1)
@@ -303,8 +295,7 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
     found = []
     for i in range(len(runs)):
         part = share if i in small else 1
-        times = first_step[i] * part, step[i] * part, step_with_dead[i] * part, reconstruction[i]
-        found.append(times if step[i] else (0.0,) * 4)
+        found.append((step[i] * part, step_with_dead[i] * part, reconstruction[i]) if step[i] else (0.0,) * 3)
     return found
 
 

@@ -29,7 +29,7 @@ from console import InputError
 from shards import WHOLE, Shards
 from sparse_ops import GOES_DENSE, GOES_SPARSE, SparsityPattern, at_features, sae_arithmetic
 
-SPARSE_AFTER = 10  # the sparse form is used after so many batches in a row with few active features
+SPARSE_AFTER = 10  # batches in a row with few active features after which the sparse form is used again
 
 
 class Counts(NamedTuple):
@@ -298,13 +298,13 @@ class BaseAutoencoder(nn.Module):
 class AdaptiveSparseSAE(BaseAutoencoder):
     """An SAE whose number of active features depends on its weights, so recent batches decide between the two forms.
 
-    The buffer `batches_until_sparse` counts down while few features are active, and restarts when many are. It depends
-    on counts alone and is saved with the weights.
+    The buffer `batches_until_sparse` counts down while few features are active, and restarts when many are. At 0, as in
+    a new SAE, the sparse form is tried. It depends on counts alone and is saved with the weights.
     """
 
     def __init__(self, cfg: dict, shards: Shards = WHOLE):
         super().__init__(cfg, shards)
-        self.register_buffer("batches_until_sparse", torch.tensor(SPARSE_AFTER, device=self.W_enc.device))
+        self.register_buffer("batches_until_sparse", self.num_batches_not_active.new_zeros(()))
 
     @torch.no_grad()
     def update_statistics(self, output):

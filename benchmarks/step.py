@@ -161,7 +161,7 @@ def measure(setup: dict, rounds: int, device: str, memory: bool) -> dict:
     if not device.startswith("cuda"):
         names = [name for name in names if name not in ON_CUDA and size <= LARGEST.get(name, size)]
     bench = Bench(setup, names, device)
-    for i in range(12 if setup["l0"] is not None else 4):  # JumpReLU and vanilla start in the dense form
+    for i in range(12 if setup["l0"] is not None else 4):  # the form follows L0, which changes at first
         bench.time("ours", bench.batches[i % 2])
     seconds = {name: [] for name in names}
     for i in range(rounds + 1):  # the first is a warm-up

@@ -4,7 +4,7 @@
 
 Uses the demo's language model (d 128, dictionaries 512 to 4096, batches of 1024) and a random GPT-2 small (the paper's
 sizes: d 768, dictionaries 3072 to 24576, batches of 4096), both on the demo's text. Warm-up steps come first, because
-the first ten batches of JumpReLU are dense. Every round then times, per batch:
+the number of active features changes at the beginning. Every round then times, per batch:
 
     harvest       a batch from the store, averaged over a buffer
     step          a training step of each SAE, averaged over a buffer

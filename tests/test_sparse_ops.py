@@ -12,7 +12,7 @@ import sparse_ops
 from config import get_default_cfg
 from evaluation import calibrate_threshold, decoder_similarity
 from language_model import Harvester, load_model
-from sae import SAE_CLASSES, JumpReLUSAE
+from sae import SAE_CLASSES, JumpReLUSAE, VanillaSAE
 from sparse_ops import SparsityPattern
 from training_step import make_optimizer, training_step
 
@@ -193,7 +193,7 @@ def test_active_features_may_be_differentiated():
 
 
 def test_the_form_follows_from_counts():
-    """A JumpReLU goes sparse after 10 sparse-enough batches, stays so, and goes back for 10 when many are active."""
+    """A new JumpReLU is sparse, goes dense when many features are active, and back after 10 batches with few."""
     sae = JumpReLUSAE(make_sae("jumprelu", d=16, F=480, dtype="float32", l1_coeff=0.0).cfg)
     optimizer = make_optimizer(sae, sae.cfg | {"lr": 0.0})
     forms = []
@@ -202,7 +202,19 @@ def test_the_form_follows_from_counts():
             sae.jumprelu.log_threshold.fill_(-5.0 if step == 15 else 1.5)
         output = training_step(sae, optimizer, make_x(16, 16, step, torch.float32), sae.cfg)
         forms.append(output["feature_acts"].is_sparse)
-    assert forms == [False] * 10 + [True] * 6 + [False] * 10 + [True] * 4
+    assert forms == [True] * 16 + [False] * 10 + [True] * 4
+
+
+def test_a_new_vanilla_is_dense(monkeypatch):
+    """Half of its features are active: there are too many candidates, and the next 10 batches do not look for any."""
+    monkeypatch.setattr(sparse_ops, "DENSE_FROM", 16)
+    sae, calls = VanillaSAE(make_sae("vanilla", d=16, F=480, dtype="float32", l1_coeff=1e-3).cfg), []
+    real, optimizer = sparse_ops.select_above, make_optimizer(sae, sae.cfg)
+    monkeypatch.setattr(sparse_ops, "select_above", lambda *args: calls.append(1) or real(*args))
+    for step in range(5):
+        output = training_step(sae, optimizer, make_x(16, 16, step, torch.float32), sae.cfg)
+        assert not output["feature_acts"].is_sparse and sae.batches_until_sparse == 10
+    assert len(calls) == 1
 
 
 @pytest.mark.fast
