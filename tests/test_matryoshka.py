@@ -289,7 +289,7 @@ def test_dictionary_learning_keeps_the_groups(tmp_path, sizes, config):
     assert all(torch.equal(back.state_dict()[name], value) for name, value in params(sae, torch.float32).items()
                if name != "b_enc")  # fmt: skip
     assert "for m = 8, 24, 56, 120." in (card := (tmp_path / "out" / "README.md").read_text()) or sizes
-    assert "# Matryoshka BatchTopK SAE with 256 features" in card and "arxiv.org/abs/2503.17547" in card
+    assert "# Matryoshka SAE with 256 features" in card and "arxiv.org/abs/2503.17547" in card
 
 
 def test_resumes_to_the_bit_in_a_mixed_group(model, training_data, tmp_path):
