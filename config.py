@@ -251,7 +251,7 @@ def check_value(key: Key, value):
     elif key.name == "device":
         allowed = device_problem(value)
     if allowed:
-        nearest = difflib.get_close_matches(value, key.choices, n=1) if kind is str else []
+        nearest = difflib.get_close_matches(value, key.choices, n=1, cutoff=0.82) if kind is str else []
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise InputError(f"{key.name} = {value!r} is not allowed: it must be {allowed}{hint}")
     return value
@@ -311,7 +311,7 @@ def device_problem(device: str) -> str | None:
     try:
         torch.ones(1, device=device, dtype=torch.float64).item()  # metrics are in float64, which Apple's mps has not
     except Exception:  # torch raises whatever its backend does (RuntimeError, AssertionError, NotImplementedError)
-        return f"a device with float64 that torch can use on this machine, such as {best_device()!r}"
+        return f"a device that torch can use on this machine (with float64), such as {best_device()!r}"
     return None
 
 

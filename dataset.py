@@ -229,38 +229,43 @@ def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
             except io.UnsupportedOperation:  # zstd
                 part += readline(content)
             part, at_end = rest + part, not part
-            rows, rest = json_rows(part, line, at_end)
+            rows, rest, error = json_rows(part, line, at_end)
             line += part.count(b"\n") - rest.count(b"\n")
-            if rows or not rest:
+            if rows or not (rest or error):
                 yield rows, True
+            if error:
+                raise error
 
 
-def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes]:
-    """The objects in a part of a file that begins in line `line`, and the incomplete object at its end, if any."""
+def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes, ValueError | None]:
+    """The objects in a part of a file that begins in line `line`, and the incomplete object at its end, if any; or the
+    objects before an error, and the error.
+    """
     with suppress(ValueError):
         rows = [json.loads(row) for row in part.splitlines() if row.strip()]
         if all(isinstance(row, dict) for row in rows):
-            return rows, b""
+            return rows, b"", None
     # Not one object per line, or invalid. This is slower, but gives the positions of errors.
     try:
         text = part.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
+        rows, _, earlier = json_rows(part[: part.rfind(b"\n", 0, error.start) + 1], line, at_end=True)
         line += part.count(b"\n", 0, error.start)
-        raise ValueError(f"{error.encoding} {error.reason}: line {line}") from error
+        return rows, b"", earlier or ValueError(f"{error.encoding} {error.reason}: line {line}")
     rows, at = [], 0
     while (at := SPACE.match(text, at).end()) < len(text):
         try:
             row, end = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError as error:
             if not at_end and not text[error.pos :].strip():
-                return rows, text[at:].encode("utf-8", "surrogatepass")
-            raise ValueError(f"{error.msg}: line {line + error.lineno - 1} column {error.colno}") from error
+                return rows, text[at:].encode("utf-8", "surrogatepass"), None
+            return rows, b"", ValueError(f"{error.msg}: line {line + error.lineno - 1} column {error.colno}")
         if not isinstance(row, dict):
             line += text.count("\n", 0, at)
-            raise ValueError(f"line {line} is valid JSON but not an object")
+            return rows, b"", ValueError(f"line {line} is valid JSON but not an object")
         rows.append(row)
         at = end
-    return rows, b""
+    return rows, b"", None
 
 
 def as_json(value) -> str:

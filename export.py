@@ -409,13 +409,14 @@ def main(argv: list[str]) -> None:
     if args.to:
         run = args.folder.parent if args.folder.name == "sae" else args.folder
         export_sae(load_sae(args.folder), args.to, args.out, run, args.upload)
+        print(f"Wrote {', '.join(sorted(path.name for path in args.out.iterdir()))} to {args.out}")
     if uploads:
         print(upload(args.out or args.folder, args.upload))
     if args.source:
         sae = import_sae(args.folder, args.source)
         files = {f"sae/{name}": content for name, content in own_files(sae).items()}
         write_folder(args.out, files | {"config.json": sae.cfg | {"_provenance": {"imported_from": str(args.folder)}}})
-        print(f"{args.out}: {sae.cfg['name']}, reads {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
+        print(f"Wrote {args.out}: {sae.cfg['name']}, an SAE for {sae.cfg['hook_point']} of {sae.cfg['model_name']}")
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES and sae.threshold_num_batches == 0:
             print("It has no inference threshold: calibrate it before encoding in eval()")
 

@@ -5,6 +5,7 @@ Memory is estimated from shapes; time is measured on a few steps, whose results 
 """
 
 import math
+import shutil
 import time
 from contextlib import suppress
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
+from checkpoint import run_folder
 from config import num_steps
 from console import InputError, count_of, gib, tell
 from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
@@ -41,8 +43,9 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
     tell(
         f"{count_of(len(group), 'SAE')} on {cfg['model_name']}, {cfg['hook_point']}, {cfg['num_tokens']:,} tokens of "
         f"{cfg['dataset_path']}\non {where}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
-        f"about {gib(needed)} of memory ({gib(available)} are {free})"
+        f"about {gib(needed)} of memory ({gib(available)} are {free})\nin {run_folder(cfg).parent}"
     )
+    warn_of_full_disk(group)
     parts = [group] if needed <= available else split(group, model, available)
     for part in parts:
         if (needed := memory_needed(part, model)) > available and not force:
@@ -60,6 +63,17 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
         sizes = " + ".join(str(len(part)) for part in groups)
         tell(f"The memory is too small for all at once: training {sizes} SAEs in separate groups, on the same tokens")
     return groups
+
+
+def warn_of_full_disk(group: list[dict]) -> None:
+    """Warn if output_dir has too little space for the checkpoints, one more than are kept, and the SAEs."""
+    cfg, folder = group[0], Path(group[0]["output_dir"]).absolute()
+    weights = sum(2 * cfg["act_size"] * cfg["dict_size"] * getattr(torch, cfg["dtype"]).itemsize for cfg in group)
+    needed = weights * (3 * (cfg["keep_checkpoints"] + 1) + 1)  # a checkpoint also has Adam's two moments
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if needed > free:
+        where = f"output_dir = {cfg['output_dir']!r}"
+        tell(f"warning: {where}: checkpoints and SAEs need up to {gib(needed)} of disk space, and {gib(free)} are free")
 
 
 def too_small(reason: str, remedy: str) -> InputError:
@@ -158,9 +172,13 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     """Measure a few steps of new SAEs on held-out activations, print how long training and evaluation will take, and
     return the number of each SAE's team, which without feature_shards is its rank.
 
-    Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS.
+    Does not change the store. Raises InputError, unless `force`, if the estimate exceeds MAX_DAYS. If no step is left,
+    nothing is measured.
     """
     cfg, device, ranks = group[0], group[0]["device"], distributed.size()
+    by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
+    if steps_done == num_steps(cfg):
+        return by_size
     teams = ranks // cfg["feature_shards"]
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
     # and for each SAE, step, step_with_dead and reconstruction (step_times).
@@ -175,7 +193,6 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     harvest = per_token * cfg["batch_size"]
     predict(store, tokens, acts)  # warm-up
     forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
-    by_size = assign(group, [run_cfg["dict_size"] for run_cfg in group], store.model, available)
     shards = team(cfg["feature_shards"])
     own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))
@@ -214,8 +231,8 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     shortest, longest = duration(training + evaluating), duration(with_dead + evaluating)
     span = f" to {longest}, depending on how many features die" if longest != shortest else ""
     tell(
-        f"Estimated time: {shortest}{span}: {duration(training)} for {steps:,} steps of "
-        f"{training / max(steps, 1):.2g} s ({harvest / ranks:.2g} s of it in the language model), "
+        f"Estimated time: {shortest}{span}: {duration(training)} for {count_of(steps, 'step')} of "
+        f"{training / steps:.2g} s ({harvest / ranks:.2g} s of it in the language model), "
         f"{duration(evaluating)} for evaluation"
     )
     days = (training + evaluating) / 86400

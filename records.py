@@ -1,6 +1,7 @@
 """Run records, local or in Weights & Biases, as tables: one row per run, one row per configuration. Needs no torch."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from config import KEYS, MIN_L0, RECORDED, SAE_TYPES, TOP_K_TYPES
+from config import DERIVED, KEYS, MIN_L0, RECORDED, SAE_TYPES, TOP_K_TYPES
 from console import InputError, markdown_table, one_line, tell
 from files import read_json, write_json
 
@@ -20,7 +21,7 @@ SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # wi
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
 CURVES = {"loss": "Training loss", "num_dead_features": "Dead features (%)"}
 # A point of a plot is the mean over runs that differ in these keys only: the seed, and how a run is recorded.
-NOT_IN_POINT = {"name", *RECORDED, *(key.name for key in KEYS.values() if not key.in_point)}
+NOT_IN_POINT = {*DERIVED, *RECORDED, *(key.name for key in KEYS.values() if not key.in_point)}
 
 
 class RunRecord(NamedTuple):
@@ -32,9 +33,16 @@ class RunRecord(NamedTuple):
 
 
 def run_configs(folder: Path) -> list[Path]:
-    """The config.json of the runs in a sweep's folder. Others with that name, as of language models, are skipped."""
+    """The config.json of the runs in a sweep's folder. Others with that name, as of language models, are skipped.
+
+    Raises InputError if that of a run is corrupt.
+    """
     paths = sorted(folder.glob("*/config.json"))
-    return [path for path in paths if '"sae_type":' in path.read_text("utf-8", "replace") and is_run(read_json(path))]
+    return [path for path in paths if may_be_run(path) and is_run(read_json(path))]
+
+
+def may_be_run(config: Path) -> bool:
+    return config.with_name("metrics.jsonl").exists() or '"sae_type":' in config.read_text("utf-8", "replace")
 
 
 def is_run(config) -> bool:
@@ -135,16 +143,18 @@ def point_keys(table: pd.DataFrame) -> list[str]:
 
 
 def mixed_keys(table: pd.DataFrame) -> list[str]:
-    """The config keys in which runs differ, other than those that vary along a line."""
-    mixed = [key for key in point_keys(table) if key not in SWEPT and table[key].nunique(dropna=False) > 1]
+    """The config keys in which runs differ, other than those that vary along a line, or that no type here uses."""
+    unused = {key.name for key in KEYS.values() if table["sae_type"].isin(key.types).sum() == 0} | {*SWEPT}
+    mixed = [key for key in point_keys(table) if key not in unused and table[key].nunique(dropna=False) > 1]
     penalties = table["l1_coeff"][table["sae_type"].isin(TOP_K_TYPES)]  # the lines of other types go along theirs
     return mixed + ["l1_coeff"] * (penalties.nunique() > 1)
 
 
 def values_in_legend(point: pd.Series, keys: list[str]) -> str:
-    """As in "k = 16, lr = 0.001", without a penalty of 0."""
+    """As in "k = 16, lr = 0.001", without a penalty of 0, in lines that fit a panel."""
     keys = [key for key in keys if key != "l1_coeff" or point[key] > 0]
-    return ", ".join(f"{SWEPT.get(key, key)} = {as_text(point[key])}" for key in keys)
+    text = ", ".join(f"{SWEPT.get(key, key)} = {as_text(point[key])}".replace(" ", "\xa0") for key in keys)
+    return textwrap.fill(text, 26, break_long_words=False, break_on_hyphens=False).replace("\xa0", " ")
 
 
 def as_text(value) -> str:

@@ -97,13 +97,15 @@ def common_point(points: pd.DataFrame) -> tuple[int | None, int]:
 
 
 def paper_figure(points: pd.DataFrame) -> plt.Figure:
-    """NMSE and CE degradation against dictionary size at fixed k (top), and L0 at fixed dictionary size (bottom)."""
+    """NMSE and CE degradation against dictionary size at fixed k (top, if there are several), and against L0 at fixed
+    dictionary size (bottom).
+    """
     top_k, dict_size = common_point(points)
-    rows = 2 if top_k else 1  # without a TopK or BatchTopK run, L0 alone
-    figure, axes = plt.subplots(rows, 2, figsize=(6.8, 2.5 * rows), layout="constrained", squeeze=False)
     by_k = points[points["sae_type"].isin(TOP_K_TYPES) & (points["top_k"] == top_k)]
+    rows = 2 if by_k["dict_size"].nunique() > 1 else 1
+    figure, axes = plt.subplots(rows, 2, figsize=(6.8, 2.5 * rows), layout="constrained", squeeze=False)
     for column, (metric, label) in zip(axes.T, METRIC_LABELS.items()):
-        if top_k:
+        if rows > 1:
             draw_lines(column[0], by_k, "dict_size", metric)
             column[0].set(xlabel=f"Dictionary size (k = {top_k})", ylabel=label)
         draw_lines(column[-1], points[points["dict_size"] == dict_size], "l0", metric)
@@ -152,8 +154,15 @@ def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
     for ncols in range(len(labels), 0, -1):  # as many columns as the figure is wide
         legend = figure.legend(handles, labels, loc="outside upper center", ncols=ncols)
         if legend.get_window_extent().width <= figure.bbox.width or ncols == 1:
+            height = legend.get_window_extent().height / figure.dpi
+            figure.set_figheight(figure.get_figheight() + max(0, height - 0.4))
             return
         legend.remove()
+
+
+def legend_height(axis: plt.Axes) -> float:
+    """In inches, about."""
+    return 0.14 * sum(text.get_text().count("\n") + 1 for text in axis.get_legend().texts)
 
 
 def pareto_figure(points: pd.DataFrame) -> plt.Figure:
@@ -206,6 +215,7 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
             column[0].plot([], color=colour, linewidth=0.7, marker="o", mfc="white", label="not finished")
         column[0].legend(title=name, loc="lower center", bbox_to_anchor=(0.5, 1))
         column[1].set_xlabel("Tokens (millions)")
+    figure.set_figheight(3.6 + max(map(legend_height, axes[0])))
     axes[0, 0].set(yscale="log", ylabel="Training loss")
     axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0, 0].yaxis.set_major_formatter(PLAIN)
@@ -265,7 +275,7 @@ def histograms_figure(points: pd.DataFrame) -> plt.Figure:
     for axis in axes[0]:
         axis.set_ylim(0)
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
-    figure.set_figheight(2.2 + 0.14 * max(len(axis.get_legend().texts) for axis in axes[0]))
+    figure.set_figheight(2.2 + max(map(legend_height, axes[0])))
     return figure
 
 
@@ -293,13 +303,12 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
     if not runs:
         raise InputError(f"{folder} has no run records")
     table, notes, figures = run_table(runs), [], {}
-    for _, run in table[table["state"] != "finished"].iterrows():
-        where, why = "Not finished, so only in the curves", run["state"]
-        if why.startswith("imported"):
-            where = "Not in the figures"
-        elif not why.startswith("stopped"):
-            why += f", {run['tokens']:,} of {run['num_tokens']:,} tokens"
-        notes.append(f"{where}: {run['name']} ({why})")
+    for why, rest in table[table["state"] != "finished"].groupby("state"):
+        where = "Not in the figures" if why.startswith("imported") else "Not finished, so only in the curves"
+        names = list(rest["name"])
+        if not why.startswith(("imported", "stopped")):
+            names = [f"{run['name']} ({run['tokens']:,} of {run['num_tokens']:,} tokens)" for _, run in rest.iterrows()]
+        notes.append(f"{where} ({why}): {', '.join(names)}")
     finished = table[table["state"] == "finished"]
     keys = point_keys(table)
     duplicates = finished.duplicated([*keys, "seed"])
@@ -319,10 +328,14 @@ def draw_results(folder: Path, runs: list[RunRecord] | None = None) -> None:
             figures["results_histograms"] = histograms_figure(points)
         else:
             notes.append("Some records have no histograms: no histogram figure")
-        about = "Mean ± standard error over seeds."
+        shared = ("model_name", "hook_point", "dataset_path", "num_tokens")
+        shared = [key for key in shared if key in finished and finished[key].nunique() == 1]
+        about = [", ".join(f"{key}: {finished[key].iloc[0]}" for key in shared)] * bool(shared)
+        if (points["seeds"] > 1).any():
+            about.append("Mean ± standard error over seeds.")
         if "mmcs" in points:
-            about += " mmcs: mean maximal cosine similarity of the alive features of two seeds, over all pairs."
-        text = [f"# {folder.name}", main_table(points), about, *notes]
+            about.append("mmcs: mean maximal cosine similarity of the alive features of two seeds, over all pairs.")
+        text = [f"# {folder.name}", main_table(points), *about, *notes]
         (folder / "results.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
         print(text[1])
     else:

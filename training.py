@@ -17,14 +17,14 @@ from tqdm import tqdm
 import distributed
 from activation_store import ActivationsStore
 from checkpoint import Checkpoints, handle_save_errors, run_folder, save_sae
-from config import MIN_L0
+from config import KEYS, MIN_L0
 from console import InputError, count_of, out_of_memory, tell, text_table
 from evaluation import evaluate, evaluation_cost, heldout_baseline
 from files import SaveError
 from hub import StreamError
 from language_model import complete_cfg
 from logs import RunLog, provenance, remove_checkpoints
-from sae import BaseAutoencoder
+from sae import SAE_CLASSES, BaseAutoencoder
 from training_step import Run, group_step, learning_rate, make_optimizer, read_failures
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
 PROGRESS_COLUMNS = ("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")  # of progress_rows
+MAX_LAG = 0.1  # warn if L0 differs by more from that of the batch top-k
 SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
 
 
@@ -66,7 +67,8 @@ def train_sae_group(
     metrics.
 
     Raises, after what was trained has been saved:
-        InputError     a run is over or in use; its checkpoint was made with other versions, threads, device, model or
+        InputError     an SAE or the store was made with another config; a run is over or in use; its checkpoint was
+                       made with other versions, threads, device, model or
                        data (unless resume_anyway); the dataset ends before num_tokens or holds NaN; NaN or infinity
                        stopped an SAE (raised when the others are trained)
         StreamError    the network stays down
@@ -75,6 +77,8 @@ def train_sae_group(
         torch.OutOfMemoryError, MemoryError, or torch's RuntimeError: memory ran out
     """
     cfgs = [complete_cfg(cfg, model) for cfg in cfgs]
+    for sae, cfg in zip(saes, cfgs):
+        check_made_for(cfg, activation_store, sae)
     made_with = provenance(model, activation_store)
     distributed.check_ranks(made_with, run_folder(cfgs[0]).parent)
     for sae_type in {cfg["sae_type"] for cfg in cfgs if cfg["l1_coeff"] == 0} & {"vanilla", "jumprelu"}:
@@ -84,11 +88,6 @@ def train_sae_group(
         for sae, cfg in zip(saes, cfgs):
             if sae is not None:
                 sae.cfg = cfg
-                if sae.shards.count != cfg["feature_shards"]:
-                    raise InputError(
-                        f"feature_shards = {cfg['feature_shards']}, but the SAE of {cfg['name']} was built for "
-                        f"{sae.shards.count}: pass shards.team({cfg['feature_shards']}) to its constructor"
-                    )
                 log = stack.enter_context(closing(RunLog(cfg, made_with))) if sae.shards.index == 0 else None
                 runs.append(Run(cfg, sae.train(), make_optimizer(sae, cfg), log))
         checkpoints = Checkpoints(cfgs, runs, made_with, resume_anyway)
@@ -104,6 +103,8 @@ def train_sae_group(
 
         num_tokens = activation_store.tokens_needed
         results = evaluate([run.sae for run in runs], activation_store, baseline)
+        for run, result in zip(runs, results):
+            warn_of_lagging_threshold(run, result)
         with handle_save_errors("stop", "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run_folder(run.cfg) / "sae")
@@ -119,6 +120,37 @@ def train_sae_group(
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
     return [all_results[cfg["name"]] for cfg in cfgs]
+
+
+def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoencoder | None) -> None:
+    """Raise InputError if the store or the SAE was made with another config than the run's, which would be recorded."""
+    stream, name = activation_store.cfg, cfg["name"]
+    keys = [key.name for key in KEYS.values() if key.in_group and key.in_name]
+    if other := [key for key in keys if cfg[key] != (activation_store.act_size if key == "act_size" else stream[key])]:
+        differences = ", ".join(f"{key} = {stream[key]!r} instead of {cfg[key]!r}" for key in other)
+        raise InputError(f"the activation store was made with another config than {name}: {differences}")
+    if sae is None:
+        return
+    if sae.shards.count != cfg["feature_shards"]:
+        raise InputError(
+            f"feature_shards = {cfg['feature_shards']}, but the SAE of {name} was built for {sae.shards.count}: pass "
+            f"shards.team({cfg['feature_shards']}) to its constructor"
+        )
+    of_sae = next((key for kind in type(sae).__mro__ for key in SAE_CLASSES if SAE_CLASSES[key] is kind), None)
+    found = dict(sae_type=of_sae, dict_size=len(sae.W_dec) * sae.shards.count, act_size=sae.W_dec.shape[1])
+    found["dtype"] = str(sae.W_dec.dtype).removeprefix("torch.")
+    if other := [key for key in found if cfg[key] not in (None, found[key])]:
+        differences = ", ".join(f"{key} = {found[key]!r} instead of {cfg[key]!r}" for key in other)
+        raise InputError(f"the SAE was made with another config than {name}: {differences}")
+
+
+def warn_of_lagging_threshold(run: Run, result: dict) -> None:
+    """Warn if a BatchTopK's running mean has not come near its last batches, as in short training."""
+    l0, in_batch = result["l0"], result.get("l0_batch", result["l0"])
+    if run.log and abs(l0 - in_batch) > MAX_LAG * in_batch:
+        what = f"L0 is {l0:.1f} with the inference threshold, and {in_batch:.1f} with the top k of the batch"
+        why = "the threshold, a running mean, lags in short training (evaluation.calibrate_threshold sets it)"
+        tell(f"warning: {run.cfg['name']}: {what}: {why}", any_rank=True)
 
 
 def train_steps(
@@ -353,27 +385,27 @@ def initialize_b_dec(saes: list[BaseAutoencoder], activation_store: ActivationsS
     """Set b_dec of each SAE with b_dec_init = "mean" to the mean of the normalised activations in the store's current
     buffer (the first, before training). A b_dec that is not 0 is kept. The stream does not advance.
 
-    Prints γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens
-    (arXiv 2605.31518), and a warning if it exceeds MAX_GAMMA and b_dec starts from zero.
+    Warns if γ = ‖μ‖ / ‖σ‖ of these activations, with μ [d] their mean and σ [d] their standard deviation over tokens
+    (arXiv 2605.31518), exceeds MAX_GAMMA and b_dec starts from zero.
     Raises InputError if there is NaN or infinity in activations whose mean is needed.
     """
-    rows, moments, at_risk = activation_store.peek(), {}, 0
+    rows, moments, at_risk = activation_store.peek(), {}, []
     for sae in saes:
         key = sae.cfg["input_unit_norm"], sae.W_dec.dtype
         if key not in moments:
             mean, std = mean_and_std(sae, rows)
             moments[key] = mean, (mean.norm() / std.norm()).item()
         mean, gamma = moments[key]
-        at_risk += sae.cfg["b_dec_init"] == "zero" and gamma > MAX_GAMMA
+        if sae.cfg["b_dec_init"] == "zero" and gamma > MAX_GAMMA:
+            at_risk.append(gamma)
         if sae.cfg["b_dec_init"] == "mean" and not sae.b_dec.any():
             if not mean.isfinite().all():
                 raise InputError(f"NaN or infinity in the activations of {sae.cfg['model_name']}")
             sae.b_dec.copy_(mean)
-    for gamma in sorted({f"{gamma:.2f}" for _, gamma in moments.values()}):
-        tell(f"γ = ‖mean‖ / ‖standard deviation‖ of the activations: {gamma}")
     if at_risk:
-        which = count_of(at_risk, "SAE")
-        tell(f"warning: γ above {MAX_GAMMA} means that many features of {which} may die: set b_dec_init=mean")
+        gamma = f"γ = ‖mean‖ / ‖standard deviation‖ of the activations is {max(at_risk):.2f}, above {MAX_GAMMA}"
+        which = count_of(len(at_risk), "SAE")
+        tell(f"warning: many features of {which} may die, because {gamma}: set b_dec_init=mean")
 
 
 def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

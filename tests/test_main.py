@@ -318,7 +318,7 @@ BAD_STREAM = {
     "no known column": (["dataset_path={tmp}/columns.jsonl"], "columns.jsonl'.*tokens, input_ids, text.*body"),
     "empty data": (["dataset_path={tmp}/empty.jsonl"], "empty.jsonl' is empty"),
     "too little data": (["dataset_path={tmp}/short.jsonl"], "short.jsonl' is too short.*6,000"),
-    "not JSON": (["dataset_path={tmp}/broken.jsonl"], "broken.jsonl' cannot be"),
+    "not JSON": (["dataset_path={tmp}/broken.jsonl"], "broken.jsonl and later documents cannot be"),
     "not Parquet": (["dataset_path={tmp}/broken.parquet"], "broken.parquet' cannot be"),
     "output_dir is a file": (["output_dir={tmp}/short.jsonl"], "output_dir = .*short.jsonl"),
 }
@@ -343,7 +343,8 @@ def bad_files(tmp_path) -> Path:
 def the_error(code: int, err: str) -> str:
     """The one line on stderr beside the plan of a sweep and progress bars."""
     lines = [line.strip() for line in err.replace("\r", "\n").splitlines()]
-    plan = r"\d+ SAEs? on |on cpu: [\d.]+ million parameters, |Estimated time: |Merged equal runs: |counting tokens: |$"
+    plan = r"\d+ SAEs? on |on cpu: [\d.]+ million parameters, |in /.*/runs|Estimated time: |Merged equal runs: "
+    plan += "|counting tokens: |$"
     lines = [line for line in lines if not re.match(plan, line)]
     assert code == 2
     assert len(lines) == 1 and lines[0].startswith("error: "), err

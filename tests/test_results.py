@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from wandb_server import WandbServer, offline_run
 
 import results
-from config import SAE_TYPES, TOP_K_TYPES, get_default_cfg, post_init_cfg
+from config import SAE_TYPES, get_default_cfg, post_init_cfg
 from console import InputError
 from logs import RunLog
 from records import mmcs
@@ -420,7 +420,7 @@ def test_figures_of_one_type(tmp_path, sae_type, alive):
     for draw in (results.paper_figure, results.pareto_figure, results.histograms_figure):
         draw(points).canvas.draw()
     labels = {axis.get_xlabel() for axis in results.paper_figure(points).axes}
-    assert labels == {"L0 (512 features)"} | ({"Dictionary size (k = 20)"} if sae_type in TOP_K_TYPES else set())
+    assert labels == {"L0 (512 features)"}, "of one dictionary size there is no panel over it"
     results.curves_figure(table).canvas.draw()
     plt.close("all")
     assert "†" in results.main_table(points)
@@ -508,8 +508,8 @@ def test_stopped_and_imported_runs_are_named(tmp_path, capsys):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_provenance": {"imported_from": "elsewhere"}}))
     results.draw_results(tmp_path / "sweep")
     lines = capsys.readouterr().out.splitlines()
-    assert f"Not finished, so only in the curves: {stopped} (stopped: step 2: NaN or infinity in the loss)" in lines
-    assert f"Not in the figures: {imported} (imported, not trained here)" in lines
+    assert f"Not finished, so only in the curves (stopped: step 2: NaN or infinity in the loss): {stopped}" in lines
+    assert f"Not in the figures (imported, not trained here): {imported}" in lines
 
 
 def test_folder_argument(tmp_path, monkeypatch):
@@ -544,6 +544,8 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     Called as functions, they raise InputError and leave the process running.
     """
     (tmp_path / "empty").mkdir()
+    cut = write_run(tmp_path / "cut", dict.fromkeys(METRICS, 0.5))
+    (tmp_path / "cut" / cut / "config.json").write_text('{"a"')
     name = write_run(tmp_path / "broken", {})
     (tmp_path / "broken" / name / "metrics.jsonl").write_text('{"step": 1,\n')
     other = write_run(tmp_path / "other", {})
@@ -551,6 +553,7 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
     damaged = write_run(tmp_path / "damaged", dict.fromkeys(METRICS, 0.5) | {"l0": None, "fvu": "0.5"})
     for folder, said in [
         ("empty", f"{tmp_path / 'empty'} has no run records"),
+        ("cut", f"{cut}/config.json is corrupt"),
         ("missing", f"{tmp_path / 'missing'} has no run records"),
         ("broken", f"{name}/metrics.jsonl is corrupt"),
         ("other", f"{other}/metrics.jsonl is corrupt"),
@@ -682,6 +685,6 @@ def test_wandb_with_crashed_or_only_foreign_runs(mirrored, run):
         other_server.close()
         assert "Traceback" not in done.stderr and done.returncode == (0 if crashed in runs else 2)
         if crashed in runs:
-            assert "Not finished, so only in the curves: crashed (crashed, 0 of" in done.stdout
+            assert "Not finished, so only in the curves (crashed): crashed (0 of" in done.stdout
         else:
             assert done.stderr.splitlines()[-1].endswith("has no runs of a sweep")

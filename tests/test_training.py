@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import BATCH, SAES, STEPS, figures, lines_of, same_bits, train
 
+import training
 from activation_store import ActivationsStore
 from checkpoint import load_sae
 from config import post_init_cfg
@@ -139,6 +140,44 @@ def test_a_warning_of_saes_that_nothing_makes_sparse(model, training_cfg, capsys
     train(model, [*cfgs, training_cfg(sae_type="jumprelu", l1_coeff=0.01, num_tokens=BATCH)])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: l1_coeff")]
     assert lines == ["warning: l1_coeff is 0: nothing makes this vanilla SAE sparse"]
+
+
+@pytest.mark.parametrize(
+    "of_store, of_sae, said",
+    [
+        (dict(layer=3), {}, "layer = 3 instead of 1"),
+        (dict(num_tokens=2 * BATCH), {}, f"num_tokens = {2 * BATCH} instead of {STEPS * BATCH}"),
+        ({}, dict(sae_type="topk"), "sae_type = 'topk' instead of 'batchtopk'"),
+        ({}, dict(dict_size=32), "dict_size = 32 instead of 64"),
+        ({}, dict(dtype="float64"), "dtype = 'float64' instead of 'float32'"),
+    ],
+)
+def test_a_store_or_an_sae_of_another_config_is_refused(model, training_cfg, of_store, of_sae, said):
+    """Its records would say what is not so. Nothing is written."""
+    cfg = training_cfg(sae_type="batchtopk", top_k=4)
+    sae_cfg = training_cfg(**dict(sae_type="batchtopk", top_k=4) | of_sae)
+    sae, store = SAE_CLASSES[sae_cfg["sae_type"]](sae_cfg), ActivationsStore(model, cfg | of_store)
+    with pytest.raises(InputError, match=f"made with another config than {cfg['name']}: {re.escape(said)}$"):
+        train_sae(sae, store, model, cfg)
+    assert not run_folder(cfg).exists()
+
+
+def test_an_sae_of_a_class_of_ones_own(model, training_cfg):
+    class MyTopK(SAE_CLASSES["topk"]):
+        pass
+
+    cfg = training_cfg(sae_type="topk", top_k=4, num_tokens=BATCH)
+    assert train_sae(MyTopK(cfg), ActivationsStore(model, cfg), model, cfg)["l0"] > 0
+
+
+def test_a_warning_of_a_threshold_that_lags(model, training_cfg, monkeypatch, capsys):
+    cfgs = [training_cfg(sae_type="batchtopk", top_k=4, num_tokens=2 * BATCH), training_cfg(sae_type="topk", top_k=4)]
+    warned = []
+    for cfg, lag in ((cfgs[0], 0.0), (cfgs[0], 1e9), (cfgs[1], 0.0)):
+        monkeypatch.setattr(training, "MAX_LAG", lag)
+        train(model, [post_init_cfg(cfg | {"sweep": f"lag{len(warned)}"})])
+        warned.append(re.findall(r"warning: \S+: L0 is (\S+) with the inference threshold", capsys.readouterr().err))
+    assert len(warned[0]) == 1 and warned[1:] == [[], []]
 
 
 @pytest.fixture
