@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
         for cfg in cfgs:
             path = run_folder(cfg) / "dead_features.json"
             if not path.exists():
-                sae, store = load_sae(run_folder(cfg)), ActivationsStore(model, cfg)
+                sae, store = load_sae(run_folder(cfg), cfg["device"]), ActivationsStore(model, cfg)
                 dead = sae.num_batches_not_active >= DEAD_TOKENS // cfg["batch_size"]
                 seconds = step_seconds(sae, store.next_batch())
                 write_json(path, {"dead": dead.double().mean().item(), "step_seconds": seconds})

@@ -8,9 +8,9 @@ transformer_lens model for every SAE. The SAEs are untrained.
 """
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import ROOT, machine
 from harvest import gpt2_small_shaped
@@ -28,7 +28,11 @@ def main() -> None:
     parser.add_argument("--gpt2", action="store_true", help="a random GPT-2 small instead of the demo's model")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
+    with TemporaryDirectory() as folder:
+        measure(Path(folder), args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> None:
     write_demo_text(folder / "text.jsonl")
     cfg = get_default_cfg() | dict(
         dataset_path=str(folder / "text.jsonl"), batch_size=1024, num_tokens=10_000, top_k=16, l1_coeff=0.01,

@@ -2,6 +2,7 @@
 # Everything that needs a GPU, in one run of about 8 minutes: the kernels' tests on the card, runs that are killed and
 # resumed to the bit, the step against the published one, the paper's sweep, and a profile.
 #     bash benchmarks/gpu.sh [FOLDER]      writes what it prints to FOLDER (default: runs/gpu), a file each
+# Exit code 1 if any of them failed.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-runs/gpu}
@@ -10,7 +11,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 run() {
     echo "+ ${*:2}"
     timeout 240 "${@:2}" >"$folder/$1.txt" 2>&1
-    echo "exit code $?" >>"$folder/$1.txt"
+    echo "exit code $?" >>"$folder/$1.txt"  # read at the end
     tail -n 60 "$folder/$1.txt"
 }
 run resume python tests/kill_and_resume.py --kills 3 --others 0 dict_size=1024 &
@@ -21,3 +22,4 @@ run ranks python tests/kill_and_resume.py --kills 1 --others 1 --ranks "$(nvidia
 run step python benchmarks/step.py --rounds 3 --json "$folder/step.json"
 run sweep python benchmarks/sweep.py --only gpt2
 run profile python benchmarks/profile_step.py
+! grep -H "^exit code [^0]" "$folder"/*.txt

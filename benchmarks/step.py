@@ -260,6 +260,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
+    if args.plot and not args.growth:
+        parser.error("--plot needs --growth")
     setups = GROWTH if args.growth else SETUPS + (LARGE if args.device.startswith("cuda") else []) + DEMOS
     setups = [PAPER | setup for setup in setups]
     chosen = [setup for setup in setups if args.only in label(setup)]

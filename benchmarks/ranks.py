@@ -1,10 +1,10 @@
 """Cost of training with several ranks: measured on this machine with gloo, and computed for GPUs.
 
-    python benchmarks/distributed.py [--ranks 1 2 4] [--plot FILE]
-    python benchmarks/distributed.py --computed [--harvest-ms 4.05] [--bandwidth 20] [--sync-ms 0.3] [--plot FILE]
-    python benchmarks/distributed.py --shards [--ranks 1 2 4]
-    python benchmarks/distributed.py --million-here
-    python benchmarks/distributed.py --million [--bandwidth 200]
+    python benchmarks/ranks.py [--ranks 1 2 4] [--plot FILE]
+    python benchmarks/ranks.py --computed [--harvest-ms 4.05] [--bandwidth 20] [--sync-ms 0.3] [--plot FILE]
+    python benchmarks/ranks.py --shards [--ranks 1 2 4]
+    python benchmarks/ranks.py --million-here
+    python benchmarks/ranks.py --million [--bandwidth 200]
 
 The first measures what the ranks exchange, for batches of the paper's size, between processes on this machine. The
 second computes the time of a batch for 1 to 64 GPUs. The steps of the SAEs and the harvest of a batch were measured on

@@ -1,6 +1,6 @@
 """Cost of a checkpoint of the paper's sweep: how long it blocks training, and its size on disk.
 
-    python benchmarks/checkpoint.py [--folder DIR] [--repeats N]
+    python benchmarks/checkpoint_cost.py [--folder DIR] [--repeats N]
 
 Builds the 15 SAEs of the sweep with their optimizers (about 7 GiB of memory), takes one training step with each, and
 writes checkpoints as training does: flushes them, reads them back and deletes old ones.
@@ -8,12 +8,10 @@ writes checkpoints as training does: flushes them, reads them back and deletes o
 
 import argparse
 import json
-import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 
 import torch
 from common import machine, median_and_range
@@ -22,7 +20,7 @@ from checkpoint import MAX_CHECKPOINT_INTERVAL, load_checkpoint, save_checkpoint
 from config import get_default_cfg
 from main import sweep_configs
 from sae import SAE_CLASSES
-from training_step import make_optimizer, training_step
+from training_step import Run, make_optimizer, training_step
 
 
 def main() -> None:
@@ -30,27 +28,31 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write them (default: the system's temporary folder)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    with TemporaryDirectory(dir=args.folder) as folder:
+        measure(Path(folder), args.repeats)
+
+
+def measure(folder: Path, repeats: int) -> None:
     x = torch.randn(4096, 768)
     runs, step_seconds = [], 0.0
     for cfg in sweep_configs("paper", {"device": "cpu"}):
         sae = SAE_CLASSES[cfg["sae_type"]](cfg)
-        runs.append(SimpleNamespace(cfg=cfg, sae=sae, optimizer=make_optimizer(sae, cfg)))
+        runs.append(Run(cfg, sae, make_optimizer(sae, cfg), log=None))
         started = time.perf_counter()
         training_step(sae, runs[-1].optimizer, x, cfg)
         step_seconds += time.perf_counter() - started
     seconds = []
-    for step in range(1, args.repeats + 1):
+    for step in range(1, repeats + 1):
         started = time.perf_counter()
         state = {"step": step, "seconds": 0.0, "stream": {}, "logged": {}, "provenance": {}}
+        state["runs"] = [run.cfg["name"] for run in runs]
         save_checkpoint(folder, runs, state, keep=2)
         seconds.append(time.perf_counter() - started)
-    path = max(folder.glob("step_*"))
+    path = max(folder.glob("step_*[0-9]"))
     started = time.perf_counter()
     load_checkpoint(path, json.loads((path / "state.json").read_text()), runs)
     loading = time.perf_counter() - started
     size = sum(file.stat().st_size for file in path.iterdir()) / 2**30
-    shutil.rmtree(folder)
     took, freq = statistics.median(seconds), get_default_cfg()["checkpoint_freq"]
     print(f"{machine()}: {len(runs)} SAEs")
     print(f"a checkpoint: {size:.2f} GiB, {median_and_range(seconds, '.1f')} s; loading {loading:.1f} s")
