@@ -72,6 +72,8 @@ def load_model(cfg: dict) -> TransformerBridge:
         if "trust_remote_code" in str(error):
             raise InputError(f"{where} needs Python code from its repository, and such code is never run") from error
         hint = offline_hint(name)
+        if "/" in name and not Path(name).exists():
+            where += f" (there is no folder {Path(name).absolute()})"
         kind = StreamError if is_transient(error) and not hint else InputError
         raise kind(f"{where} cannot be loaded: {one_line(error)}{hint}") from error
     if model.tokenizer is None:
