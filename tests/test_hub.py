@@ -4,15 +4,21 @@ The libraries read HF_ENDPOINT when they are imported, so every test runs the pr
 """
 
 import json
+import os
+import re
 import subprocess
 import time
 from pathlib import Path
 
 import hub_server
+import huggingface_hub
 import pandas
 import pytest
 from helpers import DEMO_LM, ONE_SMALL_RUN, empty_cache
 from hub_server import Hub, commit_of
+
+from console import InputError
+from hub import hub_reachable
 
 FIRST_WORDS = """
 import json, sys
@@ -272,3 +278,19 @@ def test_other_columns_do_not_matter(hub, program):
     process = run_python(program, "-c", ALL_TEXTS, json.dumps(names))
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == ["a1 a2 b1 b2"] * 3
+
+
+@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "", "http://x:abc", "http://[::1"])
+def test_an_endpoint_that_is_no_url(endpoint, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    with pytest.raises(InputError, match=f"HF_ENDPOINT = {re.escape(repr(endpoint))} is not a URL"):
+        hub_reachable()
+
+
+def test_a_proxy_is_assumed_to_work(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    for key in [key for key in os.environ if key.lower().endswith("_proxy")]:
+        monkeypatch.delenv(key)
+    assert not hub_reachable()
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    assert hub_reachable()
