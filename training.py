@@ -207,8 +207,7 @@ def train_steps(
                     evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
                     rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
                 if rows:
-                    table = text_table([PROGRESS_COLUMNS, *rows], right=True)
-                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{table}")
+                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
                 for values, more in zip(metrics, evaluated):
                     values |= more
             saver.position = None  # the step is complete: an error from here on saves no checkpoint
@@ -418,6 +417,14 @@ def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor
         total, squares = total + x.sum(0), squares + x.pow(2).sum(0)
     mean = total / len(rows)
     return mean, (squares / len(rows) - mean**2).clamp(min=0).sqrt()
+
+
+def progress_table(rows: list[tuple]) -> str:
+    """The rows of progress_rows, without the hashes of names where these are not needed: 80 columns are enough then."""
+    names = [name.rpartition("_")[0] for name, *_ in rows]
+    if len(set(names)) == len(rows):
+        rows = [(name, *row[1:]) for name, row in zip(names, rows)]
+    return text_table([PROGRESS_COLUMNS, *rows], right=True)
 
 
 def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -> list[tuple]:

@@ -1,9 +1,11 @@
 """The stream of activations: each token once, held-out tokens apart, and bad data reported in one line."""
 
+import itertools
 import json
 import random
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -26,6 +28,7 @@ from tokenizers import Tokenizer
 
 from activation_store import ActivationsStore
 from console import InputError
+from hub import StreamError
 
 # Text -> tokens
 
@@ -205,6 +208,34 @@ def test_batches_are_shuffled_and_deterministic(model, counted):
     assert (np.diff(places) == 1).mean() < 0.1, "neighbours in the text are not neighbours in a batch"
 
 
+def test_each_buffer_has_its_own_order(model, counted):
+    store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+    orders = {}
+    for _ in range(10):
+        store.next_batch()
+        orders[store.buffer_start["buffer"]] = store.order.tolist()
+    assert len(orders[0]) == len(orders[1]) and orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("call", [5, 6])
+def test_a_call_that_failed_is_repeated(model, counted, monkeypatch, call):
+    """In the middle of a buffer: the same batches as without the error."""
+    expected, _ = counted_batches(model, counted, num_batches_in_buffer=4)
+    get_batch_tokens, calls, found = ActivationsStore.get_batch_tokens, itertools.count(1), []
+
+    def failing(self):
+        if next(calls) == call:
+            raise StreamError("the hub is down")
+        return get_batch_tokens(self)
+
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", failing)
+    store = ActivationsStore(model, stream_cfg(dataset_path=counted, num_batches_in_buffer=4))
+    while len(found) < 10:
+        with suppress(StreamError):
+            found.append(store.next_batch())
+    assert torch.equal(torch.stack(found), expected)
+
+
 # Excluded tokens
 
 
@@ -351,7 +382,7 @@ def test_bad_data_is_one_clear_line(model, tmp_path, name):
     assert re.search(pattern, message), message
 
 
-def test_bad_folders_are_one_clear_line(model, tmp_path, texts):
+def test_bad_folders_are_one_clear_line(model, tmp_path):
     """A folder without data, or with several types of file, is an InputError that says so."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "mixed").mkdir()

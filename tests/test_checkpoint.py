@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
-from helpers import OFTEN, SAES, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
+from helpers import OFTEN, SAES, STEPS, assert_as_uninterrupted, corrupt, same_bits, stopping_store, train
 
 import checkpoint
 import files
@@ -15,6 +18,7 @@ import training
 from activation_store import ActivationsStore
 from checkpoint import find_corruption, group_folder, groups_folder, load_sae, newest_checkpoint, save_sae
 from console import InputError
+from files import SaveError
 from logs import remove_checkpoints, run_folder
 from sae import SAE_CLASSES
 
@@ -64,6 +68,93 @@ def test_a_partly_written_checkpoint_is_ignored(model, training_cfg, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(model, [cfg], stopping_store(4, KeyboardInterrupt()))
     assert not list(groups_folder(cfg).glob("*/*.tmp"))
+
+
+def test_checkpoints_by_the_clock(model, training_cfg, monkeypatch):
+    """One every 15 minutes, and "seconds" counts those before resuming. A step takes 400 s here."""
+    now, saved, save = [0.0], [], checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: saved.append(args[2]["step"]) or save(*args))
+
+    def slow_store(stop_in):
+        class Store(stopping_store(stop_in, KeyboardInterrupt())):
+            def next_batch(self):
+                now[0] += 400
+                return super().next_batch()
+
+        return Store
+
+    cfg = training_cfg(**SAES[1], checkpoint_freq=1000)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg], slow_store(9))
+    assert saved == [3, 6]
+    _, (result,) = train(model, [cfg], slow_store(99))
+    assert result["seconds"] == STEPS * 400
+
+
+def test_all_is_on_disk_before_it_is_renamed(model, training_cfg, monkeypatch):
+    """Every file that gets its name, or whose folder does, and the metrics before a checkpoint; then the name too."""
+    flushed, unflushed_names, renamed, fsync = set(), set(), [], os.fsync
+
+    def version(status):
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def noted_fsync(descriptor):
+        fsync(descriptor)
+        flushed.add(version(os.fstat(descriptor)))
+        unflushed_names.discard(os.fstat(descriptor).st_ino)
+
+    def checking(rename):
+        def checked(old, new):
+            if old.suffix != ".tmp":
+                return rename(old, new)
+            needed = [path for path in (old, *old.rglob("*")) if path.is_file()]
+            if Path(new).name.startswith("step_"):
+                needed += [run_folder(cfg) / "metrics.jsonl" for cfg in cfgs]
+            assert {version(path.stat()) for path in needed} <= flushed and not unflushed_names, new
+            unflushed_names.add(old.parent.stat().st_ino)
+            renamed.append(Path(new).name)
+            return rename(old, new)
+
+        return checked
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", checking(Path.rename))
+    monkeypatch.setattr(Path, "replace", checking(Path.replace))
+    cfgs = [training_cfg(**changes, log_freq=1, checkpoint_freq=5) for changes in SAES[:2]]
+    train(model, cfgs)
+    assert {"step_000000005", "sae", "result.json", "config.json"} <= set(renamed) and not unflushed_names
+
+
+def test_a_checkpoint_that_reads_back_otherwise(model, training_cfg, monkeypatch):
+    """A disk that changes a bit: the save fails, and the previous checkpoint is kept."""
+    write = checkpoint.write
+
+    def changing_write(path, content):
+        digest = write(path, content)
+        if "step_000000006" in str(path) and path.suffix == ".safetensors":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return digest
+
+    monkeypatch.setattr(checkpoint, "write", changing_write)
+    cfg = training_cfg(**SAES[1], checkpoint_freq=3)
+    with pytest.raises(SaveError, match="SHA-256 differs"):
+        train(model, [cfg])
+    assert newest_checkpoint(cfg).name == "step_000000003"
+
+
+def test_a_half_deleted_checkpoint_is_never_found(tmp_path, monkeypatch):
+    def interrupted_rmtree(folder):
+        (folder / "manifest.json").unlink()
+        raise OSError
+
+    path = tmp_path / "step_000000003"
+    path.mkdir()
+    for name in ("state.json", "manifest.json"):
+        (path / name).touch()
+    monkeypatch.setattr(shutil, "rmtree", interrupted_rmtree)
+    checkpoint.remove(path)
+    assert [left.name for left in tmp_path.iterdir()] == ["step_000000003.tmp"]
 
 
 def replace_file(path: Path, name: str, content: bytes) -> None:

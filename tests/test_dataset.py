@@ -367,7 +367,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("odd_name", ["folder", "train [1]"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
-def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, monkeypatch, layout, odd_name):
+def test_files_are_assigned_to_splits_as_datasets_does_it(tmp_path, layout, odd_name):
     """Each split has the files that `datasets` itself finds for it; an unknown split is an error."""
     texts = {name: TEXTS[i * 4 : i * 4 + 4] for i, name in enumerate(layout)}
     for name in layout:

@@ -24,7 +24,7 @@ from evaluation_reference import (
     metrics_by_hand,
     reconstruct_by_hand,
 )
-from helpers import DEMO_LM, REPO
+from helpers import DEMO_LM, REPO, make_sae, make_x
 from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
@@ -37,6 +37,7 @@ from evaluation import calibrate_threshold, evaluate, heldout_activations, heldo
 from files import write_json
 from sae import SAE_CLASSES
 from shards import WHOLE
+from sparse_ops import smallest_positive
 from training_step import make_optimizer, training_step
 
 CONTEXTS = 6
@@ -381,6 +382,15 @@ def test_calibration_of_an_sae_without_threshold(demo_halves, monkeypatch):
     assert thresholds[0] == thresholds[1] == thresholds[2] > 0
 
 
+def test_training_continues_from_a_calibrated_threshold():
+    sae, x = make_sae("batchtopk", input_unit_norm=False), make_x(50, 5)
+    calibrate_threshold(sae, x, 2)
+    calibrated, output = sae.threshold.item(), sae.train()(x)
+    sae.update_statistics(output)
+    smallest = smallest_positive(output["feature_acts"].detach()).item()
+    assert sae.threshold.item() == pytest.approx(calibrated + 0.01 * (smallest - calibrated), rel=1e-3)
+
+
 def test_calibration_on_bad_input(demo_halves):
     """One line for an impossible target, no activations, NaN or another SAE type; the threshold is unchanged."""
     sae = SAE_CLASSES["batchtopk"](make_cfg(top_k=8)).eval()
@@ -434,6 +444,20 @@ def test_splice_with_nothing_to_replace(model, group):
     with group[1]["topk"].splice(model), torch.no_grad():
         spliced = model(model.to_tokens(""))
     assert torch.equal(spliced, model(model.to_tokens("")))
+
+
+def test_splice_of_one_text_after_another(model, group):
+    """The excluded tokens are those of the text at hand, and no hook is left behind."""
+    sae, (first, second) = copy.deepcopy(group[1]["topk"]).eval(), group[0].eval_contexts[:2, None]
+    sae.cfg = post_init_cfg(sae.cfg | {"exclude_tokens": most_frequent(second, 2)})
+    hooks = len(model.embed._forward_pre_hooks)
+    with torch.no_grad():
+        with sae.splice(model):
+            model(first)
+            after_another = model(second)
+        with sae.splice(model):
+            assert torch.equal(model(second), after_another)
+    assert len(model.embed._forward_pre_hooks) == hooks
 
 
 def test_splice_into_another_bridge(model, group):
@@ -502,6 +526,16 @@ def test_a_run_opens_on_another_machine(group, run_folder, tmp_path):
     cfg = json.loads((run_folder / "config.json").read_text())
     write_json(tmp_path / "run" / "config.json", cfg | {"device": "cuda:7"})
     assert str(evaluation.open_run(tmp_path / "run")[0].W_dec.device) == best_device()
+
+
+def test_a_warning_of_text_that_changed_since_training(run_folder, tmp_path, capsys):
+    shutil.copytree(run_folder, tmp_path / "run")
+    evaluation.open_run(tmp_path / "run")
+    assert "has changed" not in capsys.readouterr().err
+    cfg = json.loads((run_folder / "config.json").read_text())
+    write_json(tmp_path / "run" / "config.json", cfg | {"_provenance": {"heldout_tokens_sha256": "0" * 64}})
+    evaluation.open_run(tmp_path / "run")
+    assert f"{cfg['dataset_path']} has changed since training" in capsys.readouterr().err
 
 
 def test_command_prints_and_writes_the_metrics(model, group, run_folder, capsys):

@@ -4,6 +4,7 @@ The other libraries are not installed here: their documented forward passes are 
 runs the real ones.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -132,7 +133,7 @@ def test_round_trip(make_sae, acts, tmp_path, to, sae_type, input_unit_norm):
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         assert torch.equal(getattr(back, name), getattr(sae, name))
     if sae_type in BATCH_TOP_K:
-        assert torch.equal(back.threshold, sae.threshold) and back.threshold_num_batches > 0
+        assert torch.equal(back.threshold, sae.threshold) and back.threshold_num_batches == 100
 
 
 def test_fixtures_have_nonzero_biases(make_sae):
@@ -216,7 +217,9 @@ def test_nothing_is_overwritten(make_sae, tmp_path):
 
 
 def test_saelens_config_is_complete(make_sae, tmp_path):
-    export_sae(make_sae("batchtopk", True), "saelens", tmp_path / "out")
+    sae = copy.deepcopy(make_sae("batchtopk", True))
+    sae.cfg["exclude_tokens"] = [0, 5]
+    export_sae(sae, "saelens", tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
     assert (cfg["architecture"], cfg["d_in"], cfg["d_sae"], cfg["dtype"]) == ("jumprelu", 128, 256, "float32")
     assert (cfg["normalize_activations"], cfg["apply_b_dec_to_input"]) == ("layer_norm", True)
@@ -227,6 +230,8 @@ def test_saelens_config_is_complete(make_sae, tmp_path):
         2,
     )
     assert (metadata["prepend_bos"], metadata["context_size"]) == (True, 64)
+    assert metadata["model_from_pretrained_kwargs"] == {"center_writing_weights": False}
+    assert metadata["exclude_special_tokens"] == [0, 5]
 
 
 def test_dictionary_learning_reads_outputs_of_blocks(make_sae, tmp_path):
@@ -285,6 +290,7 @@ def test_foreign_config(foreign, acts, source, sae_type):
     back = import_sae(folder, source)
     assert back.cfg["hook_point"] in ("blocks.2.hook_resid_pre", "blocks.1.hook_resid_post")
     assert (back.cfg["model_name"], back.cfg["seq_len"]) == ("demo/lm", 64)
+    assert source != "saelens" or back.cfg["bos_per_context"] is True
     if sae_type in BATCH_TOP_K and source == "saelens":
         assert back.cfg["sae_type"] == "jumprelu"  # its config does not mention BatchTopK
     else:

@@ -2,10 +2,12 @@
 
 import gc
 import re
+import shutil
 import statistics
 import sys
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,13 +82,20 @@ def test_memory_left_in_a_container(tmp_path, version):
     assert plan.memory_left_in_cgroups(tmp_path / "nothing", tmp_path) == [float("inf")]
 
 
+def test_free_memory_is_shared_by_the_ranks_of_a_machine(monkeypatch):
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    monkeypatch.setattr(plan, "memory_left_in_cgroups", lambda *_: [6000])
+    monkeypatch.setattr(plan.distributed, "local_size", lambda: 4)
+    assert plan.free_memory("cpu") == 1500
+
+
 @pytest.fixture
 def cfgs(training_cfg):
     return [training_cfg(sae_type="topk", top_k=2, dict_size=size) for size in (64, 512, 128, 512, 64)]
 
 
 @pytest.mark.fast
-def test_a_group_that_is_too_large_is_split(cfgs, model, monkeypatch, capsys):
+def test_a_group_that_is_too_large_is_split(cfgs, model, capsys):
     """Every SAE is in one group, every group fits, and the sizes are printed; a group that fits is not split."""
     available = plan.memory_needed([cfgs[1], cfgs[0]], model)
     parts = plan.plan_group(cfgs, model, 0, False, available)
@@ -200,7 +209,26 @@ def test_a_sweep_that_takes_too_long_is_refused(training_cfg, model, monkeypatch
     refuses(False)
 
 
-def test_nan_in_the_measured_steps_is_ignored(training_cfg, model):
+def test_steps_that_are_done_cost_nothing(training_cfg, model, monkeypatch):
+    """Of 100 steps of a day each, 80 are done."""
+    cfg = training_cfg(sae_type="topk", top_k=2, num_tokens=64 * 100, num_epochs=9)
+    monkeypatch.setattr(plan, "matmul_flops", lambda device: 64 * 2 * 128 * 64 / 86400)
+    plan.plan_group([cfg], model, 80, False, 2**40)
+    with pytest.raises(InputError, match="more than 40 days"):
+        plan.plan_group([cfg], model, 60, False, 2**40)
+
+
+def test_time_of_evaluations(training_cfg, model, monkeypatch, capsys):
+    """A pass takes a minute. The two batches of held-out tokens are evaluated at the end, one of them every 3 steps."""
+    monkeypatch.setattr(plan, "step_times", lambda cfgs, x: [(1.0, 1.0, 60.0)])
+    for sae_type, passes in (("topk", 1), ("batchtopk", 2)):
+        cfg = training_cfg(sae_type=sae_type, top_k=2, perf_log_freq=3)
+        for done, evaluations in ((0, 3), (6, 1)):  # of 12 steps
+            plan.plan_time([cfg], ActivationsStore(model, cfg), done, False, 2**40)
+            assert f"{passes * (evaluations + 2)} minutes for evaluation" in capsys.readouterr().err
+
+
+def test_nan_in_the_measured_steps_is_ignored(training_cfg):
     """Training reports it, with the name of the SAE. The other SAEs have their times."""
     cfgs = [training_cfg(sae_type="topk", top_k=4, lr=lr) for lr in (1e-3, 1e30)]
     assert plan.step_times(cfgs, torch.full((64, 128), torch.nan)) == [(0, 0, 0)] * 2
@@ -235,6 +263,26 @@ def test_steps_with_many_dead_features_are_measured(training_cfg, model, monkeyp
     # 12 steps of 1 s, which with dead features take 60 s more.
     printed = re.search(r"Estimated time: (\d+) seconds to 12 minutes, depending on how", capsys.readouterr().err)
     assert 12 <= int(printed[1]) < 60
+
+
+def test_nothing_is_measured_if_no_step_is_left(training_cfg, model, monkeypatch, capsys):
+    cfgs = [training_cfg(**changes) for changes in SAES]
+    store = ActivationsStore(model, cfgs[0])
+    capsys.readouterr()
+    monkeypatch.delattr(plan, "step_times")
+    assert plan.plan_time(cfgs, store, steps_done=12, force=False, available=2**40) == [0] * len(cfgs)
+    assert capsys.readouterr().err == ""
+
+
+def test_too_little_disk_space_is_warned_of(training_cfg, model, monkeypatch, capsys):
+    """Before training: for one checkpoint more than are kept, with Adam's moments, and the SAEs."""
+    cfgs = [training_cfg(sae_type="topk", top_k=4, dict_size=size, keep_checkpoints=2) for size in (64, 192)]
+    needed = 10 * 2 * 128 * 256 * 4
+    usage = shutil.disk_usage("/")
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        plan.plan_group(cfgs, model, 0, False, 2**40)
+        assert ("need up to 0.00 GiB of disk space" in capsys.readouterr().err) == (free < needed)
 
 
 def test_discarded_saes_are_freed(training_cfg, monkeypatch):

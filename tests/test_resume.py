@@ -17,7 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import OFTEN, SAES, STEPS, assert_as_uninterrupted, corrupt, is_over, same_bits, stopping_store, train
+from helpers import (
+    OFTEN,
+    SAES,
+    STEPS,
+    assert_as_uninterrupted,
+    corrupt,
+    is_over,
+    lines_of,
+    same_bits,
+    stopping_store,
+    train,
+)
 from kill_and_resume import command, digests, environment, kill_and_resume
 from tqdm import tqdm
 
@@ -114,6 +125,15 @@ def test_out_of_memory_elsewhere_resumes_bit_identically(model, training_cfg, un
         else:
             train(model, cfgs, stopping_store(8, torch.OutOfMemoryError("CUDA out of memory.")))
     assert newest_checkpoint(cfgs[0]).name == "step_000000007"
+    assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_out_of_memory_while_records_are_written(model, training_cfg, uninterrupted, monkeypatch):
+    """No checkpoint of the step before is saved then: some records are ahead of it."""
+    cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(training, "record", raising_at(2 * len(SAES) + 2, training.record, out_of_cuda_memory))
+        train(model, cfgs)
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
 
 
@@ -235,6 +255,21 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
     assert not groups_folder(cfgs[0]).exists()
 
 
+def test_the_result_is_written_last(model, training_cfg, monkeypatch):
+    """A run whose other records are incomplete is not finished."""
+    cfg, write_json = training_cfg(**SAES[1]), logs.write_json
+
+    def interrupted(path, content):
+        if path.name == "histograms.json":
+            raise KeyboardInterrupt
+        write_json(path, content)
+
+    monkeypatch.setattr(logs, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [cfg])
+    assert not is_finished(cfg)
+
+
 def test_killed_processes_resume(tmp_path, program):
     """`python main.py demo` and torchrun, with real signals and a corrupt checkpoint, finished by three ranks: a short
     run of tests/kill_and_resume.py with an SAE of each type.
@@ -297,24 +332,31 @@ def test_a_signal_during_a_harvest_stops_at_once(model, training_cfg):
 # What has to be the same
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["threads", "torch", "model_sha256", "heldout_tokens_sha256", "data_files_sha256", "dataset_commit", "device"],
-)
-def test_changed_provenance_is_refused(model, training_cfg, monkeypatch, capsys, key):
+def test_what_a_checkpoint_was_made_with(model, training_cfg):
+    """Whatever can change the results is part of the provenance, and must be the same to resume."""
+    made_with = logs.provenance(model, ActivationsStore(model, training_cfg(**SAES[1])))
+    versions, ignored = made_with["versions"], {"versions", "python", "commit"}
+    assert versions.keys() == {"torch", "numpy", "transformer_lens", "transformers", "datasets", "tokenizers"}
+    compared = {
+        "device", "feature_shards", "threads", "model_sha256", "heldout_tokens_sha256", "data_files_sha256",
+        "dataset_commit",
+    }  # fmt: skip
+    assert made_with.keys() == compared | ignored
+    for key in (*compared, *versions):
+        now = made_with | ({"versions": versions | {key: "another"}} if key in versions else {key: "another"})
+        with pytest.raises(InputError, match=rf"step_1: {key} was .+ and is another \(--resume"):
+            checkpoint.check_provenance(made_with, now, Path("step_1"), resume_anyway=False)
+    checkpoint.check_provenance(made_with, made_with | dict(python="1", commit="2"), Path("step_1"), False)
+
+
+def test_changed_provenance_is_refused(model, training_cfg, monkeypatch, capsys):
     """One line names what changed, both values and the flag; with the flag, training resumes."""
     cfg = training_cfg(**SAES[1])
     with pytest.raises(training.Stopped):
         train(model, [cfg], stopping_store(4, training.Stopped()))
     provenance = training.provenance
-
-    def changed(*args):
-        made_with = provenance(*args)
-        (made_with["versions"] if key == "torch" else made_with)[key] = "another"
-        return made_with
-
-    monkeypatch.setattr(training, "provenance", changed)
-    with pytest.raises(InputError, match=f"{key} was .+ and is another.*--resume-anyway") as caught:
+    monkeypatch.setattr(training, "provenance", lambda *args: provenance(*args) | {"threads": "another"})
+    with pytest.raises(InputError, match="threads was .+ and is another.*--resume-anyway") as caught:
         train(model, [cfg])
     assert "\n" not in str(caught.value) and not is_over(cfg)
     store = ActivationsStore(model, cfg)
@@ -522,7 +564,7 @@ def test_a_stop_while_the_last_checkpoint_is_saved_is_a_stop(model, training_cfg
 
 
 @pytest.mark.parametrize("where", ["weights", "gradient"])
-def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, where, capsys):
+def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, where):
     """Before its weights are touched; the others come to the same bits, and the record names step and reason."""
     cfgs = [training_cfg("with", **changes) for changes in SAES[:3]]
     real, seen = training_step.start_step, []
@@ -608,9 +650,7 @@ def file_size_limit():
 
 
 @pytest.mark.parametrize("save_errors", ["stop", "go_on"])
-def test_a_failed_save_keeps_the_previous_checkpoint(
-    model, training_cfg, uninterrupted, file_size_limit, save_errors, capsys
-):
+def test_a_failed_save_keeps_the_previous_checkpoint(model, training_cfg, uninterrupted, file_size_limit, save_errors):
     """Training ends or continues, as save_errors says; once there is space, the same call gives the same bits."""
     cfgs = [training_cfg("cut", **changes, **OFTEN, checkpoint_freq=3, save_errors=save_errors) for changes in SAES]
     with pytest.raises(KeyboardInterrupt):
@@ -623,6 +663,21 @@ def test_a_failed_save_keeps_the_previous_checkpoint(
     file_size_limit(resource.RLIM_INFINITY)
     assert newest_checkpoint(cfgs[0]) == first and first.name == "step_000000003"
     assert_as_uninterrupted(uninterrupted, cfgs, *train(model, cfgs))
+
+
+def test_a_line_that_is_half_written(training_cfg, file_size_limit):
+    """It is taken back, and written whole with the next one."""
+    cfg = training_cfg(**SAES[1])
+    log = RunLog(cfg, {})
+    log.start(0, 0)
+    log.log(1, 64, {"loss": 0.5})
+    file_size_limit((run_folder(cfg) / "metrics.jsonl").stat().st_size + 9)
+    with pytest.raises(OSError):
+        log.log(2, 128, {"loss": 0.4})
+    file_size_limit(resource.RLIM_INFINITY)
+    log.log(3, 192, {"loss": 0.3})
+    log.close()
+    assert [line["step"] for line in lines_of(run_folder(cfg))] == [1, 2, 3]
 
 
 IN_NAMESPACES_OF = """

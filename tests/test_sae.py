@@ -256,38 +256,6 @@ def test_jumprelu_keeps_the_value_above_the_threshold():
 # Selection
 
 
-@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
-def test_topk_keeps_k_of_each_row(seed, B, d, F, k):
-    """Each row keeps exactly its k largest pre-activations, less those that are not positive."""
-    sae, x = make_sae("topk", seed, d=d, F=F, k=k), make_x(B, d, seed)
-    z = sae.pre_activation(sae.preprocess_input(x)[0])
-    for row, kept in zip(z, sae.encode(x)):
-        assert (kept > 0).sum() == min(k, (row > 0).sum())
-        assert kept[kept > 0].sort(descending=True).values.tolist() == [
-            v for v in sorted(row.tolist(), reverse=True)[:k] if v > 0
-        ]
-
-
-@pytest.mark.parametrize("seed, B, d, F, k", SHAPES)
-def test_batchtopk_keeps_k_per_row_of_the_whole_batch(seed, B, d, F, k):
-    """The batch keeps exactly its B·k largest pre-activations, less those that are not positive."""
-    sae, x = make_sae("batchtopk", seed, d=d, F=F, k=k), make_x(B, d, seed)
-    z = sae.pre_activation(sae.preprocess_input(x)[0])
-    acts = sae.encode(x)
-    assert (acts > 0).sum() == min(B * k, (z > 0).sum())
-    largest = sorted(z.flatten().tolist(), reverse=True)[: B * k]
-    assert acts[acts > 0].sort(descending=True).values.tolist() == [v for v in largest if v > 0]
-
-
-def test_batchtopk_spends_its_budget_across_rows():
-    """A row may have more than k features active, or none, while the batch has B·k."""
-    sae, x = positive_encoder("batchtopk", k=3), torch.ones(4, 5, dtype=torch.float64)
-    x[0], x[1] = 10, -1
-    l0 = (sae.encode(x) > 0).sum(-1)
-    assert l0.tolist()[:2] == [12, 0]
-    assert l0.sum() == 12
-
-
 @pytest.mark.parametrize("kind", TOP_K_KINDS)
 def test_ties_keep_exactly_k(kind):
     """Where all pre-activations are equal, still exactly k per row (topk) or B·k per batch survive."""

@@ -1,7 +1,9 @@
 """The sparse form selects what a float64 product would, and computes what the dense form computes."""
 
 import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ import sparse_ops
 from config import get_default_cfg
 from evaluation import calibrate_threshold, decoder_similarity
 from language_model import Harvester, load_model
-from sae import SAE_CLASSES, JumpReLUSAE, VanillaSAE
+from sae import SAE_CLASSES, SPARSE_AFTER, JumpReLUSAE, VanillaSAE
 from sparse_ops import SparsityPattern
-from training_step import make_optimizer, training_step
+from training_step import Run, finish_step, group_step, make_optimizer, training_step
 
 SCREENS = (torch.bfloat16, torch.float32)
 
@@ -217,6 +219,15 @@ def test_a_new_vanilla_is_dense(monkeypatch):
     assert len(calls) == 1
 
 
+def test_too_many_candidates_restart_the_count(monkeypatch):
+    """Also where few features are active: the next batches do not look for candidates."""
+    sae = make_sae("jumprelu", d=16, F=480, dtype="float32")
+    sae.jumprelu.log_threshold.data.fill_(2.0)
+    monkeypatch.setattr(sparse_ops, "select_above", lambda *_: None)
+    sae.update_statistics(sae(make_x(16, 16, 0, torch.float32)))
+    assert sae.batches_until_sparse == SPARSE_AFTER
+
+
 @pytest.mark.fast
 def test_a_pattern_of_nothing():
     """No entries: products of zeros, and no error."""
@@ -331,6 +342,34 @@ def check_threads():
             assert thread.submit(sparse_ops.full_precision()(lambda: matmul.fp32_precision)).result() == "ieee"
 
 
+def check_side_by_side():
+    """Of two steps side by side, one ends while the other computes: the precision of that one stays the same."""
+    matmul = torch.backends.mkldnn.matmul
+    matmul.fp32_precision = "bf16"
+    saes = [make_sae("topk", d=16, F=64, dtype="float32") for _ in range(2)]
+    both, ended, seen = threading.Barrier(2), threading.Event(), []
+
+    def forward(which, forward_normalised, *args):
+        both.wait(9)
+        if which == 1:
+            assert ended.wait(9)
+            seen.append(matmul.fp32_precision)
+        return forward_normalised(*args)
+
+    def finish(sae, *args):
+        finish_step(sae, *args)
+        if sae is saes[0]:
+            ended.set()
+
+    for i, sae in enumerate(saes):
+        sae.forward_normalised = partial(forward, i, sae.forward_normalised)
+    pytest.MonkeyPatch().setattr("training_step.finish_step", finish)  # in a process of its own
+    torch.set_num_threads(2)
+    runs = [Run(sae.cfg, sae, make_optimizer(sae, sae.cfg), None) for sae in saes]
+    group_step(runs, make_x(8, 16, 0, torch.float32), [], {})
+    assert seen == ["ieee"] and matmul.fp32_precision == "bf16"
+
+
 def in_a_process(function, *args):
     """Run in a process of its own: torch's settings cannot all be put back."""
     process = multiprocessing.get_context("fork").Process(target=function, args=args)
@@ -372,6 +411,10 @@ def test_all_products_of_an_sae_are_in_full_precision():
 
 def test_precision_is_set_in_every_thread():
     in_a_process(check_threads)
+
+
+def test_precision_of_steps_side_by_side():
+    in_a_process(check_side_by_side)
 
 
 def test_memory_that_runs_out_while_probing_is_an_error(monkeypatch):

@@ -20,11 +20,13 @@ import psutil
 import pytest
 import torch
 from helpers import BOS, DEMO_LM, SEQ_LEN, counted_documents, sorted_rows, stream_cfg
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import text_stream
 from activation_store import ActivationsStore
 from console import InputError
+from language_model import load_model
 from text_stream import TextStream
 
 EVAL_CONTEXTS = 3
@@ -307,6 +309,34 @@ def test_memory_stays_flat_over_many_refills(model, tmp_path):
     assert max(sizes[-10:]) - max(sizes[:10]) < store.storage.nbytes / 2
 
 
+@pytest.mark.parametrize("failing", [(33, 65, 97), (20, 25, 30)], ids=["between batches", "within a batch"])
+def test_retries_are_counted_in_a_row(jsonl, monkeypatch, failing):
+    """stream_retries failures without progress end the run, not as many in days."""
+    documents = documents_of_random_length(0, 8000)
+    path, left = jsonl(documents, "tokens"), set(failing)
+    expected, stream = torch.cat(drain(make_stream(path))), make_stream(path, stream_retries=2)
+
+    class Flaky:
+        def __init__(self, data):
+            self.data, self.load_state_dict, self.state_dict = data, data.load_state_dict, data.state_dict
+
+        def shard(self, *which):
+            return Flaky(self.data.shard(*which))
+
+        def __iter__(self):
+            for row in self.data:
+                if (number := documents.index(row["tokens"]) + 1) in left:
+                    left.remove(number)
+                    raise ConnectionError("reset")
+                yield row
+
+    shards = text_stream.shards
+    monkeypatch.setattr(text_stream, "shards", lambda *args: map(Flaky, shards(*args)))
+    monkeypatch.setattr(text_stream, "MAX_BACKOFF", 0)
+    stream.reader.local = False
+    assert torch.equal(torch.cat(drain(stream)), expected) and not left
+
+
 def test_the_prefetch_thread_ends_with_the_store(model, sources, monkeypatch):
     """No thread outlives its store, even if its queue is full."""
     monkeypatch.setattr(text_stream, "PREFETCH_CHUNKS", 1)  # of eight chunks, one per file
@@ -393,13 +423,15 @@ def test_a_cached_stream_resumes(cached):
         assert torch.equal(batches_of(other, 27), live[13:])
 
 
-def test_a_cache_of_a_run_that_read_past_its_end(cached):
-    """Its last buffer is shorter than that of a longer run, and the one after it begins elsewhere in the text."""
-    _, live, make_store = cached
-    shorter, _ = make_store(num_tokens=840)
-    batches_of(shorter, 22)  # 21 are 840 tokens
+@pytest.mark.parametrize("longer", [1000, 1600])
+@pytest.mark.parametrize("count", [21, 22])  # 21 batches are 840 tokens
+def test_a_longer_run_after_a_shorter_one(cached, count, longer):
+    """Whose last buffer is shorter than that of the longer run; the one after it begins elsewhere in the text."""
+    _, _, make_store = cached
+    live = batches_of(make_store(num_tokens=longer, activation_cache=None)[0], longer // 40)
+    batches_of(make_store(num_tokens=840)[0], count)
     for _ in range(2):
-        assert torch.equal(batches_of(make_store()[0], 40), live)
+        assert torch.equal(batches_of(make_store(num_tokens=longer)[0], longer // 40), live)
 
 
 def test_a_longer_run_skips_the_held_out_tokens_of_a_second_epoch(model, jsonl, tmp_path):
@@ -486,6 +518,22 @@ def test_other_streams_have_separate_caches(cached):
     other, forwards = make_store(shuffle_seed=1)  # the cache does not depend on the order of the batches
     batches_of(other, 3)
     assert not forwards
+
+
+def test_other_activations_have_separate_caches(model, counted, tmp_path):
+    """Those of other layers, sites and weights, and of buffers of another size, are never read from one cache."""
+    shutil.copytree(DEMO_LM, tmp_path / "lm")
+    weights = load_file(DEMO_LM / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.bias"][0] += 1
+    save_file(weights, tmp_path / "lm" / "model.safetensors", metadata={"format": "pt"})
+    changed = load_model(stream_cfg(model_name=str(tmp_path / "lm")))
+    for lm, changes in (
+        (model, {"num_batches_in_buffer": 4}), (model, {}), (model, {"layer": 3}), (model, {"site": "mlp_out"}),
+        (changed, {}),
+    ):  # fmt: skip
+        cfg = stream_cfg(dataset_path=counted, **changes)
+        store = ActivationsStore(lm, cfg | {"activation_cache": str(tmp_path / "cache")})
+        assert torch.equal(batches_of(store, 10), batches_of(ActivationsStore(lm, cfg), 10)), changes
 
 
 def test_edited_text_has_a_separate_cache(cached):

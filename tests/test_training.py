@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BATCH, SAES, STEPS, figures, lines_of, same_bits, train
+from helpers import BATCH, SAES, STEPS, figures, lines_of, same_bits, set_threshold, train
 
 import training
 from activation_store import ActivationsStore
 from checkpoint import load_sae
 from config import post_init_cfg
 from console import InputError
-from evaluation import evaluate, heldout_baseline
+from evaluation import evaluate, heldout_baseline, recorded_metrics
 from export import export_sae
+from files import write_json
 from logs import is_finished, run_folder
 from sae import SAE_CLASSES
 from training import train_sae, train_sae_group
@@ -42,14 +43,6 @@ def test_same_seed_same_bits(model, training_cfg):
     assert list(map(figures, results)) == list(map(figures, other_results))
 
 
-@pytest.mark.parametrize("change", [{"seed": 50}, {"shuffle_seed": 50}, {"lr": 3.001e-3}])
-def test_another_seed_gives_other_weights(model, training_cfg, change):
-    """The seed of the weights, that of the shuffle and the learning rate each make a difference."""
-    saes = [train(model, [training_cfg(sae_type="topk", top_k=4, **c)])[0][0] for c in ({}, change)]
-    assert not torch.equal(saes[0].W_enc, saes[1].W_enc)
-    assert not torch.equal(saes[0].W_dec, saes[1].W_dec)
-
-
 def test_recording_does_not_change_the_weights(model, training_cfg):
     """Evaluating, logging and saving at every step or never gives bit-identical weights and final figures."""
     often, never = (dict(perf_log_freq=n, log_freq=n, checkpoint_freq=n) for n in (1, 1000))
@@ -70,6 +63,17 @@ def test_an_sae_is_the_same_in_any_group(model, training_cfg):
         result_alone = train_sae(alone, ActivationsStore(model, cfg), model, cfg)
         assert same_bits(sae, alone), changes
         assert figures(result_alone) == figures(result), changes
+
+
+def test_an_sae_in_eval_is_trained_as_one_in_train(model, training_cfg):
+    """A BatchTopK then keeps the top k of the batch, not what exceeds its threshold."""
+    saes = []
+    for training_mode in (True, False):
+        cfg = training_cfg(str(training_mode), **SAES[2])
+        saes.append(SAE_CLASSES["batchtopk"](cfg).train(training_mode))
+        set_threshold(saes[-1], 10.0)
+        train_sae(saes[-1], ActivationsStore(model, cfg), model, cfg)
+    assert same_bits(*saes)
 
 
 def test_training_learns(model, training_cfg):
@@ -116,10 +120,15 @@ def test_the_table_while_it_trains(model, training_cfg, capsys):
         for cfg, line in zip(cfgs, lines, strict=True):
             (values,) = (values for values in lines_of(run_folder(cfg)) if values["tokens"] == int(tokens))
             name, loss, nmse, l0, ce_degradation, dead = line.split()
-            assert name == cfg["name"]
+            assert name == cfg["name"].rpartition("_")[0], "without its hash"
             assert float(loss) == round(values["loss"], 4) and float(nmse) == round(values["nmse"], 4)
             assert float(l0) == round(values["l0"], 1) and float(ce_degradation) == round(values["ce_degradation"], 4)
             assert float(dead.rstrip("%")) == round(100 * values["num_dead_features"] / cfg["dict_size"], 1)
+
+
+def test_names_in_the_table_that_differ_in_the_hash_alone():
+    rows = [("topk_64_k4_seed49_0a", "1"), ("topk_64_k4_seed49_0b", "2")]
+    assert "seed49_0a   " in training.progress_table(rows) and "seed49   " in training.progress_table(rows[:1])
 
 
 def test_a_warning_when_l0_falls_to_nearly_zero(model, training_cfg, capsys):
@@ -190,7 +199,7 @@ def recorded(model, training_cfg):
 
 
 @pytest.mark.fast
-def test_a_run_is_recorded_completely(model, recorded):
+def test_a_run_is_recorded_completely(recorded):
     """config.json, metrics.jsonl, result.json and sae/ hold what the run was, did and came to."""
     cfgs, saes, results, store = recorded
     for cfg, sae, result in zip(cfgs, saes, results):
@@ -220,6 +229,15 @@ def test_a_run_is_recorded_completely(model, recorded):
         assert again == {key: result[key] for key in again}, "the saved SAE has the figures of its record"
 
 
+def test_metrics_of_an_unfinished_sae_do_not_outlive_it(model, training_cfg):
+    """Exports and cards show those of evaluation.json, so it is removed when the run finishes."""
+    cfg = training_cfg(**SAES[1])
+    run_folder(cfg).mkdir(parents=True)
+    write_json(run_folder(cfg) / "evaluation.json", {"nmse": 9.0})
+    _, (result,) = train(model, [cfg])
+    assert recorded_metrics(run_folder(cfg))["nmse"] == result["nmse"]
+
+
 def test_metrics_have_the_right_steps(recorded):
     """A line at step 1, every log_freq and perf_log_freq steps and at the end; tokens = step * batch_size."""
     for cfg in recorded[0]:
@@ -235,7 +253,7 @@ def test_metrics_have_the_right_steps(recorded):
             assert all(math.isfinite(value) for value in line.values())
 
 
-def test_logged_metrics_are_those_of_the_training_step(model, recorded, training_cfg):
+def test_logged_metrics_are_those_of_the_training_step(model, recorded):
     """The first line is the untrained SAE's loss on the first batch."""
     cfgs, _, _, store = recorded
     x = ActivationsStore(model, cfgs[0]).next_batch()
@@ -286,11 +304,11 @@ def test_a_finished_run_is_refused(model, recorded):
     assert len(list(folder.parent.iterdir())) == len(cfgs)
 
 
-def test_data_that_ends_early_finishes_no_run(model, training_cfg, training_data):
-    """Where the data ends before num_tokens the run is not finished, and an InputError says so."""
+def test_data_that_ends_early_finishes_no_run(model, training_cfg):
+    """Where the data ends before num_tokens the run is not finished, an InputError says so, and the SAE is saved."""
     cfg = training_cfg(sae_type="topk", top_k=4)
-    store = ActivationsStore(model, cfg)
+    store, sae = ActivationsStore(model, cfg), SAE_CLASSES["topk"](cfg)
     store.tokens_needed = 10**9  # as with a dataset whose length is not known before
     with pytest.raises(InputError, match="too short"):
-        train_sae_group([SAE_CLASSES["topk"](cfg)], store, model, [cfg])
-    assert not is_finished(cfg)
+        train_sae_group([sae], store, model, [cfg])
+    assert not is_finished(cfg) and same_bits(load_sae(run_folder(cfg)), sae)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import reference
 import torch
-from helpers import KINDS, assert_same_state, dense, make_sae, make_x, params, sae_cfg, state
+from helpers import KINDS, assert_same_state, make_sae, make_x, params, sae_cfg, state
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -17,20 +17,6 @@ from checkpoint import load_sae, save_sae
 from console import InputError
 from sae import SAE_CLASSES
 from training_step import Run, group_step, make_optimizer, training_step
-
-
-def gradients_at_the_optimizer(sae, optimizer, x, cfg):
-    """One training step; the gradients as the optimizer's step found them, by parameter name."""
-    seen = {}
-
-    def look(*_):
-        seen.update({name: dense(p.grad).clone() for name, p in sae.named_parameters() if p.grad is not None})
-
-    handle = optimizer.register_step_pre_hook(look)
-    training_step(sae, optimizer, x, cfg)
-    handle.remove()
-    return seen
-
 
 # The step
 
@@ -106,20 +92,6 @@ def test_decoder_rows_have_unit_norm_after_every_step(kind, lr):
     assert not torch.equal(sae.W_dec, start)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_gradient_along_the_decoder_rows(kind):
-    """The optimizer sees the decoder's gradient without its part parallel to each row, and all of the rest."""
-    sae = make_sae(kind)
-    optimizer = make_optimizer(sae, sae.cfg)
-    for step in range(3):
-        rows, x = sae.W_dec.detach().clone(), make_x(7, 5, step)
-        full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)["W_dec"]
-        grad = gradients_at_the_optimizer(sae, optimizer, x, sae.cfg)["W_dec"]
-        assert (full * rows).sum(-1).abs().max() > 1e-3  # there was something to remove
-        assert (grad * rows).sum(-1).abs().max() < 1e-12
-        torch.testing.assert_close(grad, full - (full * rows).sum(-1, keepdim=True) * rows)
-
-
 @pytest.mark.parametrize("max_grad_norm", [100_000.0, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fast
@@ -148,20 +120,6 @@ def test_training_steps_equal_the_reference(kind, max_grad_norm):
         assert torch.equal(parameter, start[name]) == (name in unused), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_max_grad_norm_clips(kind):
-    """A gradient longer than max_grad_norm is scaled down to it as a whole; a shorter one is left alone."""
-    sae, x = make_sae(kind), make_x(7, 5)
-    full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)
-    norm = torch.cat([grad.flatten() for grad in full.values()]).norm().item()
-    for max_grad_norm in (norm / 10, norm / 3, norm * 1.01, norm * 10):
-        sae = make_sae(kind, max_grad_norm=max_grad_norm)
-        seen = gradients_at_the_optimizer(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
-        for name in set(seen) - {"W_dec"}:  # the decoder's is projected afterwards
-            scale = min(1, max_grad_norm / norm)
-            torch.testing.assert_close(seen[name], full[name] * scale, rtol=1e-4, atol=1e-9)
-
-
 def test_a_batch_of_contexts():
     """A step on x [contexts, positions, d] is one on their rows."""
     states = []
@@ -183,22 +141,13 @@ def test_a_tiny_gradient_is_clipped_as_torch_does():
     sae, x = tiny(), make_x(7, 5) * 1e-5
     full = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)
     norm = torch.cat([grad.flatten() for grad in full.values()]).norm().item()
-    sae = tiny(max_grad_norm=norm + 5e-7)
-    seen = gradients_at_the_optimizer(sae, make_optimizer(sae, sae.cfg), x, sae.cfg)
+    sae, seen = tiny(max_grad_norm=norm + 5e-7), []
+    optimizer = make_optimizer(sae, sae.cfg)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(sae.b_dec.grad.clone()))
+    training_step(sae, optimizer, x, sae.cfg)
     scale = (norm + 5e-7) / (norm + 1e-6)
     assert scale < 0.999
-    torch.testing.assert_close(seen["b_dec"], full["b_dec"] * scale, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_do_not_accumulate(kind):
-    """Every step starts from no gradient: the second sees its own batch's gradient only."""
-    sae = make_sae(kind)
-    optimizer = make_optimizer(sae, sae.cfg)
-    training_step(sae, optimizer, make_x(7, 5), sae.cfg)
-    x = make_x(7, 5, 1)
-    expected = reference.gradients(params(sae), x, sae.cfg, sae.num_batches_not_active)["W_enc"]
-    torch.testing.assert_close(gradients_at_the_optimizer(sae, optimizer, x, sae.cfg)["W_enc"], expected)
+    torch.testing.assert_close(seen[0], full["b_dec"] * scale, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -137,7 +137,7 @@ def test_the_bound_holds(with_offset):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
 @BY_ROW
-def test_rows_of_any_size(scale, per_row, monkeypatch):
+def test_rows_of_any_size(scale, per_row):
     """Powers of 2 keep the screen within float16's range: the same places, whatever the rows' scale."""
     x, W = small("plain", 1)
     expected = places(sparse_ops.select_topk(x, W, 3, per_row))
@@ -472,7 +472,7 @@ def test_more_dead_features_than_expected_are_noticed(monkeypatch):
     assert all(torch.equal(value, state(other)[name]) for name, value in state(sae).items())
 
 
-def test_memory_that_runs_out_in_a_repeated_step(monkeypatch, tmp_path):
+def test_memory_that_runs_out_in_a_repeated_step(monkeypatch):
     """A run whose step must be repeated has not taken it: what is saved when memory runs out must not say so."""
     runs = [Run(sae.cfg | {"name": name}, sae, optimizer, None) for name in "ab"
             for sae, optimizer, _ in [trained("topk", True, monkeypatch, steps=0)]]  # fmt: skip
