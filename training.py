@@ -103,8 +103,6 @@ def train_sae_group(
 
         num_tokens = activation_store.tokens_needed
         results = evaluate([run.sae for run in runs], activation_store, baseline)
-        for run, result in zip(runs, results):
-            warn_of_lagging_threshold(run, result)
         with handle_save_errors("stop", "the SAEs"):
             for run in runs:
                 save_sae(run.sae, run_folder(run.cfg) / "sae")
@@ -117,6 +115,8 @@ def train_sae_group(
             distributed.gather_lists([(run.cfg["name"], result) for run, result in zip(runs, results) if run.log])
         )
         distributed.from_rank_0(lambda: remove_checkpoints(run_folder(cfgs[0]).parent))
+    for name, result in all_results.items():
+        warn_of_lagging_threshold(name, result)
     if failed:
         raise NotFinite(f"{len(failed)} of {len(saes)} SAEs were stopped, and saved as they were: {'; '.join(failed)}")
     return [all_results[cfg["name"]] for cfg in cfgs]
@@ -144,13 +144,13 @@ def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoe
         raise InputError(f"the SAE was made with another config than {name}: {differences}")
 
 
-def warn_of_lagging_threshold(run: Run, result: dict) -> None:
+def warn_of_lagging_threshold(name: str, result: dict) -> None:
     """Warn if a BatchTopK's running mean has not come near its last batches, as in short training."""
     l0, in_batch = result["l0"], result.get("l0_batch", result["l0"])
-    if run.log and abs(l0 - in_batch) > MAX_LAG * in_batch:
+    if abs(l0 - in_batch) > MAX_LAG * in_batch:
         what = f"L0 is {l0:.1f} with the inference threshold, and {in_batch:.1f} with the top k of the batch"
         why = "the threshold, a running mean, lags in short training (evaluation.calibrate_threshold sets it)"
-        tell(f"warning: {run.cfg['name']}: {what}: {why}", any_rank=True)
+        tell(f"warning: {name}: {what}: {why}")
 
 
 def train_steps(
