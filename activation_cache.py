@@ -67,30 +67,36 @@ class ActivationCache:
             return None
         path, entry = self.path(index), self.buffers[index]
         try:
-            problem = None if sha256_of(path) == entry["sha256"] else "its SHA-256 is wrong"
+            with self.lock():
+                problem = None if sha256_of(path) == entry["sha256"] else "its SHA-256 is wrong"
+                if not problem:
+                    rows = torch.from_file(str(path), shared=False, size=entry["rows"] * self.width, dtype=self.dtype)
+                    buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
+                    return entry["next"]
         except OSError as error:
-            problem = error.strerror
-        if problem:
-            tell(f"{path} is corrupt ({problem}): its activations are harvested again")
-            return None
-        rows = torch.from_file(str(path), shared=False, size=entry["rows"] * self.width, dtype=self.dtype)
-        buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
-        return entry["next"]
+            problem = error.strerror or error
+        tell(f"{path} is corrupt ({problem}): its activations are harvested again")
+        return None
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
         """Write `buffer` [rows, d] as buffer `index`. Raises SaveError if it cannot be written."""
         if index > len(self.buffers):
             return  # training began without this cache, and the manifest cannot have gaps
-        path = self.path(index)
-        if index < len(self.buffers) and self.buffers[index]["rows"] != len(buffer):
-            del self.buffers[index:]  # those after it begin elsewhere in the text
+        path, entry = self.path(index), {"rows": len(buffer), "next": next_position}
         try:
-            with filelock.FileLock(self.folder / ".lock"):  # another run may write the same buffer
-                sha256 = replace(path, buffer.cpu().flatten().view(torch.uint8).numpy())
-                self.buffers[index : index + 1] = [{"rows": len(buffer), "sha256": sha256, "next": next_position}]
+            with self.lock():
+                there = self.read_manifest()  # another run may have written since
+                # Buffers after one with other rows begin elsewhere in the text.
+                same = index < len(there) and {key: there[index][key] for key in entry} == entry
+                entry["sha256"] = replace(path, buffer.cpu().flatten().view(torch.uint8).numpy())
+                self.buffers = [*self.buffers[:index], entry, *(there[index + 1 :] if same else [])]
                 write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
         except OSError as error:
             raise SaveError(f"activation_cache: {path} cannot be written: {error.strerror or error}") from error
+
+    def lock(self) -> filelock.FileLock:
+        """Against other runs that use this cache. Raises filelock.Timeout, an OSError."""
+        return filelock.FileLock(self.folder / ".lock", timeout=600)
 
     def path(self, index: int) -> Path:
         return self.folder / f"buffer_{index:06}.bin"

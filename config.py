@@ -131,7 +131,7 @@ TABLE = (  # the keys under the titles of their sections
     Neutral("perf_log_freq", 1000, "steps between evaluations on the first batch_size held-out tokens", at_least=1),
     Neutral("checkpoint_freq", 10_000, "steps between checkpoints; also every 15 minutes", at_least=1),
     Neutral("keep_checkpoints", 2, "number of checkpoints to keep", at_least=1),
-    Neutral("save_errors", "stop", 'if a checkpoint or record cannot be written: "stop", or "go_on" without it',
+    Neutral("save_errors", "stop", 'if a checkpoint or log line cannot be written: "stop", or "go_on" without it',
         choices=("stop", "go_on")),
     Neutral("output_dir", "runs", "folder for records, in output_dir/sweep/name", in_group=False, portable=False),
     Neutral("sweep", "single", "name of the sweep; main.py sets it", in_group=False),

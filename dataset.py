@@ -249,7 +249,7 @@ def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes, 
     try:
         text = part.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        rows, _, earlier = json_rows(part[: part.rfind(b"\n", 0, error.start) + 1], line, at_end=True)
+        rows, _, earlier = json_rows(part[: part.rfind(b"\n", 0, error.start) + 1], line, at_end=False)
         line += part.count(b"\n", 0, error.start)
         return rows, b"", earlier or ValueError(f"{error.encoding} {error.reason}: line {line}")
     rows, at = [], 0

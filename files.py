@@ -5,6 +5,7 @@ the new version is there. Imports no torch, so results.py starts fast.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from console import InputError, one_line
@@ -36,8 +37,13 @@ def write_json(path: Path, content: dict) -> None:
 def replace(path: Path, content: bytes) -> str:
     """Write a file under a temporary name, flush it, rename it, and flush the folder; returns its SHA-256."""
     temporary = path.with_name(path.name + ".tmp")
-    digest = write(temporary, content)
-    temporary.replace(path)
+    try:
+        digest = write(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # it may have filled the disk
+        raise
     sync_folder(path.parent)
     return digest
 

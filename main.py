@@ -195,9 +195,7 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
     if seeds and "seed" in overrides:
         raise InputError(f"seed = {overrides['seed']} and --seeds are not allowed together")
     completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are equal
-    plain = [post_init_cfg(base | run) for run in runs] if overrides else []
-    changed = {key for key in overrides if KEYS[key].in_name and any(cfg[key] != completed[key] for cfg in plain)}
-    changes = {key: completed[key] for key in sorted(changed)}
+    changes = {key: completed[key] for key in sorted(overrides) if KEYS[key].in_name}
     folder = f"{sweep}-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:6]}" if changes else sweep
     per_seed = [{"seed": seed} for seed in seeds] if seeds else [{}]
     cfgs = {}

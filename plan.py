@@ -45,7 +45,8 @@ def plan_group(group: list[dict], model, steps_done: int, force: bool, available
         f"{cfg['dataset_path']}\non {where}: {2 * cfg['act_size'] * features / 1e6:,.1f} million parameters, "
         f"about {gib(needed)} of memory ({gib(available)} are {free})\nin {run_folder(cfg).parent}"
     )
-    warn_of_full_disk(group)
+    if steps_done == 0:
+        warn_of_full_disk(group)
     parts = [group] if needed <= available else split(group, model, available)
     for part in parts:
         if (needed := memory_needed(part, model)) > available and not force:

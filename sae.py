@@ -1,4 +1,4 @@
-"""The four sparse autoencoders of arXiv 2412.06410 and Matryoshka BatchTopK, and splicing them into a language model.
+"""The five SAEs: the four of arXiv 2412.06410 and Matryoshka BatchTopK; and splicing them into a language model.
 
 Shapes throughout: B tokens in a batch, d = act_size, F = dict_size, k = top_k.
 

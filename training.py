@@ -68,9 +68,9 @@ def train_sae_group(
 
     Raises, after what was trained has been saved:
         InputError     an SAE or the store was made with another config; a run is over or in use; its checkpoint was
-                       made with other versions, threads, device, model or
-                       data (unless resume_anyway); the dataset ends before num_tokens or holds NaN; NaN or infinity
-                       stopped an SAE (raised when the others are trained)
+                       made with other versions, threads, device, model or data (unless resume_anyway); the dataset ends
+                       before num_tokens or holds NaN; NaN or infinity stopped an SAE (raised when the others are
+                       trained)
         StreamError    the network stays down
         SaveError      the disk cannot be written
         Stopped        Ctrl-C or SIGTERM
@@ -126,7 +126,7 @@ def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoe
     """Raise InputError if the store or the SAE was made with another config than the run's, which would be recorded."""
     stream, name = activation_store.cfg, cfg["name"]
     keys = [key.name for key in KEYS.values() if key.in_group and key.in_name]
-    if other := [key for key in keys if cfg[key] != (activation_store.act_size if key == "act_size" else stream[key])]:
+    if other := [key for key in keys if cfg[key] != stream[key]]:
         differences = ", ".join(f"{key} = {stream[key]!r} instead of {cfg[key]!r}" for key in other)
         raise InputError(f"the activation store was made with another config than {name}: {differences}")
     if sae is None:
@@ -139,8 +139,9 @@ def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoe
     of_sae = next((key for kind in type(sae).__mro__ for key in SAE_CLASSES if SAE_CLASSES[key] is kind), None)
     found = dict(sae_type=of_sae, dict_size=len(sae.W_dec) * sae.shards.count, act_size=sae.W_dec.shape[1])
     found["dtype"] = str(sae.W_dec.dtype).removeprefix("torch.")
-    if other := [key for key in found if cfg[key] not in (None, found[key])]:
-        differences = ", ".join(f"{key} = {found[key]!r} instead of {cfg[key]!r}" for key in other)
+    wanted = cfg | {"act_size": activation_store.act_size}
+    if other := [key for key in found if found[key] != wanted[key]]:
+        differences = ", ".join(f"{key} = {found[key]!r} instead of {wanted[key]!r}" for key in other)
         raise InputError(f"the SAE was made with another config than {name}: {differences}")
 
 

@@ -7,6 +7,7 @@ set -u
 cd "$(dirname "$0")/.."
 folder=${1:-runs/gpu}
 mkdir -p "$folder"
+rm -f "$folder"/*.txt
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$folder/card.txt"
 run() {
     echo "+ ${*:2}"

@@ -262,6 +262,12 @@ def test_partly_deleted_checkpoints(model, training_cfg):
     (run_folder(cfgs[0]) / "result.json").write_text("{}")
     remove_checkpoints(groups_folder(cfgs[0]).parent)
     assert list(groups_folder(cfgs[0]).iterdir()) == [group], "a checkpoint that is being written is kept"
+    old = groups_folder(cfgs[0]) / "old"  # from before runs.json
+    (old / "step_000000002.tmp").mkdir(parents=True)
+    (old / "step_000000001").mkdir()
+    (old / "step_000000001" / "state.json").write_text(json.dumps({"runs": [cfgs[0]["name"]]}))
+    remove_checkpoints(groups_folder(cfgs[0]).parent)
+    assert list(groups_folder(cfgs[0]).iterdir()) == [group]
 
 
 HOSTILE = {

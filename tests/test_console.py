@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import files
 from console import InputError, count_of, markdown_table, one_line, run_command, tell, text_table
-from files import read_json
+from files import read_json, write_json
 
 
 def test_messages_hold_no_control_characters(capsys):
@@ -34,6 +35,20 @@ def test_corrupt_json_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"^{re.escape(str(path))} is corrupt: .+$"):
         read_json(path)
+
+
+def test_a_file_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """The old one stays, and nothing is left that fills the disk."""
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+
+    def no_space(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "sync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"a": 2})
+    assert read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_cannot_be_read_or_written_is_one_line(tmp_path, monkeypatch, capsys):

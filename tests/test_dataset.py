@@ -292,6 +292,11 @@ def test_empty_values_of_another_type_are_bad_documents(tmp_path, value):
     assert "document 41 of" in error_of(path)
 
 
+def test_invalid_utf8_in_an_object_of_several_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"text": "a"}\n{\n "text": "b",\n "x": "\xff"\n}\n')
+    assert re.search(r"document 2 of .*utf-8 invalid start byte: line 4", error_of(tmp_path / "a.json"))
+
+
 def test_half_of_a_surrogate_pair_is_a_bad_document(tmp_path):
     """It is neither dropped, nor are the documents after it."""
     path = tmp_path / "a.jsonl"

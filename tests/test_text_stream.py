@@ -455,6 +455,16 @@ def test_a_manifest_of_another_form_is_corrupt(cached, capsys, buffers):
     assert "manifest.json is corrupt" in capsys.readouterr().err
 
 
+def test_a_run_that_began_before_the_cache_was_written(cached):
+    """It keeps the buffers that another run has written since."""
+    _, live, make_store = cached
+    early, _ = make_store()
+    batches_of(make_store()[0], 40)
+    batches_of(early, 1)
+    store, forwards = make_store()
+    assert torch.equal(batches_of(store, 40), live) and not forwards
+
+
 def test_two_runs_write_one_cache(cached):
     """At the same time, each from its own process."""
     _, live, make_store = cached
