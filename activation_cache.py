@@ -16,7 +16,7 @@ import filelock
 import torch
 
 from console import InputError, gib, one_line, tell
-from files import SaveError, replace, sha256_of, write_json
+from files import SaveError, replace, write_json
 
 ENTRY = ("rows", "sha256", "next")  # of a buffer in the manifest
 
@@ -67,16 +67,16 @@ class ActivationCache:
             return None
         path, entry = self.path(index), self.buffers[index]
         try:
-            with self.lock():
-                problem = None if sha256_of(path) == entry["sha256"] else "its SHA-256 is wrong"
-                if not problem:
-                    rows = torch.from_file(str(path), shared=False, size=entry["rows"] * self.width, dtype=self.dtype)
-                    buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
-                    return entry["next"]
-        except OSError as error:
-            problem = error.strerror or error
-        tell(f"{path} is corrupt ({problem}): its activations are harvested again")
-        return None
+            rows = torch.from_file(str(path), shared=False, size=entry["rows"] * self.width, dtype=self.dtype)
+            wrong = hashlib.sha256(rows.view(torch.uint8).numpy()).hexdigest() != entry["sha256"]
+            problem = "its SHA-256 is wrong" if wrong else None
+        except (OSError, RuntimeError) as error:  # there is no such file, or it is too short
+            problem = one_line(error)
+        if problem:
+            tell(f"{path} is corrupt ({problem}): its activations are harvested again")
+            return None
+        buffer.copy_(rows.view(-1, self.width)[: len(buffer)])
+        return entry["next"]
 
     def write(self, index: int, buffer: torch.Tensor, next_position: dict) -> None:
         """Write `buffer` [rows, d] as buffer `index`. Raises SaveError if it cannot be written."""
@@ -84,7 +84,7 @@ class ActivationCache:
             return  # training began without this cache, and the manifest cannot have gaps
         path, entry = self.path(index), {"rows": len(buffer), "next": next_position}
         try:
-            with self.lock():
+            with filelock.FileLock(self.folder / ".lock", timeout=600):  # seconds; against other runs with this cache
                 there = self.read_manifest()  # another run may have written since
                 # Buffers after one with other rows begin elsewhere in the text.
                 same = index < len(there) and {key: there[index][key] for key in entry} == entry
@@ -93,10 +93,6 @@ class ActivationCache:
                 write_json(self.folder / "manifest.json", {"identity": self.identity, "buffers": self.buffers})
         except OSError as error:
             raise SaveError(f"activation_cache: {path} cannot be written: {error.strerror or error}") from error
-
-    def lock(self) -> filelock.FileLock:
-        """Against other runs that use this cache. Raises filelock.Timeout, an OSError."""
-        return filelock.FileLock(self.folder / ".lock", timeout=600)
 
     def path(self, index: int) -> Path:
         return self.folder / f"buffer_{index:06}.bin"

@@ -455,6 +455,18 @@ def test_a_manifest_of_another_form_is_corrupt(cached, capsys, buffers):
     assert "manifest.json is corrupt" in capsys.readouterr().err
 
 
+def test_a_cache_that_may_only_be_read(cached):
+    """As that of somebody else: reading it creates no file."""
+    _, live, make_store = cached
+    batches_of(make_store()[0], 40)
+    (folder,) = Path(make_store()[0].cfg["activation_cache"]).iterdir()
+    (folder / ".lock").unlink(missing_ok=True)
+    before = sorted(folder.iterdir())
+    store, forwards = make_store()
+    assert torch.equal(batches_of(store, 40), live) and not forwards
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_run_that_began_before_the_cache_was_written(cached):
     """It keeps the buffers that another run has written since."""
     _, live, make_store = cached
