@@ -81,7 +81,7 @@ def train_sae_group(
         check_made_for(cfg, activation_store, sae)
     made_with = provenance(model, activation_store)
     distributed.check_ranks(made_with, run_folder(cfgs[0]).parent)
-    for sae_type in {cfg["sae_type"] for cfg in cfgs if cfg["l1_coeff"] == 0} & {"vanilla", "jumprelu"}:
+    for sae_type in sorted({cfg["sae_type"] for cfg in cfgs if cfg["l1_coeff"] == 0} & {"vanilla", "jumprelu"}):
         tell(f"warning: l1_coeff is 0: nothing makes this {sae_type} SAE sparse")
     with ExitStack() as stack:
         runs = []
