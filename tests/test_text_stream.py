@@ -435,14 +435,14 @@ def test_a_longer_run_after_a_shorter_one(cached, count, longer):
 
 
 def test_a_longer_run_skips_the_held_out_tokens_of_a_second_epoch(model, jsonl, tmp_path):
-    """Also if the run that wrote the cache ended with the epoch."""
-    path = jsonl(documents_of_random_length(3, 48 + 400), "tokens")
-    cfg = stream_cfg(dataset_path=path, num_tokens=400, num_batches_in_buffer=4)
+    """Also if the run that wrote the cache ended with the epoch, and with a whole buffer."""
+    path = jsonl(documents_of_random_length(3, 48 + 320), "tokens")
+    cfg = stream_cfg(dataset_path=path, num_tokens=320, num_batches_in_buffer=4)
     cache = {"activation_cache": str(tmp_path / "cache")}
-    batches_of(ActivationsStore(model, cfg | cache), 10)
-    longer = cfg | {"num_tokens": 800, "num_epochs": 2}
-    expected = batches_of(ActivationsStore(model, longer), 20)
-    assert torch.equal(batches_of(ActivationsStore(model, longer | cache), 20), expected)
+    batches_of(ActivationsStore(model, cfg | cache), 8)
+    longer = cfg | {"num_tokens": 640, "num_epochs": 2}
+    expected = batches_of(ActivationsStore(model, longer), 16)
+    assert torch.equal(batches_of(ActivationsStore(model, longer | cache), 16), expected)
 
 
 @pytest.mark.parametrize("buffers", [[{}], [5], 5, {"a": 1}])
