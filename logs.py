@@ -220,7 +220,7 @@ def remove_checkpoints(sweep: Path) -> None:
     """Delete the checkpoints of those groups of a sweep in which every run has ended."""
     with suppress(OSError):
         for group in list((sweep / "groups").iterdir()):
-            # By runs.json there are also those of a checkpoint whose removal was interrupted.
+            # runs.json stands for a checkpoint whose removal was interrupted.
             runs = [runs_of(path) for path in (*group.glob("step_*[0-9]"), *group.glob("runs.json"))]
             if runs and all(names is not None and all(has_ended(sweep / name) for name in names) for names in runs):
                 for path in group.glob("step_*[0-9]"):

@@ -142,10 +142,15 @@ def point_keys(table: pd.DataFrame) -> list[str]:
     return sorted({key for run in table["run"] for key in run.config} - NOT_IN_POINT)
 
 
+def varied_keys(table: pd.DataFrame) -> list[str]:
+    """The config keys in which points differ, without those that no type in the table uses."""
+    unused = {key.name for key in KEYS.values() if not table["sae_type"].isin(key.types).any()}
+    return [key for key in point_keys(table) if key not in unused and table[key].nunique(dropna=False) > 1]
+
+
 def mixed_keys(table: pd.DataFrame) -> list[str]:
-    """The config keys in which runs differ, other than those that vary along a line, or that no type here uses."""
-    unused = {key.name for key in KEYS.values() if table["sae_type"].isin(key.types).sum() == 0} | {*SWEPT}
-    mixed = [key for key in point_keys(table) if key not in unused and table[key].nunique(dropna=False) > 1]
+    """The varied_keys other than those that vary along a line."""
+    mixed = [key for key in varied_keys(table) if key not in SWEPT]
     penalties = table["l1_coeff"][table["sae_type"].isin(TOP_K_TYPES)]  # the lines of other types go along theirs
     return mixed + ["l1_coeff"] * (penalties.nunique() > 1)
 

@@ -43,6 +43,7 @@ from records import (
     run_configs,
     run_table,
     values_in_legend,
+    varied_keys,
     wandb_runs,
 )
 
@@ -161,7 +162,7 @@ def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
 
 
 def legend_height(axis: plt.Axes) -> float:
-    """In inches, about."""
+    """The approximate height of an axis's legend in inches."""
     return 0.14 * sum(text.get_text().count("\n") + 1 for text in axis.get_legend().texts)
 
 
@@ -200,7 +201,7 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
     axes = figure.subplots(2, len(types), sharex=True, sharey="row", squeeze=False)
     for column, (own, name, colour, _, _) in zip(axes.T, types):
         points = over_seeds(own)
-        varied = [key for key in point_keys(own) if points[key].nunique(dropna=False) > 1]
+        varied = varied_keys(own)
         for i, (_, point) in enumerate(points.iterrows()):
             style = dict(color=shaded(colour, (i + 1) / len(points)), mfc="white", markevery=[-1])
             finished = [run for run in point["run"] if run.state == "finished"]

@@ -246,7 +246,7 @@ def remove_failed(runs: list[Run], outputs: list, step: int) -> list[str]:
                 save_sae(run.sae, run_folder(run.cfg) / "sae")
                 if run.log:
                     run.log.stop(step, str(output))
-            runs.remove(run)  # not before it is saved: if an error ends that, the checkpoint must hold it (SaveOnError)
+            runs.remove(run)  # only now: if saving fails, the checkpoint of SaveOnError must still hold this run
             outputs.remove(output)
     return lines
 

@@ -162,7 +162,29 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path, capsys,
     plt.close("all")
 
 
-@pytest.mark.fast
+def test_legends_of_runs_that_differ_in_many_keys(tmp_path):
+    """They are within the figure and leave room for the panels. hook_point, which follows from others, is not named."""
+    for i, site in enumerate(("resid_pre", "attn_out", "mlp_out")):
+        result, histograms = (
+            dict.fromkeys(METRICS, 0.1 + i) | {"l0": 16.0 + i},
+            all_died(512)[1] | {"l0": [0] * 16 + [9]},
+        )
+        changes = dict(
+            layer=i, site=site, lr=0.001 * (i + 1), eval_tokens=1000 + i, model_batch_size=8 + i, bandwidth=1 + i
+        )
+        write_run(tmp_path / "sweep", result, losses(np.random.default_rng(i), 4), histograms, **changes)
+    points, table = finished_points(tmp_path / "sweep"), results.run_table(results.local_runs(tmp_path / "sweep"))
+    draw = [results.paper_figure, results.pareto_figure, results.histograms_figure]
+    for figure in [*(function(points) for function in draw), results.curves_figure(table)]:
+        figure.canvas.draw()
+        for legend in figure.findobj(plt.matplotlib.legend.Legend):
+            box = legend.get_window_extent()
+            assert min(box.x0, box.y0) > -3 and box.x1 < figure.bbox.width + 3 and box.y1 < figure.bbox.height + 3
+            assert not any("hook_point" in text.get_text() or "bandwidth" in text.get_text() for text in legend.texts)
+        assert all(axis.get_window_extent().height > 0.9 * figure.dpi for axis in figure.axes)
+        plt.close(figure)
+
+
 def test_penalties_of_topk_runs_are_told_apart(tmp_path):
     """Lines join different l1_coeff for vanilla only; legends leave out a penalty of 0."""
     for sae_type in ("topk", "vanilla"):
