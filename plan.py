@@ -285,7 +285,7 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
             for i in which:  # the same dead features in each turn: on CUDA another number of them is another form
                 runs[i].sae.num_batches_not_active.copy_(counters[i])
                 runs[i].sae.known_counts = None
-                form_of_step(runs[i].sae)  # reads the counts here, so that this is not timed
+                form_of_step(runs[i].sae, len(x))  # reads the counts here, so that this is not timed
             seconds.append([timed_step(runs[i]) for i in which])
         return {i: min(times[-2:]) for i, times in zip(which, zip(*seconds))}
 

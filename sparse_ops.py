@@ -384,9 +384,10 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wai
     if uses_kernels(x):
         import triton_ops
 
+        size = B, W_enc.shape[1], k
         return within_capacity(
-            lambda capacity: triton_ops.select_topk(x, W_enc, k, per_row, capacity),
-            (B, W_enc.shape[1], k), 4 * B * k, wait, lambda: what_is_not_finite(x, W_enc.T, None),
+            size, wait, lambda capacity: triton_ops.select_topk(x, W_enc, k, per_row, capacity),
+            lambda: what_is_not_finite(x, W_enc.T, None),
         )  # fmt: skip
     z, error = screen(x, W_enc)
     maxima = group_maxima(z, at_least=4 * k)
@@ -415,9 +416,10 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     if uses_kernels(x):
         import triton_ops
 
+        size = len(x), W_enc.shape[1], None
         return within_capacity(
-            lambda capacity: triton_ops.select_above(x, W_enc, offset, margin, capacity),
-            (len(x), W_enc.shape[1], None), 128 * len(x), wait, lambda: what_is_not_finite(x, W_enc.T, offset),
+            size, wait, lambda capacity: triton_ops.select_above(x, W_enc, offset, margin, capacity),
+            lambda: what_is_not_finite(x, W_enc.T, offset),
         )  # fmt: skip
     z, error = screen(x, W_enc, offset)
     maxima = group_maxima(z, at_least=1)
@@ -428,22 +430,24 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     return pattern.select(pattern.products + offset[pattern.cols] > -margin)
 
 
-# On CUDA: capacity for candidates by (B, F, k), with k None for select_above. It grows after an overflow. Weights do
-# not depend on it, but the last bits of logged sums may.
-_capacity = {}
+_grown = {}  # capacities by (B, F, k)
 
 
-def capacities() -> tuple:
-    return tuple(_capacity.items())
-
-
-def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
-    """select(capacity), a PaddedPattern. With wait, it is repeated with more capacity as needed, and trimmed; None if
-    the dense form is cheaper.
+def candidate_capacity(B: int, num_features: int, k: int | None) -> int:
+    """How many candidates there is room for on CUDA; k is None for select_above. It grows after an overflow. Weights do
+    not depend on it, but the last bits of logged sums may.
     """
-    most = key[0] * key[1] // DENSE_FROM
+    first = B * (4 * k if k else 128)
+    return _grown.get((B, num_features, k), min(first, B * num_features // DENSE_FROM))
+
+
+def within_capacity(size: tuple, wait: bool, select, what_is_wrong):
+    """select(candidate_capacity(*size)), a PaddedPattern. With wait, it is repeated with more capacity as needed, and
+    trimmed; None if the dense form is cheaper.
+    """
+    most = size[0] * size[1] // DENSE_FROM
     while True:
-        capacity = _capacity.setdefault(key, min(first, most))
+        capacity = candidate_capacity(*size)
         pattern = select(capacity)
         if not wait:
             return pattern
@@ -454,7 +458,7 @@ def within_capacity(select, key: tuple, first: int, wait: bool, what_is_wrong):
             return pattern.trimmed()
         if found > most:
             return None
-        _capacity[key] = min(most, found + found // 4)
+        _grown[size] = min(most, found + found // 4)
 
 
 def kth_largest(values: torch.Tensor, k: int) -> torch.Tensor:

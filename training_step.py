@@ -17,7 +17,7 @@ import torch
 import sparse_ops
 from config import num_steps
 from logs import RunLog
-from sae import BaseAutoencoder, Counts
+from sae import BaseAutoencoder, Counts, TopKSAE
 
 SMALL = 2**27  # a small SAE has at most so many multiplications in a dense product: batch_size · d · F
 
@@ -161,13 +161,14 @@ def one_core_if_small(cfg: dict) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def form_of_step(sae: BaseAutoencoder) -> tuple:
+def form_of_step(sae: BaseAutoencoder, batch_size: int) -> tuple:
     """What determines the operations and array sizes of a step on CUDA: whether it may be sparse, the room for dead
     features, and the room for candidates. Sets known_counts, which cannot be read while a CUDA graph is recorded.
     """
     until_sparse, most_dead = sae.known_counts = sae.counts()
     dead = sparse_ops.room_for(most_dead, sae.cfg["dict_size"]) if sae.aux_loss_on_dead_features else 0
-    return until_sparse == 0, dead, sparse_ops.capacities()
+    k = sae.cfg["top_k"] if isinstance(sae, TopKSAE) else None
+    return until_sparse == 0, dead, sparse_ops.candidate_capacity(batch_size, len(sae.W_dec), k)
 
 
 class StepGraphs:
@@ -197,7 +198,7 @@ class StepGraphs:
         if x.device not in self.streams:
             self.streams[x.device] = torch.cuda.Stream(x.device)
         stream = self.streams[x.device]
-        form = (x.data_ptr(), x.shape, form_of_step(sae))
+        form = (x.data_ptr(), x.shape, form_of_step(sae, len(x)))
         if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
             stream.wait_stream(torch.cuda.current_stream(x.device))
             try:

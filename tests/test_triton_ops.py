@@ -59,7 +59,7 @@ def sparse_whatever_it_costs(monkeypatch):
     use_triton(monkeypatch)
     monkeypatch.setattr(sparse_ops, "DENSE_FROM", 1)
     monkeypatch.setattr(sparse_ops, "sparse_is_cheaper", lambda *_: True)
-    monkeypatch.setattr(sparse_ops, "_capacity", {})
+    monkeypatch.setattr(sparse_ops, "_grown", {})
     monkeypatch.setattr("sae.GOES_DENSE", 1)
 
 
@@ -322,6 +322,9 @@ def test_the_top_k_of_rows():
     assert acts.equal(expected)
 
 
+TOO_SMALL = (6, 24, 3), (6, 24, None)  # sizes of the selections in `trained`, as keys of sparse_ops._grown
+
+
 def trained(kind, triton, monkeypatch, steps=2, dead=slice(None, None, 2), **changes):
     """An SAE after a few steps, half of its features (or `dead`) dead at first; and the steps' outputs."""
     use_triton(monkeypatch, triton)
@@ -426,6 +429,16 @@ def test_the_counts_for_the_next_step(kind, monkeypatch):
     assert known == sae.counts() and known.most_dead > 0 and (known.until_sparse > 0) == (kind == "jumprelu")
 
 
+def test_the_form_of_a_step_changes_with_its_own_capacity_only(monkeypatch):
+    """Each form has CUDA graphs of its own, whose recording costs several steps."""
+    topk, jumprelu = (trained(kind, True, monkeypatch, steps=0)[0] for kind in ("topk", "jumprelu"))
+    before = [form_of_step(sae, 6) for sae in (topk, jumprelu)]
+    sparse_ops._grown[6, 24, None] = 9
+    assert [form_of_step(sae, 6) == form for sae, form in zip((topk, jumprelu), before)] == [True, False]
+    sparse_ops._grown[6, 24, 3] = 9
+    assert form_of_step(topk, 6) != before[0]
+
+
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
 def test_a_step_gives_the_same_bits_again(kind, monkeypatch, two_steps):
     first, second = state(two_steps(kind, monkeypatch)[0]), state(trained(kind, True, monkeypatch)[0])
@@ -437,7 +450,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     """A step whose candidates overflow changes nothing until it is repeated with room for them; then it is the same."""
     expected = state(two_steps(kind, monkeypatch)[0])
     sae, optimizer, _ = trained(kind, True, monkeypatch, steps=1)
-    monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
+    monkeypatch.setattr(sparse_ops, "_grown", dict.fromkeys(TOO_SMALL, 3))
     before, moments = state(sae), [t.clone() for s in optimizer.state.values() for t in s.values()]
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
     output = start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
@@ -446,7 +459,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     assert all(map(torch.equal, moments, [t for s in optimizer.state.values() for t in s.values()]))
     training_step(sae, optimizer, x, sae.cfg)
     assert all(torch.equal(expected[name], value) for name, value in state(sae).items())
-    assert min(sparse_ops._capacity.values()) > 3
+    assert max(sparse_ops._grown.values()) > 3
 
 
 def test_too_many_candidates_to_pay_off_take_the_dense_form(monkeypatch):
@@ -476,14 +489,13 @@ def test_memory_that_runs_out_in_a_repeated_step(monkeypatch):
     """A run whose step must be repeated has not taken it: what is saved when memory runs out must not say so."""
     runs = [Run(sae.cfg | {"name": name}, sae, optimizer, None) for name in "ab"
             for sae, optimizer, _ in [trained("topk", True, monkeypatch, steps=0)]]  # fmt: skip
-    for key in list(sparse_ops._capacity) or [(6, 24, 3)]:
-        sparse_ops._capacity[key] = 3
+    monkeypatch.setattr(sparse_ops, "_grown", dict.fromkeys(TOO_SMALL, 3))
     real, saved = sparse_ops.within_capacity, {}
 
-    def within_capacity(select, key, first, wait, what_is_wrong):
+    def within_capacity(size, wait, *functions):
         if wait:
             raise torch.OutOfMemoryError("no memory")
-        return real(select, key, first, wait, what_is_wrong)
+        return real(size, wait, *functions)
 
     monkeypatch.setattr(sparse_ops, "within_capacity", within_capacity)
     checkpoints = SimpleNamespace(save=lambda step, position, ahead: saved.update(ahead=ahead))
@@ -589,8 +601,8 @@ def test_a_step_reads_nothing_once_its_form_is_known(kind, monkeypatch):
     x = sae.preprocess_input(make_x(6, 12, 4, torch.float32).to(DEVICE))[0]
     sae.known_counts = None
     with pytest.raises(AssertionError, match="tolist"), NoReads():
-        form_of_step(sae)
-    form_of_step(sae)
+        form_of_step(sae, len(x))
+    form_of_step(sae, len(x))
     with NoReads():
         start_step(sae, optimizer, x, sae.cfg)
 
@@ -616,7 +628,7 @@ def test_steps_from_graphs_give_the_bits_of_steps_without(kind, monkeypatch):
     run = Run(sae.cfg, sae, optimizer, None)
     for step in range(12):
         if step == 8:
-            monkeypatch.setattr(sparse_ops, "_capacity", {key: 3 for key in sparse_ops._capacity})
+            monkeypatch.setattr(sparse_ops, "_grown", dict.fromkeys(TOO_SMALL, 3))
         if step == 1:
             sae.known_counts = None  # they must be read before this step is recorded
         optimizer.param_groups[0]["lr"] = plain_optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
