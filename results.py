@@ -121,6 +121,7 @@ def draw_lines(axis: plt.Axes, points: pd.DataFrame, x: str, metric: str) -> Non
         error = own[f"{metric}_se"].fillna(0)
         axis.errorbar(alive(own[x]), own[metric], error, label=label, color=colour, marker=marker, linestyle=line)
     log2_axis(axis)
+    log_axis_if_wide(axis, points[metric])
     mark_died(axis, points, x, metric)
 
 
@@ -148,6 +149,19 @@ def log2_axis(axis: plt.Axes) -> None:
     if np.floor(high) - np.ceil(low) < 1:  # fewer than two powers of two are in view
         axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(PLAIN)
+
+
+def log_axis_if_wide(axis: plt.Axes, values: pd.Series) -> None:
+    """Make y logarithmic if the values differ by a factor of 4 or more: otherwise the largest hide the rest."""
+    if values.min() > 0 and values.max() >= 4 * values.min():
+        log_axis(axis)
+
+
+def log_axis(axis: plt.Axes) -> None:
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(PLAIN)
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend_above(figure: plt.Figure, axis: plt.Axes) -> None:
@@ -182,6 +196,7 @@ def pareto_figure(points: pd.DataFrame) -> plt.Figure:
             own = front(own, metric)
             axis.plot(own["l0"], own[metric], color=colour, linestyle=line, zorder=2)
         log2_axis(axis)
+        log_axis_if_wide(axis, points[metric])
         mark_died(axis, points, "l0", metric)
         axis.set(xlabel="L0 (larger marker: larger dictionary)", ylabel=ylabel)
     legend_above(figure, axes[0])
@@ -217,10 +232,8 @@ def curves_figure(table: pd.DataFrame) -> plt.Figure:
         column[0].legend(title=name, loc="lower center", bbox_to_anchor=(0.5, 1))
         column[1].set_xlabel("Tokens (millions)")
     figure.set_figheight(3.6 + max(map(legend_height, axes[0])))
-    axes[0, 0].set(yscale="log", ylabel="Training loss")
-    axes[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0, 0].yaxis.set_major_formatter(PLAIN)
-    axes[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    axes[0, 0].set_ylabel("Training loss")
+    log_axis(axes[0, 0])
     axes[1, 0].set(ylabel="Dead features (%)")
     return figure
 

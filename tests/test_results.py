@@ -218,6 +218,28 @@ def test_axes_of_a_narrow_range_have_numbers(tmp_path):
     plt.close("all")
 
 
+@pytest.mark.fast
+def test_metrics_of_a_wide_range_are_on_a_logarithmic_axis(tmp_path):
+    """From a factor of 4, unless one is negative: CE degradation can be."""
+    for name, low, high, scale in [
+        ("wide", 0.05, 0.21, "log"),
+        ("narrow", 0.06, 0.21, "linear"),
+        ("negative", -0.1, 2, "linear"),
+    ]:
+        for l0, value in ((8.0, high), (32.0, low)):
+            write_run(tmp_path / name, dict.fromkeys(METRICS, value) | {"l0": l0, "dead_fraction": 0.5}, [], lr=l0)
+        points = finished_points(tmp_path / name)
+        for axis in [*results.paper_figure(points).axes, *results.pareto_figure(points).axes]:
+            assert axis.get_yscale() == scale, (name, axis.get_ylabel())
+            axis.figure.canvas.draw()
+            low, high = axis.get_ylim()
+            assert (
+                sum(low <= tick.get_loc() <= high for tick in axis.yaxis.get_major_ticks() if tick.label1.get_text())
+                >= 2
+            )
+    plt.close("all")
+
+
 def test_list_values_and_recorded_keys(tmp_path, capsys):
     """Different lists of token ids make different points; different RECORDED keys do not."""
     for exclude_tokens in (None, [0], [0, 5]):
