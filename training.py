@@ -170,48 +170,48 @@ def train_steps(
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
     cost = max(distributed.gather(evaluation_cost([run.sae for run in runs])))
     bar.seconds_per_context = baseline["seconds_per_prediction"] * cost
-    with bar, StopSignals() as signals, SaveOnError(runs, checkpoints, last_step) as saver:
+    with bar, StopSignals() as signals:
         for step in range(checkpoints.step + 1, last_step + 1):
-            # Fetch a batch and take the step
-            position = activation_store.state_dict()
-            outputs = saver.begin(step, position)
-            for run in runs:
-                run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
-            try:
-                if step == 1:
-                    initialize = partial(initialize_b_dec, [run.sae for run in runs], activation_store)
-                    signals.call_harvest(activation_store, partial(distributed.on_all, initialize))
-                x = signals.call_harvest(activation_store, activation_store.next_batch)
-                group_step(runs, x, outputs, checkpoints.ahead)
-                failures = any(isinstance(output, FloatingPointError) for output in outputs)
-                if (failures or not runs) and not x.isfinite().all():  # ranks without SAEs check too: all must raise
-                    raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
-            except (InputError, StreamError, SaveError, Stopped) as error:
-                checkpoints.save(step - 1, position)
-                if isinstance(error, InputError) and step > 1:
-                    for run in runs:
-                        with handle_save_errors(cfg["save_errors"], "the SAE", any_rank=bool(run.log)):
-                            save_sae(run.sae, run_folder(run.cfg) / "sae")
-                tell(f"Stopped after {step - 1} of {last_step} steps")
-                raise
-            failed += remove_failed(runs, outputs, step)
-            bar.update(len(x))
+            position, outputs = activation_store.state_dict(), []
+            with save_if_memory_runs_out(runs, outputs, checkpoints, position, step, last_step):
+                # Fetch a batch and take the step
+                for run in runs:
+                    run.optimizer.param_groups[0]["lr"] = learning_rate(run.cfg, step)
+                try:
+                    if step == 1:
+                        initialize = partial(initialize_b_dec, [run.sae for run in runs], activation_store)
+                        signals.call_harvest(activation_store, partial(distributed.on_all, initialize))
+                    x = signals.call_harvest(activation_store, activation_store.next_batch)
+                    group_step(runs, x, outputs, checkpoints.ahead)
+                    failures = any(isinstance(output, FloatingPointError) for output in outputs)
+                    # Ranks without SAEs check too: all must raise.
+                    if (failures or not runs) and not x.isfinite().all():
+                        raise InputError(f"step {step}: NaN or infinity in the activations of {cfg['model_name']}")
+                except (InputError, StreamError, SaveError, Stopped) as error:
+                    checkpoints.save(step - 1, position)
+                    if isinstance(error, InputError) and step > 1:
+                        for run in runs:
+                            with handle_save_errors(cfg["save_errors"], "the SAE", any_rank=bool(run.log)):
+                                save_sae(run.sae, run_folder(run.cfg) / "sae")
+                    tell(f"Stopped after {step - 1} of {last_step} steps")
+                    raise
+                failed += remove_failed(runs, outputs, step)
+                bar.update(len(x))
 
-            # Read the numbers and evaluate. Elsewhere only failures are read from the device.
-            metrics = [{} for _ in runs]
-            if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
-                metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
-                if of_all_ranks := distributed.gather_lists([m for run, m in zip(runs, metrics) if run.log]):
-                    bar.set_postfix_str(summary(of_all_ranks))
-            if step % cfg["perf_log_freq"] == 0 and step < last_step:
-                with bar.evaluating(eval_contexts):
-                    evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
-                    rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
-                if rows:
-                    tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
-                for values, more in zip(metrics, evaluated):
-                    values |= more
-            saver.position = None  # the step is complete: an error from here on saves no checkpoint
+                # Read the numbers and evaluate. Elsewhere only failures are read from the device.
+                metrics = [{} for _ in runs]
+                if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
+                    metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
+                    if of_all_ranks := distributed.gather_lists([m for run, m in zip(runs, metrics) if run.log]):
+                        bar.set_postfix_str(summary(of_all_ranks))
+                if step % cfg["perf_log_freq"] == 0 and step < last_step:
+                    with bar.evaluating(eval_contexts):
+                        evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
+                        rows = distributed.gather_lists(progress_rows(runs, outputs, evaluated))
+                    if rows:
+                        tell(f"After {step * cfg['batch_size']:,} tokens:\n{progress_table(rows)}")
+                    for values, more in zip(metrics, evaluated):
+                        values |= more
 
             # Record them
             for run, values in zip(runs, metrics):
@@ -246,7 +246,7 @@ def remove_failed(runs: list[Run], outputs: list, step: int) -> list[str]:
                 save_sae(run.sae, run_folder(run.cfg) / "sae")
                 if run.log:
                     run.log.stop(step, str(output))
-            runs.remove(run)  # only now: if saving fails, the checkpoint of SaveOnError must still hold this run
+            runs.remove(run)  # only now: if saving fails, the checkpoint of the step before must still hold this run
             outputs.remove(output)
     return lines
 
@@ -298,42 +298,36 @@ class TrainingBar(tqdm):
             self.last_print_t += seconds
 
 
-class SaveOnError:
-    """Saves a checkpoint if memory runs out, or the reader of the progress bar is gone, before a step is complete. Some
-    SAEs may have taken the step and others not, so it is the checkpoint of the step before, with a list of the SAEs
-    that are ahead of it and the numbers of their outputs.
+@contextmanager
+def save_if_memory_runs_out(
+    runs: list[Run], outputs: list, checkpoints: Checkpoints, position: dict, step: int, last_step: int
+) -> Iterator[None]:
+    """Context manager around a step: saves a checkpoint if memory runs out, or the reader of the progress bar is gone.
+
+    Some SAEs may have taken the step and others not. So the checkpoint is that of the step before, with the stream at
+    `position`. It lists the SAEs that are ahead of it, with the numbers of their `outputs`.
     """
-
-    def __init__(self, runs: list[Run], checkpoints: Checkpoints, last_step: int):
-        self.runs, self.checkpoints, self.last_step, self.position = runs, checkpoints, last_step, None
-
-    def __enter__(self):
-        return self
-
-    def begin(self, step: int, position: dict) -> list[dict]:
-        """Call when a step begins, with the stream at `position`. Returns the list for the step's outputs."""
-        self.step, self.position, self.outputs = step, position, []
-        return self.outputs
-
-    def __exit__(self, kind, error, frames):
+    try:
+        yield
+    except Exception as error:
         broken_pipe = isinstance(error, BrokenPipeError)
-        if error is None or self.position is None or not (broken_pipe or out_of_memory(error)):
-            return
-        if distributed.size() > 1:
-            return  # the other ranks cannot be asked to save now: the last checkpoint is kept
-        traceback.clear_frames(frames)  # they hold the tensors that filled the memory
-        if half_updated := [run.cfg["name"] for run in self.runs if getattr(run.optimizer, "is_updating", False)]:
+        # Other ranks cannot be asked to save now: the last checkpoint is kept.
+        if distributed.size() > 1 or not (broken_pipe or out_of_memory(error)):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors that filled the memory
+        if half_updated := [run.cfg["name"] for run in runs if getattr(run.optimizer, "is_updating", False)]:
             tell(f"Out of memory while the weights of {half_updated[0]} were updated: the last checkpoint is kept")
-            return
-        failed = read_failures([run.sae for run in self.runs], self.outputs)
+            raise
+        failed = read_failures([run.sae for run in runs], outputs)
         ahead = {
             run.cfg["name"]: {key: value.item() for key, value in output.items()}
-            for run, output, must_repeat in zip(self.runs, self.outputs, failed)
+            for run, output, must_repeat in zip(runs, outputs, failed)
             if not must_repeat and isinstance(output, dict)
         }
-        self.checkpoints.save(self.step - 1, self.position, ahead)
+        checkpoints.save(step - 1, position, ahead)
         if not broken_pipe:
-            tell(f"Out of memory: stopped after {self.step - 1} of {self.last_step} steps")
+            tell(f"Out of memory: stopped after {step - 1} of {last_step} steps")
+        raise
 
 
 class StopSignals:

@@ -20,7 +20,7 @@ import distributed
 import sparse_ops
 from sae import FEATURE_DIM, SAE_CLASSES, Counts
 from shards import team
-from training import SaveOnError
+from training import save_if_memory_runs_out
 from training_step import Run, form_of_step, group_step, make_optimizer, start_step, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
@@ -500,8 +500,9 @@ def test_memory_that_runs_out_in_a_repeated_step(monkeypatch):
     monkeypatch.setattr(sparse_ops, "within_capacity", within_capacity)
     checkpoints = SimpleNamespace(save=lambda step, position, ahead: saved.update(ahead=ahead))
     before = [state(run.sae) for run in runs]
-    with pytest.raises(torch.OutOfMemoryError), SaveOnError(runs, checkpoints, 9) as memory:
-        group_step(runs, make_x(6, 12, 0, torch.float32).to(DEVICE), memory.begin(1, {"row": 0}), {})
+    outputs, x = [], make_x(6, 12, 0, torch.float32).to(DEVICE)
+    with pytest.raises(torch.OutOfMemoryError), save_if_memory_runs_out(runs, outputs, checkpoints, {"row": 0}, 1, 9):
+        group_step(runs, x, outputs, {})
     assert saved == {"ahead": {}}
     for run, values in zip(runs, before):
         assert all(torch.equal(values[name], value) for name, value in state(run.sae).items())
