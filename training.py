@@ -97,7 +97,7 @@ def train_sae_group(
                 run.log.start(checkpoints.step, checkpoints.logged.get(run.cfg["name"], 0))
         baseline = heldout_baseline(activation_store)
 
-        failed = train_steps(runs, activation_store, baseline, checkpoints)
+        failed = train_steps(cfgs, runs, activation_store, baseline, checkpoints)
         activation_store.drop_next_buffer()  # of SAEs that were all stopped early
         seconds = checkpoints.elapsed()
 
@@ -155,16 +155,15 @@ def warn_of_lagging_threshold(name: str, result: dict) -> None:
 
 
 def train_steps(
-    runs: list[Run], activation_store: ActivationsStore, baseline: dict, checkpoints: Checkpoints
+    cfgs: list[dict], runs: list[Run], activation_store: ActivationsStore, baseline: dict, checkpoints: Checkpoints
 ) -> list[str]:
     """Train from the checkpoint to the last step. Removes runs stopped by NaN from `runs`; returns a line for each."""
-    cfg = checkpoints.cfg
+    cfg = cfgs[0]
     last_step = activation_store.tokens_needed // cfg["batch_size"]
     eval_contexts = max(1, cfg["batch_size"] // activation_store.seq_len)
     failed, warned = [], set()
-    num_saes = sum(distributed.gather(sum(run.log is not None for run in runs)))  # a sharded SAE counts once
     bar = TrainingBar(
-        f"training {count_of(num_saes, 'SAE')}", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"]
+        f"training {count_of(len(cfgs), 'SAE')}", checkpoints.step * cfg["batch_size"], last_step * cfg["batch_size"]
     )
     evaluations = (last_step - 1) // cfg["perf_log_freq"] - checkpoints.step // cfg["perf_log_freq"]
     bar.contexts_left = max(evaluations, 0) * eval_contexts + len(activation_store.eval_contexts)
