@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
-PROGRESS_COLUMNS = ("SAE", "loss", "NMSE", "L0", "CE degradation", "dead")  # of progress_rows
 MAX_LAG = 0.1  # warn if L0 differs by more from that of the batch top-k
 SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
 
@@ -146,7 +145,7 @@ def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoe
 
 
 def warn_of_lagging_threshold(name: str, result: dict) -> None:
-    """Warn if a BatchTopK's running mean has not come near its last batches, as in short training."""
+    """Warn if a BatchTopK's inference threshold lags behind its last batches, as in short training."""
     l0, in_batch = result["l0"], result.get("l0_batch", result["l0"])
     if abs(l0 - in_batch) > MAX_LAG * in_batch:
         what = f"L0 is {l0:.1f} with the inference threshold, and {in_batch:.1f} with the top k of the batch"
@@ -279,7 +278,7 @@ class TrainingBar(tqdm):
     def format_dict(self) -> dict:
         values = super().format_dict
         rate, left = values["rate"], "?"
-        if rate is None and values["elapsed"] and values["n"] > values["initial"]:
+        if rate is None and values["elapsed"]:  # until tqdm has a moving average
             rate = (values["n"] - values["initial"]) / values["elapsed"]
         if rate:
             training = (values["total"] - values["n"]) / rate
@@ -344,18 +343,17 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, *_):
-        if self.stop_requested and time.monotonic() - self.requested_at > SIGNAL_DEBOUNCE:
+        if not self.stop_requested:
+            self.stop_requested, self.requested_at = True, time.monotonic()
+            tell("Stopping after saving a checkpoint (a second signal stops at once, without saving)")
+            if self.interruptible:
+                raise Stopped
+        elif time.monotonic() - self.requested_at > SIGNAL_DEBOUNCE:
             raise KeyboardInterrupt
-        if self.stop_requested:
-            return
-        self.stop_requested, self.requested_at = True, time.monotonic()
-        tell("Stopping after saving a checkpoint (a second signal stops at once, without saving)")
-        if self.interruptible:
-            raise Stopped
 
     def call_harvest(self, activation_store: ActivationsStore, function):
-        """Call function, which harvests activations. A signal interrupts it with Stopped; under torchrun, where a rank
-        may not leave the others in a forward pass alone, only while rank 0 reads text, and then on every rank.
+        """Call function, which harvests activations. A signal interrupts it with Stopped: under torchrun only while
+        rank 0 reads text, and then on every rank, because no rank may leave the others alone in a forward pass.
         """
         if distributed.size() == 1:
             return self.call_interruptibly(function)
@@ -418,18 +416,17 @@ def progress_table(rows: list[tuple]) -> str:
     names = [name.rpartition("_")[0] for name, *_ in rows]
     if len(set(names)) == len(rows):
         rows = [(name, *row[1:]) for name, row in zip(names, rows)]
-    return text_table([PROGRESS_COLUMNS, *rows], right=True)
+    return text_table([("SAE", "loss", "NMSE", "L0", "CE degradation", "dead"), *rows], right=True)
 
 
 def progress_rows(runs: list[Run], outputs: list[dict], evaluated: list[dict]) -> list[tuple]:
     """Per SAE of this rank: loss and dead features of the training step; held-out NMSE, L0 and CE degradation."""
     rows = []
     for run, output, values in zip(runs, outputs, evaluated):
-        if not run.log:
-            continue
-        dead = output["num_dead_features"].item() / run.cfg["dict_size"]
-        row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
-        rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))
+        if run.log:
+            dead = output["num_dead_features"].item() / run.cfg["dict_size"]
+            row = f"{output['loss'].item():.4f}", f"{values['nmse']:.4f}", f"{values['l0']:.1f}"
+            rows.append((run.cfg["name"], *row, f"{values['ce_degradation']:.4f}", f"{dead:.1%}"))
     return rows
 
 
