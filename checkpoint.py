@@ -26,7 +26,6 @@ import numpy as np
 import psutil
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import distributed
@@ -356,18 +355,17 @@ def load_checkpoint(path: Path, state: dict, runs: list) -> None:
 
 
 def load_slice(path: Path, state: dict, run) -> dict:
-    """The tensors of a run's checkpoint; of an SAE with shards, its slice, whatever the number of shards then."""
+    """This rank's slice of a run's tensors in a checkpoint, which may have another number of shards."""
     shards, count, name = run.sae.shards, shards_of(state), run.cfg["name"]
     if count == shards.count:
         return load_file(path / file_of(state, name, shards.index))
     own, size, parts = shards.features(run.cfg["dict_size"]), run.cfg["dict_size"] // count, {}
     for shard in range(own.start // size, -(-own.stop // size)):
         wanted = slice(max(own.start - shard * size, 0), own.stop - shard * size)
-        with safe_open(path / file_of(state, name, shard), "pt") as file:
-            for key in file.keys():
-                dim, tensor = feature_dim(key, run.sae), file.get_slice(key)
-                part = file.get_tensor(key) if dim is None else tensor[wanted] if dim == 0 else tensor[:, wanted]
-                parts.setdefault(key, []).append(part)
+        for key, tensor in load_file(path / file_of(state, name, shard)).items():  # mapped: reads only what is used
+            dim = feature_dim(key, run.sae)
+            part = tensor if dim is None else tensor[wanted] if dim == 0 else tensor[:, wanted]
+            parts.setdefault(key, []).append(part)
     dims = {key: feature_dim(key, run.sae) for key in parts}
     return {key: parts[key][0] if dim is None else torch.cat(parts[key], dim) for key, dim in dims.items()}
 
