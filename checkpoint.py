@@ -382,12 +382,13 @@ def feature_dim(key: str, sae: BaseAutoencoder) -> int | None:
 
 def adam_state(tensors: dict, parameters: list) -> dict:
     """Adam's state for each parameter that has had a gradient. The shapes are checked here because torch does not."""
-    state = {i: with_prefix(tensors, f"adam.{i}") for i in range(len(parameters))}
-    state = {i: values for i, values in state.items() if values}
-    for i, values in state.items():
-        shapes = {key: tuple(value.shape) for key, value in values.items()}
-        if shapes != {"step": (), "exp_avg": (shape := tuple(parameters[i].shape)), "exp_avg_sq": shape}:
-            raise ValueError(f"adam.{i} has {shapes} for a parameter of shape {shape}")
+    state = {}
+    for i, parameter in enumerate(parameters):
+        if values := with_prefix(tensors, f"adam.{i}"):
+            shape, shapes = tuple(parameter.shape), {key: tuple(value.shape) for key, value in values.items()}
+            if shapes != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError(f"adam.{i} has {shapes} for a parameter of shape {shape}")
+            state[i] = values
     if not state:
         raise ValueError("the optimizer state is missing")
     return state
