@@ -200,10 +200,11 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     step, step_with_dead, reconstruction = zip(*(times[i] for i in range(len(group))))
     harvest, forward = distributed.from_rank_0(lambda: (harvest, forward))
     owners = assign(group, step, store.model, available)
+    parts = [[i for i, owner in enumerate(owners) if owner == t] for t in range(teams)]  # the SAEs of each team
 
     def slowest(seconds: list[float]) -> float:
         """The seconds of the slowest team, from those of each SAE."""
-        return max(sum(s for s, owner in zip(seconds, owners) if owner == t) for t in range(teams))
+        return max(sum(seconds[i] for i in part) for part in parts)
 
     def evaluation(whole: bool) -> float:
         """The seconds per batch of evaluating all SAEs."""
@@ -220,8 +221,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     evaluating = evaluations * evaluation(whole=False) + batches * (evaluation(whole=True) + baseline)
     if ranks > 1:
         received = cfg["batch_size"] * store.act_size * store.storage.element_size() * (ranks - 1) / ranks
-        parts = [[run_cfg for run_cfg, owner in zip(group, owners) if owner == t] for t in range(teams)]
-        needed = max(memory_needed(part, store.model) for part in parts if part)
+        needed = max(memory_needed([group[i] for i in part], store.model) for part in parts if part)
         numbers, speedup = ", ".join(str(len(part)) for part in parts), (sum(step) + harvest / shards.count) / seconds
         who = "rank" if teams == ranks else f"team of {shards.count} ranks"
         tell(
@@ -249,7 +249,7 @@ def assign(group: list[dict], seconds: list[float], model, available: int) -> li
     teams = distributed.size() // group[0]["feature_shards"]
     parts, work, owners = [[] for _ in range(teams)], [0.0] * teams, [0] * len(group)
     for i in sorted(range(len(group)), key=lambda i: -seconds[i]):
-        fits = [t for t in range(teams) if teams == 1 or memory_needed([*parts[t], group[i]], model) <= available]
+        fits = [t for t in range(teams) if memory_needed([*parts[t], group[i]], model) <= available]
         if not fits:
             parts = split(group, model, available)
             return [next(t for t, part in enumerate(parts) if cfg in part) % teams for cfg in group]
