@@ -68,14 +68,15 @@ def run_command(main, interrupted: str = "Stopped") -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(141)
     except Exception as error:
-        line, code = str(error), getattr(error, "exit_code", None)
         if out_of_memory(error):
             line, code = f"out of memory: {one_line(error)}", 3
-        elif code is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        elif hasattr(error, "exit_code"):
+            line, code = str(error), error.exit_code
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             line, code = one_line(error), 3
-        elif code is None and isinstance(error, OSError) and error.filename is not None:
+        elif isinstance(error, OSError) and error.filename is not None:
             line, code = f"{error.strerror}: {error.filename}", 2
-        if code is None:
+        else:
             raise
         if not another_rank_prints:
             print(f"error: {printable(line)}".replace("\n", "\\n"), file=sys.stderr)
