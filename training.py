@@ -434,8 +434,7 @@ def summary(metrics: list[dict]) -> str:
     """For the progress bar: lowest and highest loss, L0 and number of dead features of the group."""
 
     def span(key, form):
-        values = sorted(values[key] for values in metrics)
-        ends = [format(values[0], form), format(values[-1], form)]
-        return ends[0] if ends[0] == ends[1] else "–".join(ends)
+        low, high = (format(end(values[key] for values in metrics), form) for end in (min, max))
+        return low if low == high else f"{low}–{high}"
 
     return f"loss {span('loss', '.3f')}, L0 {span('l0_norm', '.0f')}, dead {span('num_dead_features', 'd')}"
