@@ -195,11 +195,11 @@ def describe(tensor) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a group of runs, `cfgs`. Loads the newest one that holds all of them into `runs`, those
-    (training.Run) of this rank. The ranks save a checkpoint together.
+    """The checkpoints of a group of runs with the configs `cfgs`. The ranks save a checkpoint together.
 
-    `step`, `seconds` and `stream` (the store's state; None at the beginning) are those of this checkpoint. `ahead` maps
-    the names of runs that have taken one step more to the values in that step's output. Raises InputError if the
+    Loads the newest checkpoint that holds all of them into `runs`, the runs (training_step.Run) of this rank. `step`,
+    `seconds` and `stream` (the store's state; None at the beginning) are those of this checkpoint. `ahead` maps the
+    names of runs that have taken one step more to the values in that step's output. Raises InputError if the
     checkpoint's provenance differs from `provenance`, unless resume_anyway, or if there are only corrupt checkpoints.
     """
 
@@ -276,6 +276,7 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
     """
     path = folder / f"step_{state['step']:09}"
     temporary = path.with_name(path.name + ".tmp")
+    digests = {}  # the SHA-256 of each file
 
     def begin():
         for unfinished in folder.glob("step_*.tmp"):
@@ -305,7 +306,6 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
         for old in older[keep - 1 :]:
             remove(old)
 
-    digests = {}
     distributed.from_rank_0(begin)
     distributed.on_all(write_runs)
     digests = dict(distributed.gather_lists(list(digests.items())))
@@ -313,6 +313,7 @@ def save_checkpoint(folder: Path, runs: list, state: dict, keep: int) -> None:
 
 
 def shards_of(state: dict) -> int:
+    """The number of shards of each SAE in a checkpoint."""
     return state["provenance"].get("feature_shards", 1)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 MAX_GAMMA = 0.5  # warn above this γ (initialize_b_dec): a fifth or more of the features died (docs/dead_features.md)
-MAX_LAG = 0.1  # warn if L0 differs by more from that of the batch top-k
+MAX_LAG = 0.1  # warn if L0 differs by a larger fraction from that with the top k of the batch
 SIGNAL_DEBOUNCE = 1.0  # seconds; a second signal this soon is ignored, because timeout(1) sends two
 
 
@@ -97,7 +97,7 @@ def train_sae_group(
         baseline = heldout_baseline(activation_store)
 
         failed = train_steps(cfgs, runs, activation_store, baseline, checkpoints)
-        activation_store.drop_next_buffer()  # of SAEs that were all stopped early
+        activation_store.drop_next_buffer()  # there is one if all SAEs were stopped early
         seconds = checkpoints.elapsed()
 
         num_tokens = activation_store.tokens_needed
@@ -122,7 +122,7 @@ def train_sae_group(
 
 
 def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoencoder | None) -> None:
-    """Raise InputError if the store or the SAE was made with another config than the run's, which would be recorded."""
+    """Raise InputError if the store or the SAE was made with another config than the run: the record would be wrong."""
     stream, name = activation_store.cfg, cfg["name"]
     keys = [key.name for key in KEYS.values() if key.in_group and key.in_name]
     if other := [key for key in keys if cfg[key] != stream[key]]:
@@ -261,8 +261,8 @@ def record(run: Run, step: int, values: dict, warned: set[str]) -> None:
 
 
 class TrainingBar(tqdm):
-    """A progress bar over tokens. The time left includes `contexts_left` to evaluate. An evaluation does not slow the
-    rate that is shown.
+    """A progress bar over tokens. The time left includes the evaluation of `contexts_left` contexts. Evaluations do not
+    lower the rate that is shown.
     """
 
     contexts_left, seconds_per_context = 0, 0.0
@@ -412,7 +412,7 @@ def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor
 
 
 def progress_table(rows: list[tuple]) -> str:
-    """The rows of progress_rows, without the hashes of names where these are not needed: 80 columns are enough then."""
+    """The rows of progress_rows as a table. If the names differ without their hashes, it omits these to save width."""
     names = [name.rpartition("_")[0] for name, *_ in rows]
     if len(set(names)) == len(rows):
         rows = [(name, *row[1:]) for name, row in zip(names, rows)]
