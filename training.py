@@ -123,25 +123,27 @@ def train_sae_group(
 
 def check_made_for(cfg: dict, activation_store: ActivationsStore, sae: BaseAutoencoder | None) -> None:
     """Raise InputError if the store or the SAE was made with another config than the run: the record would be wrong."""
-    stream, name = activation_store.cfg, cfg["name"]
     keys = [key.name for key in KEYS.values() if key.in_group and key.in_name]
-    if other := [key for key in keys if cfg[key] != stream[key]]:
-        differences = ", ".join(f"{key} = {stream[key]!r} instead of {cfg[key]!r}" for key in other)
-        raise InputError(f"the activation store was made with another config than {name}: {differences}")
+    check_same("activation store", {key: activation_store.cfg[key] for key in keys}, cfg)
     if sae is None:
         return
     if sae.shards.count != cfg["feature_shards"]:
         raise InputError(
-            f"feature_shards = {cfg['feature_shards']}, but the SAE of {name} was built for {sae.shards.count}: pass "
-            f"shards.team({cfg['feature_shards']}) to its constructor"
+            f"feature_shards = {cfg['feature_shards']}, but the SAE of {cfg['name']} was built for {sae.shards.count}: "
+            f"pass shards.team({cfg['feature_shards']}) to its constructor"
         )
-    of_sae = next((key for kind in type(sae).__mro__ for key in SAE_CLASSES if SAE_CLASSES[key] is kind), None)
-    found = dict(sae_type=of_sae, dict_size=len(sae.W_dec) * sae.shards.count, act_size=sae.W_dec.shape[1])
+    types = {kind: sae_type for sae_type, kind in SAE_CLASSES.items()}
+    sae_type = next((types[kind] for kind in type(sae).__mro__ if kind in types), None)
+    found = dict(sae_type=sae_type, dict_size=len(sae.W_dec) * sae.shards.count, act_size=sae.W_dec.shape[1])
     found["dtype"] = str(sae.W_dec.dtype).removeprefix("torch.")
-    wanted = cfg | {"act_size": activation_store.act_size}
-    if other := [key for key in found if found[key] != wanted[key]]:
-        differences = ", ".join(f"{key} = {found[key]!r} instead of {wanted[key]!r}" for key in other)
-        raise InputError(f"the SAE was made with another config than {name}: {differences}")
+    check_same("SAE", found, cfg | {"act_size": activation_store.act_size})
+
+
+def check_same(what: str, found: dict, cfg: dict) -> None:
+    """Raise InputError if a value `found` in the store or the SAE differs from the config's."""
+    if other := [key for key in found if found[key] != cfg[key]]:
+        differences = ", ".join(f"{key} = {found[key]!r} instead of {cfg[key]!r}" for key in other)
+        raise InputError(f"the {what} was made with another config than {cfg['name']}: {differences}")
 
 
 def warn_of_lagging_threshold(name: str, result: dict) -> None:
