@@ -186,9 +186,9 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     tokens = eval_batches(store)[0]
     acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
-    x = x.repeat(-(-cfg["batch_size"] // len(x)), 1)[: cfg["batch_size"]]
+    x = x[torch.arange(cfg["batch_size"]) % len(x)]  # repeated or cut to a batch
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
-    contexts = tokens.repeat(-(-cfg["model_batch_size"] // len(tokens)), 1)[: cfg["model_batch_size"]]
+    contexts = tokens[torch.arange(cfg["model_batch_size"]) % len(tokens)]
     if per_token * contexts.numel() < 2:  # seconds: short enough to measure a whole forward pass as in training
         per_token = time_call(lambda: store.get_activations(contexts), device) / contexts.numel()
     harvest = per_token * cfg["batch_size"]
