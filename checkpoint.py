@@ -204,7 +204,8 @@ class Checkpoints:
     """
 
     def __init__(self, cfgs: list[dict], runs: list, provenance: dict, resume_anyway: bool):
-        self.cfg, self.runs, self.provenance = cfgs[0], runs, provenance
+        self.cfg, self.provenance = cfgs[0], provenance
+        self.runs = runs  # the list itself, from which train_steps removes the runs that NaN stops
         self.folder = group_folder(cfgs)
         path, state = distributed.from_rank_0(lambda: find_checkpoint(cfgs, provenance, resume_anyway))
         self.step, self.seconds, self.stream, self.logged = (state[k] for k in ("step", "seconds", "stream", "logged"))
