@@ -142,10 +142,10 @@ TABLE = (  # the keys under the titles of their sections
 # fmt: on
 KEYS = {key.name: key for key in TABLE if isinstance(key, Key)}
 
-DERIVED = ("hook_point", "name")  # always derived again by post_init_cfg
-# Keys that saved configs may hold beside these. language_model.complete_cfg adds `asked`, the requested values of keys
-# that the model changes (the run's name follows from these), and has_bos = False.
-RECORDED = ("_provenance", "asked", "has_bos")
+# What a config also holds: post_init_cfg derives hook_point and name. language_model.complete_cfg adds `asked`, the
+# requested values of keys that the model changes (the run's name follows from these), and has_bos = False. A run's
+# config.json has _provenance (logs.py).
+DERIVED = ("hook_point", "name", "asked", "has_bos", "_provenance")
 MIN_L0 = 0.1  # a mean L0 below this means that the features died
 
 
@@ -168,7 +168,7 @@ def post_init_cfg(cfg: dict) -> dict:
     Raises InputError for an unknown key, a wrong type or an impossible value.
     """
     for key in cfg:
-        if key not in KEYS and key not in (*DERIVED, *RECORDED):
+        if key not in KEYS and key not in DERIVED:
             nearest = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(KEYS)}"
             raise InputError(f"unknown config key {key!r}; {hint}")

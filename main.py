@@ -26,7 +26,7 @@ import distributed
 import features
 from activation_store import ActivationsStore
 from checkpoint import newest_checkpoint
-from config import DERIVED, KEYS, RECORDED, post_init_cfg, values_of
+from config import DERIVED, KEYS, post_init_cfg, values_of
 from console import RANK, InputError, count_of, run_command, tell
 from demo.text import write_demo_text
 from files import read_json
@@ -169,7 +169,7 @@ def parse_override(text: str) -> tuple[str, object]:
     if not equals:
         seeds = f" (for a seed, use --seeds {text})" if text.isdecimal() else ""
         raise InputError(f"{text!r} is not of the form KEY=VALUE{seeds}")
-    if key in (*DERIVED, *RECORDED, "sweep"):
+    if key in (*DERIVED, "sweep"):
         raise InputError(
             f"{key} cannot be set: it is derived from the sweep, other keys and the model (hook_point from site, layer)"
         )

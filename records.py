@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm import tqdm
 
-from config import DERIVED, KEYS, MIN_L0, RECORDED, SAE_TYPES, TOP_K_TYPES
+from config import DERIVED, KEYS, MIN_L0, SAE_TYPES, TOP_K_TYPES
 from console import InputError, markdown_table, one_line, tell
 from files import read_json, write_json
 
@@ -21,7 +21,7 @@ SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # wi
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
 CURVES = {"loss": "Training loss", "num_dead_features": "Dead features (%)"}
 # A point of a plot is the mean over runs that differ in these keys only: the seed, and how a run is recorded.
-NOT_IN_POINT = {*DERIVED, *RECORDED, *(key.name for key in KEYS.values() if not key.in_point)}
+NOT_IN_POINT = {*DERIVED, *(key.name for key in KEYS.values() if not key.in_point)}
 
 
 class RunRecord(NamedTuple):

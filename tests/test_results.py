@@ -241,7 +241,7 @@ def test_metrics_of_a_wide_range_are_on_a_logarithmic_axis(tmp_path):
 
 
 def test_list_values_and_recorded_keys(tmp_path, capsys):
-    """Different lists of token ids make different points; different RECORDED keys do not."""
+    """Different lists of token ids make different points; different DERIVED keys do not."""
     for exclude_tokens in (None, [0], [0, 5]):
         for seed in (1, 2):
             more = {"asked": {"seq_len": 1000}, "has_bos": False} if seed == 1 else {}
