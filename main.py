@@ -157,10 +157,10 @@ def parse_words(words: list[str], after_seeds: list[str] | None) -> tuple[str, d
         if bad is not None:
             raise InputError(f"--seeds {bad!r} is not allowed: it must be one or more integers, as in --seeds 49 50")
         seeds = list(map(int, seeds))
-    # The sweep comes first, so that any other word is reported as a bad override.
-    names = sorted((word for word in words if "=" not in word), key=lambda name: name not in SWEEPS)
-    sweep = names[0] if names else "paper"
-    return sweep, dict(map(parse_override, (*names[1:], *(word for word in words if "=" in word)))), seeds
+    # The sweep comes first, then any other words without "=", which are reported as bad overrides.
+    words = sorted(words, key=lambda word: (word not in SWEEPS, "=" in word))
+    sweep = words.pop(0) if words and "=" not in words[0] else "paper"
+    return sweep, dict(map(parse_override, words)), seeds
 
 
 def parse_override(text: str) -> tuple[str, object]:
