@@ -197,15 +197,13 @@ def sweep_configs(sweep: str, overrides: dict, seeds: list[int] | None = None) -
     completed = post_init_cfg(base | runs[0] | overrides)  # 1e5 and 100000 are equal
     changes = {key: completed[key] for key in sorted(overrides) if KEYS[key].in_name}
     folder = f"{sweep}-{hashlib.sha256(json.dumps(changes).encode()).hexdigest()[:6]}" if changes else sweep
-    per_seed = [{"seed": seed} for seed in seeds] if seeds else [{}]
-    cfgs = {}
-    for run in runs:
-        for seed in per_seed:
-            cfg = post_init_cfg(base | run | overrides | seed | {"sweep": folder})
-            cfgs[cfg["name"]] = cfg
-    if len(cfgs) < len(runs) * len(per_seed):
-        tell(f"Merged equal runs: with these overrides, {len(runs) * len(per_seed)} runs become {len(cfgs)}")
-    return list(cfgs.values())
+    if seeds:
+        runs = [run | {"seed": seed} for run in runs for seed in seeds]
+    cfgs = [post_init_cfg(base | run | overrides | {"sweep": folder}) for run in runs]
+    merged = list({cfg["name"]: cfg for cfg in cfgs}.values())
+    if len(merged) < len(cfgs):
+        tell(f"Merged equal runs: with these overrides, {len(cfgs)} runs become {len(merged)}")
+    return merged
 
 
 def train(cfgs: list[dict], force: bool, resume_anyway: bool) -> list[str]:
