@@ -93,8 +93,8 @@ def main(argv: list[str]) -> None:
 
 
 def runs_to_train(cfgs: list[dict]) -> list[dict]:
-    """The runs that are left to train. Prints how many are finished and which were stopped. Raises InputError if there
-    is another reason why they cannot be trained.
+    """The runs that are left to train. Prints how many are finished and which were stopped. Raises InputError if their
+    folders cannot be written or another process trains one of them.
     """
     if finished := sum(map(is_finished, cfgs)):
         tell(f"{finished} of {len(cfgs)} runs are finished already and are skipped")
@@ -137,8 +137,8 @@ def warn_of_changed_data(cfgs: list[dict]) -> None:
 
 def write_demo_page(cfgs: list[dict]) -> None:
     """Write features.html for one of the demo's SAEs, as an example of features.py, unless it exists."""
-    batchtopks = (cfg for cfg in cfgs if cfg["sae_type"] == "batchtopk" and is_finished(cfg))
-    folder = next((run_folder(cfg) for cfg in batchtopks if cfg["top_k"] == DEMO_BASE["top_k"]), None)
+    shown = ("batchtopk", DEMO_BASE["top_k"])
+    folder = next((run_folder(cfg) for cfg in cfgs if (cfg["sae_type"], cfg["top_k"]) == shown), None)
     if folder and not (folder / "features.html").exists():
         features.main([str(folder)])
 
