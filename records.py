@@ -19,7 +19,7 @@ from files import read_json, write_json
 
 SWEPT = {"sae_type": "", "dict_size": "F", "top_k": "k", "l1_coeff": "λ"}  # with their symbols in legends
 COLUMNS = ["nmse", "fvu", "l0", "dead_fraction", "ce_degradation", "recovery_from_zero"]  # of the printed table
-CURVES = {"loss": "Training loss", "num_dead_features": "Dead features (%)"}
+CURVES = ("loss", "num_dead_features")  # of the figure of training
 # A point of a plot is the mean over runs that differ in these keys only: the seed, and how a run is recorded.
 NOT_IN_POINT = {*DERIVED, *(key.name for key in KEYS.values() if not key.in_point)}
 
