@@ -149,10 +149,8 @@ def varied_keys(table: pd.DataFrame) -> list[str]:
 
 
 def mixed_keys(table: pd.DataFrame) -> list[str]:
-    """The varied_keys other than those that vary along a line."""
-    mixed = [key for key in varied_keys(table) if key not in SWEPT]
-    penalties = table["l1_coeff"][table["sae_type"].isin(TOP_K_TYPES)]  # the lines of other types go along theirs
-    return mixed + ["l1_coeff"] * (penalties.nunique() > 1)
+    """The varied_keys other than those that a sweep varies."""
+    return [key for key in varied_keys(table) if key not in SWEPT]
 
 
 def values_in_legend(point: pd.Series, keys: list[str]) -> str:
@@ -170,7 +168,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """One row per point: mean and standard error (nmse_se, ...) of each metric over its runs (column `run`).
 
     `died` is True if the features of any of these runs died. A line joins points of one type and one `variant`, the
-    values of mixed_keys. `shade`, from 0 to 1, tells the variants of a type apart.
+    values of mixed_keys and the penalty of a top-k type. `shade`, from 0 to 1, tells the variants of a type apart.
     """
     keys = point_keys(table)
     metrics = list(table.select_dtypes("number").columns.difference([*keys, *NOT_IN_POINT]))
@@ -178,8 +176,10 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     groups = table.groupby(keys, dropna=False)
     means = groups[metrics].mean().join(groups[metrics].sem().add_suffix("_se"))
     points = means.join(groups.agg(seeds=("run", "size"), run=("run", list))).reset_index().sort_values(list(SWEPT))
-    mixed = {by_k: [key for key in mixed_keys(table) if by_k or key != "l1_coeff"] for by_k in (True, False)}
-    points["variant"] = [values_in_legend(row, mixed[row["sae_type"] in TOP_K_TYPES]) for _, row in points.iterrows()]
+    mixed, by_k = mixed_keys(table), points["sae_type"].isin(TOP_K_TYPES)
+    # The lines of the other types go along the penalty.
+    of_top_k = mixed + ["l1_coeff"] * (points["l1_coeff"][by_k].nunique() > 1)
+    points["variant"] = [values_in_legend(row, of_top_k if by_k[i] else mixed) for i, row in points.iterrows()]
     ranks = points.groupby("sae_type")["variant"].transform(lambda own: (pd.factorize(own)[0] + 1) / own.nunique())
     return points.assign(shade=ranks, died=points["run"].map(lambda runs: any(map(died, runs))).astype(bool))
 
@@ -248,7 +248,7 @@ def mmcs(a: np.ndarray, b: np.ndarray) -> float:
 
 def main_table(points: pd.DataFrame) -> str:
     """The main metrics, one row per configuration; mean ± standard error over several seeds. † marks dead runs."""
-    mixed = [key for key in mixed_keys(points.explode("run")) if key not in SWEPT]
+    mixed = mixed_keys(points.explode("run"))
     rows = points[[*SWEPT, *mixed, "seeds", *COLUMNS]].copy()
     rows[mixed] = rows[mixed].map(as_text)
     for metric in COLUMNS:
