@@ -195,27 +195,23 @@ def mmcs_over_seeds(folder: Path, points: pd.DataFrame) -> pd.Series:
     The values of pairs are kept in mmcs.json, by the SHA-256 of the weights. Raises InputError for a corrupt SAE.
     """
     path = folder / "mmcs.json"
-    found = {}
     try:
         known = read_json(path)
     except InputError:  # its values can be computed again
         known = {}
-
-    def of_pair(a: Path, b: Path) -> float:
-        key = " ".join(sorted(read_json(sae / "cfg.json")["weights_sha256"] for sae in (a, b)))
-        found[key] = known[key] if key in known else mmcs(alive_decoder(a), alive_decoder(b))
-        return found[key]
-
-    def of_point(runs: list[RunRecord]) -> float:
+    found, means = {}, []
+    for runs in tqdm(points["run"], desc="comparing seeds", leave=False, delay=2):
         saes = [folder / run.name / "sae" for run in runs]
         saes = [sae for sae in saes if "weights_sha256" in read_json(sae / "cfg.json")]  # older SAEs have no digest
-        return np.mean([of_pair(*pair) for pair in combinations(saes, 2)]) if len(saes) > 1 else np.nan
-
-    progress = tqdm(points["run"], desc="comparing seeds", leave=False, delay=2)
-    values = pd.Series([of_point(runs) for runs in progress], points.index, dtype=float)
+        of_pairs = []
+        for pair in combinations(saes, 2):
+            key = " ".join(sorted(read_json(sae / "cfg.json")["weights_sha256"] for sae in pair))
+            found[key] = known[key] if key in known else mmcs(*map(alive_decoder, pair))
+            of_pairs.append(found[key])
+        means.append(np.mean(of_pairs) if of_pairs else np.nan)
     if found != known:
         write_json(path, found)
-    return values
+    return pd.Series(means, points.index, dtype=float)
 
 
 def alive_decoder(sae: Path) -> np.ndarray:
