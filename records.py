@@ -45,10 +45,9 @@ def may_be_run(config: Path) -> bool:
     return config.with_name("metrics.jsonl").exists() or '"sae_type":' in config.read_text("utf-8", "replace")
 
 
-def is_run(config) -> bool:
+def is_run(config: dict) -> bool:
     """Whether it is the config of a run of this program: whether it has the keys that the table needs."""
-    needed = {*SWEPT, "seed", "sweep", "num_tokens"}
-    return isinstance(config, dict) and needed <= config.keys() and config["sae_type"] in tuple(SAE_TYPES)
+    return config.keys() >= {*SWEPT, "seed", "sweep", "num_tokens"} and config["sae_type"] in tuple(SAE_TYPES)
 
 
 def local_runs(folder: Path) -> list[RunRecord]:
