@@ -77,11 +77,11 @@ def save_sae(sae: BaseAutoencoder, folder: Path) -> None:
         sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    shards.on_first(begin)
+    shards.on(0, begin)
     if shards.count > 1:
         for turn in range(shards.count):  # not at once: slices share pages, which NFS writes as a whole
-            shards.on_all(partial(write_slices, sae, file) if shards.index == turn else lambda: None)
-    shards.on_first(finish)
+            shards.on(turn, partial(write_slices, sae, file))
+    shards.on(0, finish)
 
 
 def layout(sae: BaseAutoencoder) -> tuple[bytes, dict, int]:

@@ -80,13 +80,12 @@ class Shards:
     def minimum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.gather(tensor).amin(0)
 
-    def on_all(self, function) -> None:
-        """function() on every rank of the team. An OSError is raised on all of them."""
-        function() if self.count == 1 else distributed.on_all(function, self.group)
-
-    def on_first(self, function) -> None:
-        """function() on the first rank, while the others wait. An OSError is raised on all of them."""
-        self.on_all(function if self.index == 0 else lambda: None)
+    def on(self, index: int, function) -> None:
+        """function() on the rank of this index, while the others wait. An OSError is raised on all of them."""
+        if self.count == 1:
+            function()
+        else:
+            distributed.on_all(function if self.index == index else lambda: None, self.group)
 
     def any(self, flag: bool) -> bool:
         return flag if self.count == 1 else bool(self.gather(torch.tensor([flag])).any())
