@@ -236,7 +236,5 @@ def check_ranks(made_with: dict, folder: Path) -> None:
 
 def code_fingerprint() -> str:
     """SHA-256 of the program's modules."""
-    digest = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
-    return digest.hexdigest()
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
