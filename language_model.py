@@ -93,8 +93,7 @@ def tokenizer_of(model: TransformerBridge, cfg: dict):
     """The tokenizer of cfg["model_name"] as saved, which is then `model.plain_tokenizer`."""
     if not hasattr(model, "plain_tokenizer"):
         source = model_source(hub_name(cfg["model_name"]))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        object.__setattr__(model, "plain_tokenizer", tokenizer)
+        model.plain_tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return model.plain_tokenizer
 
 
