@@ -32,7 +32,7 @@ class Key:
     default: bool | int | float | str | None
     doc: str
     _: KW_ONLY
-    optional: type | None = None  # set if None is allowed: the type of the other values. Unset: that of the default
+    optional: type | None = None  # if None is allowed: the type of the other values
     choices: tuple[str, ...] = ()
     at_least: int | None = None
     above: int | None = None
@@ -42,8 +42,7 @@ class Key:
     in_point: bool = True  # runs that differ in it are not averaged to one point of a plot
     in_group: bool = True  # runs trained as one group agree on it: they see the same batches, report at the same steps
     in_cache: bool = False  # it identifies a cache of activations
-    added_later: bool = False  # left out of names and caches at its default, so that those from before it stay valid
-    set_by_model: bool = False  # the model may allow only another value (language_model.complete_cfg)
+    added_later: bool = False  # at its default it is left out of names and caches, so that older ones stay valid
     portable: bool = True  # it means something on other machines
 
 
@@ -109,9 +108,9 @@ TABLE = (  # the keys under the titles of their sections
     Neutral("stream_retries", 8, "retries after a network failure, after 1, 2, 4, ... 60 s",
         at_least=0),
     Key("bos_per_context", False, "begin every context with BOS, not only every document",
-        in_cache=True, set_by_model=True),
+        in_cache=True),
     Key("seq_len", 128, "tokens per context; cut to what the model can take",
-        at_least=2, in_cache=True, set_by_model=True),
+        at_least=2, in_cache=True),
     Key("model_batch_size", 512, "contexts per forward of the language model", at_least=1, in_cache=True),
     Key("num_batches_in_buffer", 10, "forwards whose activations are shuffled together", at_least=1),
     Key("activation_dtype", "float32", 'activations are stored in the buffer as "float32", "bfloat16" or "float16"',
@@ -121,7 +120,7 @@ TABLE = (  # the keys under the titles of their sections
     Key("shuffle_seed", 49, "seed of the shuffle; only runs with the same seed share a stream",
         at_least=0),
     Key("exclude_tokens", None, 'tokens left out of training and evaluation: "bos", "special", or a list of ids',
-        optional=list, in_cache=True, added_later=True, set_by_model=True),
+        optional=list, in_cache=True, added_later=True),
     "Evaluation: the first documents of the dataset are held out and never trained on",
     Key("eval_tokens", 65_536, "held-out tokens, rounded up to whole contexts", at_least=1, in_cache=True),
     Key("eval_skip_positions", 1, "first positions of each context that evaluation ignores (attention sink)",
@@ -146,6 +145,7 @@ KEYS = {key.name: key for key in TABLE if isinstance(key, Key)}
 # requested values of keys that the model changes (the run's name follows from these), and has_bos = False. A run's
 # config.json has _provenance (logs.py).
 DERIVED = ("hook_point", "name", "asked", "has_bos", "_provenance")
+SET_BY_MODEL = {"seq_len", "bos_per_context", "exclude_tokens"}  # the keys that may be in `asked`
 MIN_L0 = 0.1  # a mean L0 below this means that the features died
 
 
@@ -199,13 +199,12 @@ def post_init_cfg(cfg: dict) -> dict:
 
     if "." in cfg["site"]:
         cfg["hook_point"] = cfg["site"]
-        block = re.search(r"blocks\.(\d+)\.", cfg["site"])
-        cfg["layer"] = int(block.group(1)) if block else cfg["layer"]
+        if block := re.search(r"blocks\.(\d+)\.", cfg["site"]):
+            cfg["layer"] = int(block[1])
     else:
         cfg["hook_point"] = f"blocks.{cfg['layer']}.hook_{cfg['site']}"
     cfg["name"] = run_name(cfg)
-    set_by_model = {key.name for key in KEYS.values() if key.set_by_model}
-    if asked and isinstance(asked, dict) and asked.keys() <= set_by_model and run_name(cfg | asked) == name:
+    if asked and isinstance(asked, dict) and asked.keys() <= SET_BY_MODEL and run_name(cfg | asked) == name:
         cfg |= {"asked": asked, "name": name}
     return cfg if has_bos else cfg | {"has_bos": False}
 
@@ -309,7 +308,7 @@ def device_problem(device: str) -> str | None:
     import torch
 
     try:
-        torch.ones(1, device=device, dtype=torch.float64).item()  # metrics are in float64, which Apple's mps has not
+        torch.ones(1, device=device, dtype=torch.float64).item()  # metrics are in float64, which Apple's mps lacks
     except Exception:  # torch raises whatever its backend does (RuntimeError, AssertionError, NotImplementedError)
         return f"a device that torch can use on this machine (with float64), such as {best_device()!r}"
     return None
