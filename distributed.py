@@ -171,7 +171,7 @@ def any_rank(*flags: bool) -> list[bool]:
 
 
 def on_all(function: Callable, group=None) -> None:
-    """function() on every rank of a group. The first error that is_expected is raised on every one of them."""
+    """Call function() on every rank of a group. If it raises an error that is_expected on some, all raise the first."""
     error = None
     try:
         function()

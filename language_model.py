@@ -118,9 +118,9 @@ def hub_name(model_name: str) -> str:
 
 
 def complete_cfg(cfg: dict, model: TransformerBridge) -> dict:
-    """A completed config with the values that the model allows: of seq_len and bos_per_context, and exclude_tokens as
-    a list of ids. has_bos is False if there is no BOS. `asked` holds the requested values of the changed keys. The run
-    keeps the name of the requested config.
+    """A completed config with values of seq_len and bos_per_context that the model allows, and exclude_tokens as a list
+    of ids. `asked` holds the requested values of the changed keys, and the run keeps the name of the requested config.
+    has_bos is False if the model has no BOS.
 
     Raises InputError if exclude_tokens contains tokens that the model does not have, or if nothing is left to evaluate.
     """
@@ -285,8 +285,8 @@ class Predictor:
 @torch.no_grad()
 @full_precision("tf32")
 def matches_bridge(model: TransformerBridge, run_plain: Callable, run_bridge: Callable) -> bool:
-    """Whether two functions of tokens, the first of which runs the plain model, are equal on two short contexts, up to
-    the rounding of attention and matrix products. The relative error of a wrong module is about 1.
+    """Whether run_plain(tokens) equals run_bridge(tokens) on two short contexts, up to the rounding of attention and
+    matrix products. The relative error of a wrong module is about 1.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (2, min(16, model.cfg.n_ctx)), generator=generator)

@@ -46,7 +46,7 @@ def may_be_run(config: Path) -> bool:
 
 
 def is_run(config: dict) -> bool:
-    """Whether it is the config of a run of this program: whether it has the keys that the table needs."""
+    """Whether this is the config of a run of this program: it has the keys that the table needs."""
     return config.keys() >= {*SWEPT, "seed", "sweep", "num_tokens"} and config["sae_type"] in tuple(SAE_TYPES)
 
 

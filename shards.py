@@ -91,7 +91,7 @@ class Shards:
         return flag if self.count == 1 else bool(self.gather(torch.tensor([flag])).any())
 
     def select(self, function):
-        """function(), a pattern or None for the dense form: None if it is None on any rank.
+        """The pattern that function() returns, or None, for the dense form, if it returns None on any rank.
 
         Raises FloatingPointError on every rank if any does.
         """
