@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -203,7 +204,7 @@ def train_steps(
                 if step == 1 or step % cfg["log_freq"] == 0 or step == last_step:
                     metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
                     if of_all_ranks := distributed.gather_lists([m for run, m in zip(runs, metrics) if run.log]):
-                        bar.set_postfix_str(summary(of_all_ranks))
+                        bar.set_postfix_str(summary(of_all_ranks), refresh=False)
                 if step % cfg["perf_log_freq"] == 0 and step < last_step:
                     with bar.evaluating(eval_contexts):
                         evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
@@ -264,7 +265,7 @@ def record(run: Run, step: int, values: dict, warned: set[str]) -> None:
 
 class TrainingBar(tqdm):
     """A progress bar over tokens. The time left includes the evaluation of `contexts_left` contexts. Evaluations do not
-    lower the rate that is shown.
+    lower the rate that is shown. In a log file it is written every 5 seconds.
     """
 
     contexts_left, seconds_per_context = 0, 0.0
@@ -272,7 +273,7 @@ class TrainingBar(tqdm):
     def __init__(self, title: str, done: int, total: int):
         super().__init__(
             desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05,
-            disable=distributed.rank() > 0,
+            disable=distributed.rank() > 0, mininterval=0.1 if sys.stderr.isatty() else 5,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
         )  # fmt: skip
 

@@ -87,6 +87,7 @@ def test_demo_prints_its_progress(demo):
     assert "18 SAEs on " in first.stderr and "blocks.2.hook_resid_pre" in first.stderr
     for shown in ("tok/s", "loss", "L0", "dead"):
         assert shown in first.stderr
+    assert first.stderr.count("tok/s") < 150, "stderr is no terminal: a line every 5 seconds is enough"
     assert first.stderr.count("Not logged in to Weights & Biases") == 1
     assert "Traceback" not in first.stderr and "Warning" not in first.stderr
 

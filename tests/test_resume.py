@@ -44,6 +44,7 @@ from hub import StreamError
 from logs import RunLog, is_finished, run_folder, why_stopped
 from sae import SAE_CLASSES
 from training import train_sae_group
+from training_step import group_step
 
 
 def runs_here(cfgs):
@@ -151,7 +152,7 @@ def test_out_of_memory_in_the_middle_of_an_update(model, training_cfg, uninterru
 
 
 class ClosedPipe:
-    """A stderr whose reader leaves when it has read `text`."""
+    """A stderr whose reader leaves when it has read `text`. The progress bar is written as often as to a terminal."""
 
     def __init__(self, text: str):
         self.text, self.written = text, ""
@@ -165,12 +166,21 @@ class ClosedPipe:
     def flush(self):
         pass
 
+    def isatty(self):
+        return True
+
 
 @pytest.mark.parametrize("text", [" 128/768", "After 256 tokens"])
 def test_a_closed_pipe_ends_training_with_a_checkpoint(model, training_cfg, uninterrupted, monkeypatch, text):
     """`python main.py … 2>&1 | less`, and less is left: training ends with a checkpoint of the last step."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
+
+    def slow_step(*args):  # slow enough for the bar to be written after each step
+        time.sleep(0.15)
+        group_step(*args)
+
     with monkeypatch.context() as patch:
+        patch.setattr("training.group_step", slow_step)
         patch.setattr(tqdm, "_lock", threading.RLock())  # tqdm does not release its lock when writing fails
         patch.setattr(sys, "stderr", ClosedPipe(text))
         with pytest.raises(BrokenPipeError):
