@@ -90,27 +90,24 @@ class TextStream:
 
     def contexts(self, count: int) -> torch.Tensor:
         """The next contexts [count, seq_len]; fewer at the end of the data, where a partial context is reported."""
-        if not self.bos_per_context:
-            found = min(count, self.buffer_tokens(count * self.seq_len) // self.seq_len)
-            contexts = self.take(found * self.seq_len)
-        else:
-            contexts, found = [np.empty(0, np.int64)], 0
-            while found < count and self.buffer_tokens(self.seq_len) >= self.tokens_in_context():
-                if self.tokens_in_context() < self.seq_len:
-                    contexts.append(np.array(self.reader.bos))
-                contexts.append(self.take(self.tokens_in_context()))
-                found += 1
-            contexts = np.concatenate(contexts)
+        self.buffer_tokens(count * self.seq_len)
+        parts, found = [np.empty(0, np.int64)], 0
+        while found < count and self.num_buffered >= self.tokens_in_context():
+            if self.tokens_in_context() < self.seq_len:
+                parts.append(np.array(self.reader.bos))
+            parts.append(self.take(self.tokens_in_context()))
+            found += 1
         if found < count and self.num_buffered:
             self.reader.tell_once(
                 f"{self.reader.where}: dropping the last {self.num_buffered} tokens (partial context)"
             )
-        return torch.from_numpy(contexts).view(-1, self.seq_len)
+        return torch.from_numpy(np.concatenate(parts)).view(-1, self.seq_len)
 
     def tokens_in_context(self) -> int:
-        """Tokens of the stream in its next context, without a prepended BOS (bos_per_context)."""
-        begins_with_bos = bool(self.buffered) and self.buffered[0][1][0] == self.reader.bos[0]
-        return self.seq_len if begins_with_bos else self.seq_len - 1
+        """Tokens of the stream that the next context takes: one fewer if BOS is prepended to it (bos_per_context)."""
+        if not self.bos_per_context or (self.num_buffered and self.buffered[0][1][0] == self.reader.bos[0]):
+            return self.seq_len
+        return self.seq_len - 1
 
     def buffer_tokens(self, count: int) -> int:
         """Read until `count` tokens are buffered; returns their number, which is lower only at the end of the data."""
