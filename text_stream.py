@@ -85,7 +85,8 @@ class TextStream:
 
     def reset(self, chunks: Iterator[tuple[dict, np.ndarray]] | None) -> None:
         self.chunks = chunks
-        self.buffered: deque[tuple[dict, np.ndarray]] = deque()  # token chunks, each with its first token's position
+        # Token chunks, each with the position of its first token. At the end of the data, the last one is empty.
+        self.buffered: deque[tuple[dict, np.ndarray]] = deque()
         self.num_buffered = self.num_taken = 0
 
     def contexts(self, count: int) -> torch.Tensor:
@@ -113,13 +114,9 @@ class TextStream:
         """Read until `count` tokens are buffered; returns their number, which is lower only at the end of the data."""
         if self.chunks is None:
             self.chunks = Prefetcher(self.reader.token_chunks(self.start_position))
-        while self.num_buffered < count and (chunk := next(self.chunks, None)) is not None:
-            position, tokens = chunk
-            if len(tokens):
-                self.buffered.append(chunk)
-                self.num_buffered += len(tokens)
-            else:
-                self.end_position = position
+        while self.num_buffered < count and (chunk := next(self.chunks, None)):
+            self.buffered.append(chunk)
+            self.num_buffered += len(chunk[1])
         return self.num_buffered
 
     def take(self, count: int) -> np.ndarray:
@@ -140,7 +137,7 @@ class TextStream:
         if self.chunks is None:
             return copy.deepcopy(self.start_position)
         self.buffer_tokens(1)
-        return copy.deepcopy(self.buffered[0][0] if self.buffered else self.end_position)
+        return copy.deepcopy(self.buffered[0][0])
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from a state_dict: the next context is the one that followed it. Reading begins with the next call."""
