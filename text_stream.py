@@ -59,7 +59,8 @@ class TextStream:
     ):
         self.reader = DocumentReader(cfg, tokenizer, d_vocab)
         self.seq_len, self.bos_per_context = seq_len, cfg["bos_per_context"] and bool(self.reader.bos)
-        self.reset(self.reader.token_chunks(self.reader.beginning, num_epochs=1))  # without prefetching
+        self.load_state_dict(self.reader.beginning)
+        self.chunks = self.reader.token_chunks(self.reader.beginning, num_epochs=1)  # without prefetching
         contexts, starts = [torch.empty(0, seq_len, dtype=torch.int64)], []
         self.reader.batch_documents = 1  # so that a token chunk is a document
         while len(starts) < num_held_out and self.buffer_tokens(1):
@@ -82,12 +83,6 @@ class TextStream:
             )
         self.reader.num_held_out = self.num_taken
         self.load_state_dict(self.state_dict())
-
-    def reset(self, chunks: Iterator[tuple[dict, np.ndarray]] | None) -> None:
-        self.chunks = chunks
-        # Token chunks, each with the position of its first token. At the end of the data, the last one is empty.
-        self.buffered: deque[tuple[dict, np.ndarray]] = deque()
-        self.num_buffered = self.num_taken = 0
 
     def contexts(self, count: int) -> torch.Tensor:
         """The next contexts [count, seq_len]; fewer at the end of the data, where a partial context is reported."""
@@ -141,8 +136,10 @@ class TextStream:
 
     def load_state_dict(self, state: dict) -> None:
         """Resume from a state_dict: the next context is the one that followed it. Reading begins with the next call."""
-        self.reset(None)
-        self.start_position = copy.deepcopy(state)
+        self.start_position, self.chunks = copy.deepcopy(state), None
+        # Token chunks, each with the position of its first token. At the end of the data, the last one is empty.
+        self.buffered: deque[tuple[dict, np.ndarray]] = deque()
+        self.num_buffered = self.num_taken = 0
 
 
 class Prefetcher:
