@@ -52,9 +52,7 @@ class ActivationsStore:
         self.seq_len = cfg["seq_len"]
         if "seq_len" in cfg.get("asked", {}):
             tell(f"seq_len is reduced to {self.seq_len}, the context length of {cfg['model_name']}")
-        num_held_out = -(-cfg["eval_tokens"] // self.seq_len)
-        tokenizer = tokenizer_of(model, cfg)
-        self.stream = TextStream(cfg, tokenizer, model.cfg.d_vocab, self.seq_len, num_held_out, held_out_only)
+        self.stream = TextStream(cfg, tokenizer_of(model, cfg), model.cfg.d_vocab, held_out_only)
         self.eval_contexts, self.eval_documents = self.stream.held_out, self.stream.held_out_documents
         self.excluded = torch.tensor(cfg["exclude_tokens"] or [], dtype=torch.int64)
         if not self.kept(self.eval_contexts)[:, cfg["eval_skip_positions"] : -1].any():

@@ -45,23 +45,22 @@ MAX_BACKOFF = 60  # seconds before a retry: 1, 2, 4, ... up to this
 
 
 class TextStream:
-    """The contexts [n, seq_len] of a config's dataset, in order. The first `num_held_out` are held out in `held_out`;
-    `held_out_documents` [n] numbers the documents in which they begin: 0, 0, 1, ...
+    """The contexts [n, seq_len] of a completed config's dataset, in order. The first ones, of eval_tokens in all, are
+    held out in `held_out`; `held_out_documents` [n] numbers the documents in which they begin: 0, 0, 1, ...
 
     Later epochs also begin after the held-out tokens. Raises InputError for a dataset that cannot be opened, is empty,
     has none of COLUMNS or has no tokens after the held-out ones. With `held_out_only` one context is enough, and
-    `held_out` has fewer than `num_held_out` of a short dataset. Reading raises InputError for data that cannot be used
-    and StreamError if the hub stays down.
+    `held_out` may have fewer than eval_tokens. Reading raises InputError for data that cannot be used, and StreamError
+    if the hub stays down.
     """
 
-    def __init__(
-        self, cfg: dict, tokenizer, d_vocab: int, seq_len: int, num_held_out: int, held_out_only: bool = False
-    ):
+    def __init__(self, cfg: dict, tokenizer, d_vocab: int, held_out_only: bool = False):
         self.reader = DocumentReader(cfg, tokenizer, d_vocab)
-        self.seq_len, self.bos_per_context = seq_len, cfg["bos_per_context"] and bool(self.reader.bos)
+        self.seq_len, self.bos_per_context = cfg["seq_len"], cfg["bos_per_context"]
+        num_held_out = -(-cfg["eval_tokens"] // self.seq_len)  # contexts
         self.load_state_dict(self.reader.beginning)
         self.chunks = self.reader.token_chunks(self.reader.beginning, num_epochs=1)  # without prefetching
-        contexts, starts = [torch.empty(0, seq_len, dtype=torch.int64)], []
+        contexts, starts = [torch.empty(0, self.seq_len, dtype=torch.int64)], []
         self.reader.batch_documents = 1  # so that a token chunk is a document
         while len(starts) < num_held_out and self.buffer_tokens(1):
             position = self.buffered[0][0]
@@ -75,7 +74,7 @@ class TextStream:
         needed = f"eval_tokens = {cfg['eval_tokens']:,} to hold out and num_tokens = {cfg['num_tokens']:,} to train on"
         enough = len(self.held_out) == num_held_out and self.buffer_tokens(1)
         if held_out_only:
-            needed, enough = f"seq_len = {seq_len} to evaluate on", len(self.held_out)
+            needed, enough = f"seq_len = {self.seq_len} to evaluate on", len(self.held_out)
         if not enough:
             raise InputError(
                 f"{self.reader.where} is too short: it has {self.num_taken + self.num_buffered:,} tokens; it must have "

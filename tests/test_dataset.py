@@ -32,7 +32,7 @@ def make_tokenizer():
 
 def stream_of(path: Path, tokenizer=None, **changes) -> TextStream:
     cfg = stream_cfg(dataset_path=str(path), **changes)
-    return TextStream(cfg, tokenizer or make_tokenizer(), 4096, SEQ_LEN, 3)
+    return TextStream(cfg, tokenizer or make_tokenizer(), 4096)
 
 
 def tokens_of(path: Path, tokenizer=None, **changes) -> list[int]:

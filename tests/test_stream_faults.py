@@ -60,8 +60,8 @@ import json, sys
 import text_stream
 from transformers import AutoTokenizer
 text_stream.MAX_BACKOFF, text_stream.PREFETCH_CHUNKS = 0.1, 1
-cfg, seq_len, num_held_out, resume_after = json.loads(sys.argv[1])
-make_stream = lambda: text_stream.TextStream(cfg, AutoTokenizer.from_pretrained("demo/lm"), 4096, seq_len, num_held_out)
+cfg, resume_after = json.loads(sys.argv[1])
+make_stream = lambda: text_stream.TextStream(cfg, AutoTokenizer.from_pretrained("demo/lm"), 4096)
 stream = make_stream()
 print(json.dumps(stream.held_out.flatten().tolist()))
 for count in resume_after:
@@ -260,7 +260,7 @@ def test_faults_within_a_large_file(program, repos, large_file):
         return "cut" if later and hub.ranges.count(part) <= 3 else next(faults)
 
     with FaultyHub(repos | {"datasets/someone/large": {"main": large_file.parent}}, program.port, fault) as hub:
-        process = run_python(program, CONTEXTS, json.dumps([cfg, SEQ_LEN, 3, resume_after]))
+        process = run_python(program, CONTEXTS, json.dumps([cfg, resume_after]))
     assert process.returncode == 0, process.stderr
     found = [token for line in process.stdout.splitlines() for token in json.loads(line)]
     assert found == all_tokens(stream(large_file))
@@ -321,7 +321,7 @@ def test_a_hub_that_never_answers(tmp_path, program, repos, key):
 
 def stream(path: Path, **changes) -> TextStream:
     cfg = stream_cfg(dataset_path=str(path), **changes)
-    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, 3)
+    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096)
 
 
 def tokens_of(documents: list) -> list[int]:

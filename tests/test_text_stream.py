@@ -44,7 +44,7 @@ def documents_of_random_length(seed: int, total: int) -> list[list[int]]:
 
 def make_stream(path: str, **changes) -> TextStream:
     cfg = stream_cfg(dataset_path=path, **changes)
-    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096, SEQ_LEN, EVAL_CONTEXTS)
+    return TextStream(cfg, AutoTokenizer.from_pretrained(DEMO_LM), 4096)
 
 
 def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_context: bool) -> tuple[list, list, int]:
