@@ -60,14 +60,12 @@ class TextStream:
         num_held_out = -(-cfg["eval_tokens"] // self.seq_len)  # contexts
         self.load_state_dict(self.reader.beginning)
         self.chunks = self.reader.token_chunks(self.reader.beginning, num_epochs=1)  # without prefetching
-        contexts, starts = [torch.empty(0, self.seq_len, dtype=torch.int64)], []
+        contexts, starts = [], []
         self.reader.batch_documents = 1  # so that a token chunk is a document
-        while len(starts) < num_held_out and self.buffer_tokens(1):
-            position = self.buffered[0][0]
-            contexts.append(self.contexts(1))
-            if len(contexts[-1]) == 0:
-                break
-            starts.append((position["shard"], position["row"]))
+        for _ in range(num_held_out):
+            position = self.state_dict()
+            contexts.append(self.contexts(1))  # empty at the end of the data
+            starts += [(position["shard"], position["row"])] * len(contexts[-1])
         self.reader.batch_documents = BATCH_DOCUMENTS
         self.held_out, documents = torch.cat(contexts), {start: i for i, start in enumerate(dict.fromkeys(starts))}
         self.held_out_documents = torch.tensor([documents[start] for start in starts])
