@@ -149,22 +149,23 @@ class Prefetcher:
         self.queue: queue.Queue = queue.Queue(PREFETCH_CHUNKS)
         stop = threading.Event()
         thread = threading.Thread(target=prefetch, args=(items, self.queue, stop), name="text stream", daemon=True)
-        self.finalizer = weakref.finalize(self, stop_thread, stop, thread)
+        weakref.finalize(self, stop_thread, stop, thread)
         self.ended = False
         thread.start()
 
     def __next__(self):
-        if not self.ended:
-            item, error = self.queue.get()
-            self.ended = item is None
-            if error is not None:
-                raise error
         if self.ended:
             raise StopIteration
+        item, error = self.queue.get()
+        self.ended = item is None
+        if self.ended:
+            raise error or StopIteration
         return item
 
 
 def prefetch(items: Iterator, results: queue.Queue, stop: threading.Event) -> None:
+    """Put (item, None) in the queue for each item, and at last (None, the exception of `items` or None)."""
+
     def put(result) -> None:
         while not stop.is_set():
             try:
