@@ -37,7 +37,7 @@ from plan import duration, free_memory, plan_group, plan_time
 from results import draw_results
 from sae import SAE_CLASSES
 from shards import team
-from text_stream import DocumentReader
+from text_stream import files_fingerprint
 from training import NotFinite, train_sae_group
 
 # The 15 runs of arXiv 2412.06410: against L0 at 12288 features, and against dictionary size at k = 32.
@@ -127,7 +127,7 @@ def warn_of_changed_data(cfgs: list[dict]) -> None:
         recorded = read_json(run_folder(cfg) / "config.json").get("_provenance", {}).get("data_files_sha256")
         trained_on.setdefault(cfg["dataset_path"], []).append(recorded)
     for path, digests in trained_on.items():
-        now = DocumentReader.files_fingerprint(path)
+        now = files_fingerprint(path)
         if changed := sum(recorded is not None and now not in (None, recorded) for recorded in digests):
             tell(
                 f"warning: dataset_path = {path!r} has changed since {changed} of these runs were trained on it. To "

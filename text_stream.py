@@ -213,32 +213,8 @@ class DocumentReader:
         self.batch_documents = BATCH_DOCUMENTS
 
     def fingerprint(self) -> dict:
-        """Identifies the data: the SHA-256 of local files, and the commit of a hub dataset.
-
-        Up to 64 MiB of local data are hashed completely. Of more, the hash covers all names and sizes and about 64 MiB
-        of content: the first and last 64 KiB of each file and evenly spaced 64 KiB blocks between them. An edit between
-        these blocks that keeps the size is not noticed. Modification times do not count.
-        """
-        return {"data_files_sha256": self.files_fingerprint(self.cfg["dataset_path"]), "dataset_commit": self.commit}
-
-    @staticmethod
-    def files_fingerprint(dataset_path: str) -> str | None:
-        """None if there is no such file or folder."""
-        path = Path(dataset_path)
-        if not path.exists():
-            return None
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        total = sum(file.stat().st_size for file in files)
-        digest = hashlib.sha256()
-        for file in files:
-            size = file.stat().st_size
-            digest.update(os.fsencode(f"{file.relative_to(path)} {size}\n"))
-            blocks = max(2, math.ceil(min(total, FINGERPRINT_BYTES) / FINGERPRINT_BLOCK * size / max(total, 1)))
-            with suppress(OSError), open(file, "rb") as content:  # errors are reported when the data is read
-                for i in range(blocks):
-                    content.seek(max(0, size - FINGERPRINT_BLOCK) * i // (blocks - 1))
-                    digest.update(content.read(FINGERPRINT_BLOCK))
-        return digest.hexdigest()
+        """Identifies the data: the SHA-256 of local files (files_fingerprint), and the commit of a hub dataset."""
+        return {"data_files_sha256": files_fingerprint(self.cfg["dataset_path"]), "dataset_commit": self.commit}
 
     def open(self) -> tuple:
         """load_text, retried after transient errors of the hub."""
@@ -423,6 +399,30 @@ def brief(value) -> str:
 
 class BadDocument(Exception):
     """An invalid document. The message completes a sentence: "document 5 of FILE ..."."""
+
+
+def files_fingerprint(dataset_path: str) -> str | None:
+    """The SHA-256 of a local file or of the files in a folder; None if there is no such path.
+
+    Up to 64 MiB are hashed completely. Of more, the hash covers all names and sizes and about 64 MiB of content: the
+    first and last 64 KiB of each file and evenly spaced 64 KiB blocks between them. An edit between these blocks that
+    keeps the size is not noticed. Modification times do not count.
+    """
+    path = Path(dataset_path)
+    if not path.exists():
+        return None
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    total = sum(file.stat().st_size for file in files)
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(os.fsencode(f"{file.relative_to(path)} {size}\n"))
+        blocks = max(2, math.ceil(min(total, FINGERPRINT_BYTES) / FINGERPRINT_BLOCK * size / max(total, 1)))
+        with suppress(OSError), open(file, "rb") as content:  # errors are reported when the data is read
+            for i in range(blocks):
+                content.seek(max(0, size - FINGERPRINT_BLOCK) * i // (blocks - 1))
+                digest.update(content.read(FINGERPRINT_BLOCK))
+    return digest.hexdigest()
 
 
 def shards(dataset: datasets.IterableDataset, start: int) -> Iterator[datasets.IterableDataset]:
