@@ -18,6 +18,7 @@ are skipped (bad_documents); in both cases the message says where they are.
 import copy
 import functools
 import hashlib
+import itertools
 import math
 import os
 import queue
@@ -27,7 +28,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -218,12 +218,10 @@ class DocumentReader:
 
     def open(self) -> tuple:
         """load_text, retried after transient errors of the hub."""
-        failures = 0
-        while True:
+        for failures in itertools.count(1):
             try:
                 return load_text(self.cfg)
             except InputError as error:
-                failures += 1
                 if self.local or not is_transient(error) or not hub_reachable():
                     raise
                 if failures > self.cfg["stream_retries"]:
@@ -243,8 +241,8 @@ class DocumentReader:
 
         Raises InputError or StreamError where the data cannot be read further.
         """
-        epoch, skip = position["epoch"], position["skip"]
-        batches = self.document_batches(position, num_epochs or self.cfg["num_epochs"])
+        num_epochs = num_epochs or self.cfg["num_epochs"]
+        epoch, skip, batches = position["epoch"], position["skip"], self.document_batches(position, num_epochs)
         while True:
             group, error = [], None  # small batches of several shards are tokenized together
             try:
@@ -262,55 +260,49 @@ class DocumentReader:
                 raise error
             if not group:
                 break
-        end = {"epoch": num_epochs or self.cfg["num_epochs"], "skip": self.num_held_out}
-        yield self.beginning | end, np.empty(0, np.int64)
+        yield self.beginning | {"epoch": num_epochs, "skip": self.num_held_out}, np.empty(0, np.int64)
 
     def document_batches(self, position: dict, num_epochs: int) -> Iterator[tuple[dict, list]]:
         """Yields (position of the first, documents) from a position's row on: up to batch_documents of one shard."""
         for epoch in range(position["epoch"], num_epochs):
             for shard, data in enumerate(shards(self.dataset, position["shard"]), position["shard"]):
-                start = position if shard == position["shard"] else self.beginning
-                for row, state, documents in self.shard_batches(data, shard, start["row"], start["dataset"]):
-                    yield {"epoch": epoch, "shard": shard, "row": row, "dataset": state, "skip": 0}, documents
-            position = self.beginning
+                yield from self.shard_batches(data, position | {"epoch": epoch, "shard": shard, "skip": 0})
+                position = self.beginning
 
-    def shard_batches(
-        self, source: datasets.IterableDataset, shard: int, row: int, state: dict | None
-    ) -> Iterator[tuple[int, dict | None, list]]:
-        """Yields (row of the first, state of `datasets` before it, documents) of a shard, from a row on."""
-        state_row, failures = row, 0
+    def shard_batches(self, source: datasets.IterableDataset, position: dict) -> Iterator[tuple[dict, list]]:
+        """Yields like document_batches, from a position to the end of its shard, which is `source`."""
+        row, failures = position["row"], 0
         while True:
-            batch, error = [], None
+            batch = []
             try:
                 data = source.shard(1, 0)  # a copy with its own state
-                if state is not None:
-                    data.load_state_dict(state)
+                if position["dataset"] is not None:
+                    data.load_state_dict(position["dataset"])
                 rows = iter(data)
-                for _ in range(row - state_row):  # already read before the error
+                for _ in range(row - position["row"]):  # already read before the error
                     next(rows)
                 while True:
-                    if row > state_row:
-                        state, state_row = copy.deepcopy(data.state_dict()), row
-                    for document in islice(rows, self.batch_documents):
+                    if row > position["row"]:
+                        position = position | {"row": row, "dataset": copy.deepcopy(data.state_dict())}
+                    for document in itertools.islice(rows, self.batch_documents):
                         batch.append(document.get(self.column))
                     if not batch:
                         return
-                    yield row, state, batch
+                    yield position, batch
                     row, batch, failures = row + len(batch), [], 0
-            except Exception as caught:  # the libraries raise errors of any type
-                error = caught
-            if batch:  # the documents before the error are valid
-                yield row, state, batch
-                row, failures = row + len(batch), 0
-            failures += 1
-            if not self.local and failures <= self.cfg["stream_retries"]:
-                self.back_off(error, failures)
-                continue
-            place = f"document {row + 1} of {self.shard_names[shard]}"
-            if not self.local and is_transient(error):
-                raise StreamError(f"{self.where} cannot be read at {place}: {one_line(error)}") from error
-            self.handle_bad_data(f"{place} and later documents cannot be read: {one_line(error)}", error)
-            return
+            except Exception as error:  # the libraries raise errors of any type
+                if batch:  # the documents before the error are valid
+                    yield position, batch
+                    row, failures = row + len(batch), 0
+                failures += 1
+                if not self.local and failures <= self.cfg["stream_retries"]:
+                    self.back_off(error, failures)
+                    continue
+                place = f"document {row + 1} of {self.shard_names[position['shard']]}"
+                if not self.local and is_transient(error):
+                    raise StreamError(f"{self.where} cannot be read at {place}: {one_line(error)}") from error
+                self.handle_bad_data(f"{place} and later documents cannot be read: {one_line(error)}", error)
+                return
 
     def handle_bad_data(self, problem: str, error: Exception | None = None) -> None:
         """Raise InputError or report that the data is skipped, as cfg["bad_documents"] says."""
