@@ -66,17 +66,15 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
         else:
             builder = hub_builder(cfg)
             dataset, column = one_column(builder, cfg["dataset_split"], cfg)
+            names = [f"shard {i + 1} of {dataset.num_shards}" for i in range(dataset.num_shards)]
             # Without a network the local cache is read. Its shards differ, so it counts as different data: no commit.
-            names, commit = [], builder.hash if builder.config.data_files else None
+            commit = builder.hash if builder.config.data_files else None
     except InputError:
         raise
     except StopIteration as error:  # `datasets` raises this for a file without rows
         raise InputError(f"{where} is empty") from error
     except Exception as error:
-        hint = "" if path.exists() else offline_hint(cfg["dataset_path"])
-        raise InputError(f"{where} cannot be opened: {one_line(error)}{hint}") from error
-    if len(names) != dataset.num_shards:
-        names = [f"shard {i + 1} of {dataset.num_shards}" for i in range(dataset.num_shards)]
+        raise InputError(f"{where} cannot be opened: {one_line(error)}{offline_hint(cfg['dataset_path'])}") from error
     return dataset, column, names, commit
 
 
