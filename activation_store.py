@@ -112,13 +112,13 @@ class ActivationsStore:
         return min(num_kept, contexts * self.seq_len)
 
     def too_short(self, usable: int) -> InputError:
+        where = self.stream.reader.where
         if usable >= self.tokens_needed:  # a loop that asks for more than num_tokens
-            after = f"after the {usable:,} tokens of num_tokens"
-            return InputError(f"dataset_path = {self.cfg['dataset_path']!r} has no text left {after}")
+            return InputError(f"{where} has no text left after the {usable:,} tokens of num_tokens")
         epochs = f" in num_epochs = {self.cfg['num_epochs']}" if self.cfg["num_epochs"] > 1 else ""
         epochs += " without exclude_tokens" if len(self.excluded) else ""
         return InputError(
-            f"dataset_path = {self.cfg['dataset_path']!r} is too short: {usable:,} tokens to train on{epochs}, besides "
+            f"{where} is too short: {usable:,} tokens to train on{epochs}, besides "
             f"{self.eval_contexts.numel():,} held-out tokens, but num_tokens = {self.cfg['num_tokens']:,}"
         )
 

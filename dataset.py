@@ -48,7 +48,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
     dataset_path is a local file, a folder of files of one kind, a dataset saved with save_to_disk, or a hub dataset,
     which is streamed. Raises InputError if it cannot be opened, is empty, or lacks the split or the column.
     """
-    path, where = Path(cfg["dataset_path"]), f"dataset_path = {cfg['dataset_path']!r}"
+    path = Path(cfg["dataset_path"])
     datasets.disable_progress_bars()
     # What the libraries log they also raise, and it is then reported in one line.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -62,7 +62,7 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
             dataset, column = one_column(builder, "train", cfg)
             commit = None
         elif file_kind(path) or not is_hub_name(cfg["dataset_path"]):
-            raise InputError(f"{where}: no such file or folder, and not a hub name")
+            raise InputError(f"{where(cfg)}: no such file or folder, and not a hub name")
         else:
             builder = hub_builder(cfg)
             dataset, column = one_column(builder, cfg["dataset_split"], cfg)
@@ -72,20 +72,26 @@ def load_text(cfg: dict) -> tuple[datasets.IterableDataset, str, list[str], str 
     except InputError:
         raise
     except StopIteration as error:  # `datasets` raises this for a file without rows
-        raise InputError(f"{where} is empty") from error
+        raise InputError(f"{where(cfg)} is empty") from error
     except Exception as error:
-        raise InputError(f"{where} cannot be opened: {one_line(error)}{offline_hint(cfg['dataset_path'])}") from error
+        hint = offline_hint(cfg["dataset_path"])
+        raise InputError(f"{where(cfg)} cannot be opened: {one_line(error)}{hint}") from error
     return dataset, column, names, commit
 
 
-def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
+def where(cfg: dict) -> str:
+    """The beginning of a message about the dataset."""
+    return f"dataset_path = {cfg['dataset_path']!r}"
+
+
+def first_row(dataset: datasets.IterableDataset, cfg: dict) -> dict:
     """The first row. A separate iterator reads it, so the dataset still begins with it."""
     try:
         row = next(iter(dataset), None)
     except Exception as error:
-        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
+        raise InputError(f"{where(cfg)} cannot be read: {one_line(error)}") from error
     if row is None:
-        raise InputError(f"{where} is empty")
+        raise InputError(f"{where(cfg)} is empty")
     return row
 
 
@@ -94,19 +100,19 @@ def first_row(dataset: datasets.IterableDataset, where: str) -> dict:
 
 def choose_column(names, cfg: dict) -> str:
     """dataset_column, or the first of COLUMNS in `names`. If there are several, prints which one is read."""
-    where, column = f"dataset_path = {cfg['dataset_path']!r}", cfg["dataset_column"]
+    column = cfg["dataset_column"]
     if column is not None:
         if column not in names:
-            raise InputError(f"{where} has no column {column!r}: it has {', '.join(names)}")
+            raise InputError(f"{where(cfg)} has no column {column!r}: it has {', '.join(names)}")
         return column
     found = [name for name in COLUMNS if name in names]
     if not found:
         raise InputError(
-            f"{where} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(names) or 'no columns'} "
+            f"{where(cfg)} has none of the columns {', '.join(COLUMNS)}: it has {', '.join(names) or 'no columns'} "
             f"(set dataset_column to the one to read)"
         )
     if len(found) > 1:
-        tell(f"{where} has the columns {', '.join(found)}: reading {found[0]} (set dataset_column for another)")
+        tell(f"{where(cfg)} has the columns {', '.join(found)}: reading {found[0]} (set dataset_column for another)")
     return found[0]
 
 
@@ -116,7 +122,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
         return json_column(builder, split, cfg)
     dataset = builder.as_streaming_dataset(split)
     features = builder.info.features  # None for text and CSV, until they are read
-    column = choose_column(features or first_row(dataset, f"dataset_path = {cfg['dataset_path']!r}"), cfg)
+    column = choose_column(features or first_row(dataset, cfg), cfg)
     if not hasattr(builder, "_cast_table"):  # it casts nothing, as the builder of the local cache
         return dataset, column
     cast, generate, report_missing = builder._cast_table, builder._generate_tables, reporter(column, cfg)
@@ -145,9 +151,7 @@ def one_column(builder: datasets.DatasetBuilder, split: str, cfg: dict) -> tuple
 
 def reporter(column: str, cfg: dict):
     """A function that reports, once per file, that the file lacks the column."""
-    return functools.cache(
-        lambda file: tell(f"dataset_path = {cfg['dataset_path']!r}: {file} has no column {column!r} and is skipped")
-    )
+    return functools.cache(lambda file: tell(f"{where(cfg)}: {file} has no column {column!r} and is skipped"))
 
 
 def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.IterableDataset, str]:
@@ -156,7 +160,7 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
     Each value is passed on as JSON, so values of one column may differ in type. Files are read in the same parts as in
     `datasets`, because positions in the stream count these parts.
     """
-    where, unreadable = f"dataset_path = {cfg['dataset_path']!r}", []
+    unreadable = []
 
     def column_names(files_iterables, allow_full_read=True, **_):
         if not allow_full_read:  # `datasets` tries to infer the types of the columns
@@ -171,7 +175,7 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
             except Exception as error:  # DocumentReader stops at this file or skips it
                 if is_transient(error):
                     raise
-                unreadable.append(f"{where} cannot be read: {one_line(error)} of {file}")
+                unreadable.append(f"{where(cfg)} cannot be read: {one_line(error)} of {file}")
 
     def tables(files_iterables, allow_full_read=True, **_):
         if not allow_full_read:
@@ -191,7 +195,7 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
     card_features, builder.info.features = builder.info.features, None
     builder._generate_tables = column_names
     try:
-        first = first_row(builder.as_streaming_dataset(split), where)
+        first = first_row(builder.as_streaming_dataset(split), cfg)
     except InputError:
         if unreadable:
             raise InputError(unreadable[0]) from None
@@ -291,7 +295,7 @@ def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]
     # The stored format may convert to tensors and hide columns.
     saved = saved.with_format(None)
     if not len(saved):
-        raise InputError(f"dataset_path = {cfg['dataset_path']!r} is empty")
+        raise InputError(f"{where(cfg)} is empty")
     column = choose_column(saved.column_names, cfg)
     return saved.select_columns(column).to_iterable_dataset(), column
 
@@ -299,8 +303,7 @@ def saved_dataset(cfg: dict, path: Path) -> tuple[datasets.IterableDataset, str]
 def check_split(cfg: dict, splits, note: str = "") -> str:
     if cfg["dataset_split"] not in splits:
         raise InputError(
-            f"dataset_path = {cfg['dataset_path']!r} has no split {cfg['dataset_split']!r}: it has {', '.join(splits)}"
-            + (note and f"; {note}")
+            f"{where(cfg)} has no split {cfg['dataset_split']!r}: it has {', '.join(splits)}" + (note and f"; {note}")
         )
     return cfg["dataset_split"]
 
@@ -322,19 +325,19 @@ def local_files(cfg: dict, path: Path) -> tuple[str, list[str]]:
     alphabetical order.
     """
     files = [path] if path.is_file() else data_files(path)
-    where, found = f"dataset_path = {cfg['dataset_path']!r}", {file_kind(file) for file in files}
+    found = {file_kind(file) for file in files}
     kinds = sorted(found.intersection(PREFERRED_KINDS) or found.difference([".json"]) or found)
     if len(kinds) != 1 or not kinds[0]:
         what = f"is a file of type {path.suffix or 'unknown'}" if path.is_file() else "has no such file"
         if len(kinds) > 1:
             what = "has several types: " + ", ".join(kinds)
         raise InputError(
-            f"{where} must be a file, or a folder of files, of one of the types {', '.join(BUILDERS)} (text, JSON and "
-            f"CSV also with {', '.join(COMPRESSIONS)}), but it {what}"
+            f"{where(cfg)} must be a file, or a folder of files, of one of the types {', '.join(BUILDERS)} (text, JSON "
+            f"and CSV also with {', '.join(COMPRESSIONS)}), but it {what}"
         )
     (kind,) = kinds
     if others := sorted(found.difference(kinds)):
-        tell(f"{where}: reading its {kind} files, not its {', '.join(others)} files")
+        tell(f"{where(cfg)}: reading its {kind} files, not its {', '.join(others)} files")
     files = [file for file in files if file_kind(file) == kind]
     splits = {"train": files} if path.is_file() else files_by_split(path, files)
     note = ""
@@ -342,7 +345,7 @@ def local_files(cfg: dict, path: Path) -> tuple[str, list[str]]:
         note = f"{len(rest)} of its {len(files)} files belong to no split, such as {rest[0].relative_to(path)}"
     split = check_split(cfg, splits, note)
     if note:
-        tell(f"{where}: {note}")
+        tell(f"{where(cfg)}: {note}")
     return kind, [str(file) for file in splits[split]]
 
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from console import InputError, one_line, tell
-from dataset import COLUMNS, TOKEN_COLUMNS, load_text
+from dataset import COLUMNS, TOKEN_COLUMNS, load_text, where
 from hub import StreamError, hub_reachable, is_transient, limit_retries
 
 BATCH_DOCUMENTS = 32  # documents per call of the tokenizer, which is parallel, and per token chunk
@@ -203,7 +203,7 @@ class DocumentReader:
                 f"model_name = {cfg['model_name']!r}: its tokenizer's BOS token {tokenizer.bos_token!r} has id "
                 f"{self.bos[0]}, but the model's vocabulary is 0 to {d_vocab - 1}"
             )
-        self.where = f"dataset_path = {cfg['dataset_path']!r}"
+        self.where = where(cfg)
         self.local = Path(cfg["dataset_path"]).exists()
         self.tell_once = functools.cache(tell)
         if not self.local:
