@@ -28,10 +28,10 @@ def limit_retries() -> None:
     A failed request is retried twice, within 3 s or when the hub says: most faults end there, and the file need not be
     reopened. A request that times out is not retried.
     """
-    for operation in ("READ", "OPEN"):
-        setattr(datasets.config, f"STREAMING_{operation}_MAX_RETRIES", 1)  # attempts; an interval follows each of them
-    for interval in ("READ", "READ_SERVER_UNAVAILABLE", "READ_RATE_LIMIT", "OPEN"):
-        setattr(datasets.config, f"STREAMING_{interval}_RETRY_INTERVAL", 0)
+    config = datasets.config
+    config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1  # attempts; an interval follows each
+    config.STREAMING_READ_RETRY_INTERVAL = config.STREAMING_OPEN_RETRY_INTERVAL = 0
+    config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
     for function in (_http.http_backoff, _http.http_stream_backoff):
         defaults = inspect.unwrap(function).__kwdefaults__  # huggingface_hub has no setting for these
         defaults.update(max_retries=2, retry_on_exceptions=(httpx.NetworkError, httpx.RemoteProtocolError))
@@ -106,10 +106,10 @@ def hub_reachable() -> bool:
     try:
         url = urlsplit(endpoint)
         address = url.hostname, url.port or {"https": 443, "http": 80}[url.scheme]
-    except (ValueError, KeyError):
-        address = None, None
-    if not address[0]:
-        raise InputError(f"HF_ENDPOINT = {endpoint!r} is not a URL such as https://huggingface.co")
+        if not url.hostname:
+            raise ValueError("it names no host")
+    except (ValueError, KeyError) as error:
+        raise InputError(f"HF_ENDPOINT = {endpoint!r} is not a URL such as https://huggingface.co") from error
     if {url.scheme, "all"} & getproxies().keys():
         return True
     try:
