@@ -123,10 +123,14 @@ class ActivationsStore:
         )
 
     def open_cache(self) -> None:
-        identity = values_of(self.cfg, "in_cache") | {"hook_point": self.cfg["hook_point"]}
-        identity |= {"act_size": self.act_size, "buffer_rows": len(self.storage)}
-        identity |= {"heldout_tokens_sha256": self.fingerprint(), "model_sha256": model_fingerprint(self.model)}
-        identity |= self.stream.reader.fingerprint()
+        identity = values_of(self.cfg, "in_cache") | {
+            "hook_point": self.cfg["hook_point"],
+            "act_size": self.act_size,
+            "buffer_rows": len(self.storage),
+            "heldout_tokens_sha256": self.fingerprint(),
+            "model_sha256": model_fingerprint(self.model),
+            **self.stream.reader.fingerprint(),
+        }
         self.cache = ActivationCache(self.cfg["activation_cache"], identity, self.tokens_needed)
 
     def get_batch_tokens(self) -> torch.Tensor:
