@@ -265,20 +265,20 @@ class ActivationsStore:
 
     def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, dict]:
         """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next one."""
-        if self.carry is None:  # after load_state_dict or a buffer from the cache
+        rest, self.carry = self.carry, None  # None also after an error: the text is then read from `start` again
+        if rest is None:
             self.from_text(partial(self.stream.load_state_dict, start["stream"]))
-            self.carry = buffer[:0]
+            rest = buffer[:0]
             if start["inside"]:
                 self.num_harvested = start["rows"]
-                ((_, rows),) = self.forwards(1, buffer[:0])
+                ((_, rows),) = self.forwards(1, rest)
                 self.wait_for_activations()
-                self.carry = rows[start["inside"] :]
+                rest = rows[start["inside"] :]
                 del rows
-        self.num_harvested = start["rows"] + len(self.carry)
-        filled = min(len(self.carry), len(buffer))
-        buffer[:filled] = self.carry[:filled]
-        position, inside, rest = start["stream"], start["inside"] + filled, self.carry[filled:].clone()
-        self.carry = None  # if an error occurs, the text is read from `start` again
+        self.num_harvested = start["rows"] + len(rest)
+        filled = min(len(rest), len(buffer))
+        buffer[:filled] = rest[:filled]
+        position, inside, rest = start["stream"], start["inside"] + filled, rest[filled:].clone()
         if filled == len(buffer):
             yield math.inf
         while filled < len(buffer):

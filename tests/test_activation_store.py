@@ -236,6 +236,25 @@ def test_a_call_that_failed_is_repeated(model, counted, monkeypatch, call):
     assert torch.equal(torch.stack(found), expected)
 
 
+def test_a_call_that_failed_after_loading_is_repeated(model, counted, monkeypatch):
+    """Where the position lies within a forward pass: the same batches as without the error."""
+    expected, _ = counted_batches(model, counted)
+    store = ActivationsStore(model, stream_cfg(dataset_path=counted))
+    for _ in range(2):
+        store.next_batch()
+    state = store.state_dict()
+    assert state["inside"] and not state["offset"]
+    store.load_state_dict(state)
+
+    def interrupted(tokens):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "get_activations", interrupted)
+        store.next_batch()
+    assert torch.equal(torch.stack([store.next_batch() for _ in range(8)]), expected[2:])
+
+
 # Excluded tokens
 
 
