@@ -245,36 +245,37 @@ class ActivationsStore:
         start = self.next_start
         missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
         buffer = self.spare_storage[:missing]
-        next_start = None
+        next_start = carry = None
         if self.cfg["activation_cache"]:
             next_start = distributed.from_rank_0(lambda: self.cache.read(start["buffer"], buffer))
         if next_start is not None:
             self.exchanges.append(distributed.start_broadcast(buffer, 0))
             yield math.inf
             self.wait_for_activations()
-            self.carry = None
         else:
-            next_start = yield from self.harvest_rows(start, buffer)
+            next_start, carry = yield from self.harvest_rows(start, buffer)
             if self.cfg["activation_cache"]:
                 distributed.from_rank_0(lambda: self.cache.write(start["buffer"], buffer, next_start))
         # One generator per buffer, so that its order does not depend on the buffers before it.
         order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
         self.order = torch.from_numpy(order).to(buffer.device)
         self.storage, self.spare_storage = self.spare_storage, self.storage
-        self.buffer_start, self.next_start, self.buffer, self.offset = start, next_start, buffer, 0
+        self.buffer_start, self.next_start, self.carry = start, next_start, carry
+        self.buffer, self.offset = buffer, 0
 
-    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, dict]:
-        """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next one."""
+    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, tuple[dict, torch.Tensor]]:
+        """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next buffer
+        and its first rows: those that the last forward pass has left over.
+        """
         rest, self.carry = self.carry, None  # None also after an error: the text is then read from `start` again
         if rest is None:
             self.from_text(partial(self.stream.load_state_dict, start["stream"]))
             rest = buffer[:0]
             if start["inside"]:
                 self.num_harvested = start["rows"]
-                ((_, rows),) = self.forwards(1, rest)
+                ((_, rest),) = self.forwards(1, rest)
                 self.wait_for_activations()
-                rest = rows[start["inside"] :]
-                del rows
+                rest = rest[start["inside"] :]
         self.num_harvested = start["rows"] + len(rest)
         filled = min(len(rest), len(buffer))
         buffer[:filled] = rest[:filled]
@@ -293,10 +294,10 @@ class ActivationsStore:
                 filled += inside
             position, rest = passes[-1][0], rows[inside:].clone()
         # The next buffer begins inside the last forward pass, unless that is used up.
-        self.carry = rest
         if len(rest) == 0:
             position, inside = self.from_text(self.stream.state_dict), 0
-        return {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled, "stream": position, "inside": inside}
+        next_start = {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled}
+        return next_start | {"stream": position, "inside": inside}, rest
 
     def state_dict(self) -> dict:
         """The position in the stream of batches, as a small dict of plain values.

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 import text_stream
 from activation_store import ActivationsStore
 from console import InputError
+from files import SaveError
 from language_model import load_model
 from text_stream import TextStream
 
@@ -409,6 +410,22 @@ def test_a_partial_cache_is_completed(cached, capsys):
     assert torch.equal(batches_of(rest, 40), live)
     whole = len(live) * 40 / SEQ_LEN / 3
     assert 0 < len(forwards) < 0.7 * whole
+
+
+def test_a_buffer_that_could_not_be_written_is_harvested_again(cached, monkeypatch):
+    """Where the call is repeated, as once there is space again: the same batches and the same cache."""
+    _, live, make_store = cached
+    store, _ = make_store()
+
+    def full(*_):
+        raise SaveError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(SaveError):
+        patch.setattr(store.cache, "write", full)
+        store.next_batch()
+    assert torch.equal(batches_of(store, 40), live)
+    again, forwards = make_store()
+    assert torch.equal(batches_of(again, 40), live) and not forwards
 
 
 def test_a_cached_stream_resumes(cached):
