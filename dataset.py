@@ -196,8 +196,8 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
     builder._generate_tables = column_names
     try:
         first = first_row(builder.as_streaming_dataset(split), cfg)
-    except InputError:
-        if unreadable:
+    except InputError as error:
+        if unreadable and not is_transient(error):
             raise InputError(unreadable[0]) from None
         raise
     column = choose_column(first["names"], cfg)

@@ -22,7 +22,9 @@ from hub_server import Answer, Hub
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+import dataset
 from console import InputError
+from hub import is_transient
 from text_stream import Prefetcher, TextStream
 
 # By default the hub's client waits 1 and 2 s before its retries, and up to 10 s for an answer.
@@ -386,6 +388,24 @@ def test_the_first_jsonl_file_is_corrupt(three_files, capsys):
         (folder / f"{name}.jsonl").write_text("\n".join(["{corrupt"] if name == "a" else lines) + "\n")
     valid = documents["b"] + documents["c"]
     assert_stops_and_skips(folder, valid, r"document 1 of .*a\.jsonl and later documents", capsys)
+
+
+def test_a_hub_that_fails_after_a_corrupt_first_file(three_files, monkeypatch):
+    """While the columns are looked for. This is no fault of the first file, and a retry may succeed."""
+    documents, folder = three_files
+    for name in documents:
+        (folder / f"{name}.jsonl").write_text("{corrupt" if name == "a" else '{"text": "x"}')
+    real = dataset.json_parts
+
+    def json_parts(file, size):
+        if file.endswith("b.jsonl"):
+            raise ConnectionError("reset")
+        return real(file, size)
+
+    monkeypatch.setattr(dataset, "json_parts", json_parts)
+    with pytest.raises(InputError, match="cannot be read: reset") as caught:
+        dataset.load_text(stream_cfg(dataset_path=str(folder)))
+    assert is_transient(caught.value)
 
 
 DAMAGED = {
