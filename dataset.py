@@ -212,8 +212,8 @@ def json_column(builder: JsonBuilder, split: str, cfg: dict) -> tuple[datasets.I
 
 
 def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
-    """Yields (rows, True) for each part, of about `size` bytes, of a file of JSON objects, or (elements, False) for a
-    file that is one JSON list.
+    """Yields (rows, True) for each part of about `size` bytes of a file of JSON objects; for a file that is one JSON
+    list, (its elements, False).
 
     Raises ValueError, with the line number, for invalid JSON and for values that are not objects.
     """
@@ -240,8 +240,8 @@ def json_parts(file: str, size: int) -> Iterator[tuple[list[dict], bool]]:
 
 
 def json_rows(part: bytes, line: int, at_end: bool) -> tuple[list[dict], bytes, ValueError | None]:
-    """The objects in a part of a file that begins in line `line`, and the incomplete object at its end, if any; or the
-    objects before an error, and the error.
+    """Parses a part of a file that begins in line `line`. Returns its objects, the beginning of an incomplete object at
+    its end (not `at_end` of the file, where that is an error), and the error that ended the parsing, if any.
     """
     with suppress(ValueError):
         rows = [json.loads(row) for row in part.splitlines() if row.strip()]

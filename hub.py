@@ -25,8 +25,8 @@ class StreamError(RuntimeError):
 def limit_retries() -> None:
     """Limit the retries in `datasets` (20 by default) and huggingface_hub (5), which would multiply with ours.
 
-    A failed request is retried twice, within 3 s or when the hub says: most faults end there, and the file need not be
-    reopened. A request that times out is not retried.
+    The libraries retry a failed request twice, within 3 s or after the time that the hub asks for. This ends most
+    faults, and the file stays open. They do not retry a request that times out.
     """
     config = datasets.config
     config.STREAMING_READ_MAX_RETRIES = config.STREAMING_OPEN_MAX_RETRIES = 1  # attempts; an interval follows each

@@ -113,7 +113,7 @@ class TextStream:
 
     def take(self, count: int) -> np.ndarray:
         """Remove and return the next `count` buffered tokens."""
-        parts = [np.empty(0, np.int64)]
+        parts = []
         self.num_buffered -= count
         self.num_taken += count
         while count > 0:
@@ -140,7 +140,7 @@ class TextStream:
 
 
 class Prefetcher:
-    """Iterates over `items` in a thread that reads ahead; yields them in order and raises their exception, if any.
+    """An iterator over `items`, which a thread reads ahead. It raises the exception of `items`, if any.
 
     The thread ends when this object is deleted or the interpreter exits.
     """
@@ -179,7 +179,7 @@ def prefetch(items: Iterator, results: queue.Queue, stop: threading.Event) -> No
             if stop.is_set():
                 return
         put((None, None))
-    except BaseException as error:  # a panic of a library in Rust, too, else the reader would wait for ever
+    except BaseException as error:  # also a panic in Rust, which is no Exception: otherwise __next__ waits for ever
         put((None, error))
 
 
@@ -237,7 +237,8 @@ class DocumentReader:
         time.sleep(seconds)
 
     def token_chunks(self, position: dict, num_epochs: int | None = None) -> Iterator[tuple[dict, np.ndarray]]:
-        """Yields (position of the first token, tokens [n]) from `position` on, at last the end position and no tokens.
+        """Yields (position of the first token, tokens [n]) from `position` on, and finally the position of the end with
+        no tokens. `num_epochs` is the config's by default.
 
         Raises InputError or StreamError where the data cannot be read further.
         """
