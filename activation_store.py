@@ -72,7 +72,7 @@ class ActivationsStore:
         # Where the next buffer is harvested; with one rank, that is after this one is used up.
         self.spare_storage = torch.empty_like(self.storage) if distributed.size() > 1 else self.storage
         self.exchanges = []  # functions that wait for activations which ranks are exchanging
-        self.num_harvested = 0  # rows, for the error message at the end of the data
+        self.num_harvested = 0  # rows of the text so far, for the error message at its end
         self.cache = None  # only rank 0 has one
         if cfg["activation_cache"]:
             distributed.from_rank_0(self.open_cache)
@@ -270,13 +270,11 @@ class ActivationsStore:
         rest, self.carry = self.carry, None  # None also after an error: the text is then read from `start` again
         if rest is None:
             self.from_text(partial(self.stream.load_state_dict, start["stream"]))
-            rest = buffer[:0]
+            self.num_harvested, rest = start["rows"] - start["inside"], buffer[:0]
             if start["inside"]:
-                self.num_harvested = start["rows"]
                 ((_, rest),) = self.forwards(1, rest)
                 self.wait_for_activations()
                 rest = rest[start["inside"] :]
-        self.num_harvested = start["rows"] + len(rest)
         filled = min(len(rest), len(buffer))
         buffer[:filled] = rest[:filled]
         position, inside, rest = start["stream"], start["inside"] + filled, rest[filled:].clone()
