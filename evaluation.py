@@ -82,23 +82,23 @@ def heldout_baseline(activation_store: ActivationsStore) -> dict:
     [d], their mean; and the CE of each context [n], in nats per token: ce_zero_ablated (activations set to 0) and
     ce_mean_ablated (set to the mean). Also `seconds_per_prediction`, of one context.
     """
-    skip, batches = activation_store.cfg["eval_skip_positions"], eval_batches(activation_store)
+    batches = eval_batches(activation_store)
     contexts, seq_len = activation_store.eval_contexts.shape
     acts = torch.empty(contexts, seq_len, activation_store.act_size, dtype=torch.float32)
     parts = acts.split(len(batches[0]))
     total, count = 0, 0
     for tokens, part in zip(batches, parts):
         part.copy_(activation_store.get_activations(tokens))
-        x = part.to(tokens.device)[:, skip:][kept(activation_store, tokens)]
+        x = part.to(tokens.device)[counted(activation_store, tokens)]
         total, count = total + x.double().sum(0), count + len(x)
     mean = (total / count).float()
     replacements = {"ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
     ce, started = {key: [] for key in replacements}, time.time()
     for tokens, part in zip(progress("model", batches), parts):
-        x, keep = part.to(tokens.device), kept(activation_store, tokens)
+        x, mask = part.to(tokens.device), counted(activation_store, tokens)
         for key, replacement in replacements.items():
-            logits = predict(activation_store, tokens, x, replacement, keep)
-            ce[key].append(prediction_losses(logits, tokens, keep)[0].double().cpu())
+            logits = predict(activation_store, tokens, torch.where(mask[..., None], replacement, x))
+            ce[key].append(prediction_losses(logits, tokens, mask)[0].double().cpu())
     seconds = (time.time() - started) / contexts / len(replacements)
     baseline = {"acts": acts, "mean": mean, "seconds_per_prediction": seconds}
     return baseline | {key: torch.cat(losses) for key, losses in ce.items()}
@@ -132,12 +132,12 @@ def evaluate(
     """
     if not saes:
         return []
-    cfg = activation_store.cfg
+    cfg, skip = activation_store.cfg, activation_store.cfg["eval_skip_positions"]
     variants = [(i, *of_sae) for i, sae in enumerate(saes) for of_sae in variants_of(sae.cfg, num_contexts is None)]
     per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     ce_original = []  # for each batch [contexts]
     contexts = len(activation_store.eval_contexts[:num_contexts])
-    keep = kept(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
+    mask = counted(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
     documents = activation_store.eval_documents[:contexts]  # of each context
     num_documents = int(documents[-1]) + 1
     num_parts = min(num_documents, MAX_PARTS)
@@ -148,8 +148,8 @@ def evaluate(
     done = 0
     for tokens in progress(count_of(len(saes), "SAE"), eval_batches(activation_store, num_contexts)):
         acts = baseline["acts"][done : done + len(tokens)].to(tokens.device)
-        here = keep[done : done + len(tokens)]
-        x = acts[:, cfg["eval_skip_positions"] :][here]
+        here = mask[done : done + len(tokens)]
+        x = acts[here]
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
         logits = predict(activation_store, tokens, acts)
@@ -177,10 +177,9 @@ def evaluate(
                 times_active[variant] = times_active[variant] + (in_part.to(active.dtype).T @ active).int()
                 token_l0[variant].append(l0)
             del active
-            spliced = x.new_empty(*here.shape, x.shape[1]).masked_scatter_(here[..., None], reconstruction)
-            logits = predict(activation_store, tokens, acts, spliced, here)
+            logits = predict(activation_store, tokens, acts.masked_scatter(here[..., None], reconstruction))
             losses = prediction_losses(logits, tokens, here, original)
-            means = per_token.new_zeros(5, *here.shape).masked_scatter_(here, per_token).mean(-1)
+            means = per_token.new_zeros(5, *here[:, skip:].shape).masked_scatter_(here[:, skip:], per_token).mean(-1)
             per_context[variant].append(torch.cat([means, losses.double()]).cpu())
 
     metrics = [{} for _ in saes]
@@ -188,7 +187,7 @@ def evaluate(
     ces |= {key: baseline[key][:contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
     original, zero, mean = ces.values()
     # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
-    tokens, predictions = keep.double().mean(-1).cpu(), keep[:, :-1].double().mean(-1).cpu()
+    tokens, predictions = mask[:, skip:].double().mean(-1).cpu(), mask[:, skip:-1].double().mean(-1).cpu()
     for variant in variants:
         i, suffix, *_ = variant
         nmse, error, variance, cosine, l0, ce, kl = torch.cat(per_context[variant], 1)
@@ -201,7 +200,7 @@ def evaluate(
         for key, (a, b) in ratios.items():
             metrics[i] |= ratio_with_error(key + suffix, a, b, documents)
         if num_contexts is None:
-            tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, keep.sum(1))
+            tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, mask.sum(1))
             metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part, saes[i].shards)
             if not suffix:
                 l0 = torch.cat(token_l0[variant])
@@ -291,45 +290,34 @@ def eval_batches(activation_store: ActivationsStore, num_contexts: int | None = 
     return list(contexts.split(max(1, cfg["batch_size"] // activation_store.seq_len)))
 
 
-def heldout_activations(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
-    """[contexts, seq_len - eval_skip_positions, d]"""
-    return activation_store.get_activations(tokens)[:, activation_store.cfg["eval_skip_positions"] :]
-
-
-def kept(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
-    """Mask [n, seq_len - skip] of the positions in contexts [n, seq_len] that hold no token of exclude_tokens. The
-    first eval_skip_positions are cut off.
+def counted(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
+    """Mask [n, seq_len] of the positions in contexts [n, seq_len] that count: those from eval_skip_positions on that
+    hold no token of exclude_tokens.
     """
-    return activation_store.kept(tokens[:, activation_store.cfg["eval_skip_positions"] :])
+    mask = activation_store.kept(tokens)
+    mask[:, : activation_store.cfg["eval_skip_positions"]] = False
+    return mask
 
 
-def predict(
-    activation_store: ActivationsStore, tokens: torch.Tensor, acts: torch.Tensor, replacement=None, keep=None
-) -> torch.Tensor:
-    """Logits [n, predictions, d_vocab] at the positions from eval_skip_positions on.
-
-    `acts` [n, seq_len, d] are the model's activations at the hook point. A replacement (broadcast to
-    [n, seq_len - skip, d]) takes their place where `keep` [n, seq_len - skip] is True. Only the layers after the hook
-    point are run (language_model.Predictor).
+def predict(activation_store: ActivationsStore, tokens: torch.Tensor, acts: torch.Tensor) -> torch.Tensor:
+    """Logits [n, predictions, d_vocab] at the positions from eval_skip_positions on, but the last, with activations
+    `acts` [n, seq_len, d] at the hook point. Only the layers after it are run (language_model.Predictor).
     """
-    skip = activation_store.cfg["eval_skip_positions"]
-    if replacement is not None:
-        acts = torch.cat([acts[:, :skip], torch.where(keep[..., None], replacement, acts[:, skip:])], 1)
-    return activation_store.predict(tokens, acts)[:, skip:-1]
+    return activation_store.predict(tokens, acts)[:, activation_store.cfg["eval_skip_positions"] : -1]
 
 
 def prediction_losses(
-    logits: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor, original: tuple | None = None
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, original: tuple | None = None
 ) -> torch.Tensor:
-    """CE of each context, and with `original` the KL divergence from it: [1 or 2, n], in nats. They are means over all
-    predictions, with 0 for predictions from positions where `keep` [n, predictions + 1] is False.
+    """CE of each context, and with `original` the KL divergence from it: [1 or 2, n], in nats. They are means over the
+    predictions, with 0 for predictions from positions where `mask` [n, seq_len] is False.
 
     original: the model's own probabilities p [n, predictions, d_vocab] and Σ p log p [n, predictions]. Contexts are
     processed one at a time to save memory.
     """
-    losses = []
-    for i, targets in enumerate(tokens[:, -logits.shape[1] :]):
-        log_q, counts = logits[i].float().log_softmax(-1), keep[i, :-1]
+    losses, predictions = [], logits.shape[1]
+    for i, targets in enumerate(tokens[:, -predictions:]):
+        log_q, counts = logits[i].float().log_softmax(-1), mask[i, -predictions - 1 : -1]
         targets = targets.where(counts, IGNORE_INDEX)
         losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORE_INDEX) / len(targets)])
         if original is not None:

@@ -30,7 +30,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import SITES
 from console import InputError, run_command
-from evaluation import DENSE, heldout_activations, kept, open_run, recorded_metrics
+from evaluation import DENSE, counted, open_run, recorded_metrics
 from files import replace
 
 EXAMPLES = 8  # top contexts of a feature
@@ -72,18 +72,16 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     size = max(1, CHUNK // (dict_size * seq_len))
     for first in range(0, len(contexts), size):
         tokens = contexts[first : first + size]
-        x = heldout_activations(activation_store, tokens)
-        acts = sae.encode(x.flatten(0, 1)).float()
-        acts[~kept(activation_store, tokens).flatten().to(device)] = 0
-        energy += acts.pow(2).sum(0)
-        per_context = acts.view(len(tokens), -1, dict_size)
+        x = activation_store.get_activations(tokens)[:, skip:]
+        acts = F.pad(sae.encode(x).float(), (0, 0, skip, 0))  # [contexts, seq_len, F]
+        acts[~counted(activation_store, tokens).to(device)] = 0
+        energy += acts.pow(2).sum((0, 1))
 
         # Merge the best contexts so far with those of this chunk.
-        value, position = per_context.max(1)
-        position = position + skip
+        value, position = acts.max(1)
         start = (position - BEFORE).clamp(0, seq_len - window)
         offsets = start[:, None] + torch.arange(window, device=device)[:, None]  # [contexts, window, F]
-        shown = torch.take_along_dim(F.pad(per_context, (0, 0, skip, 0)), offsets, 1)
+        shown = torch.take_along_dim(acts, offsets, 1)
         context = torch.arange(len(tokens), device=device)[:, None] + first
         new = dict(value=value, position=position, start=start, context=context.expand_as(value), shown=shown)
         order = torch.cat([best["value"], value]).argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
@@ -98,6 +96,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
         grown = torch.where(peak > 0, torch.maximum(exponent, torch.frexp(peak).exponent), exponent)
         bins = torch.arange(BINS, device=device) >> (grown - exponent).clamp(max=31)[:, None]
         histogram, exponent = torch.zeros_like(histogram).scatter_add_(1, bins, histogram), grown
+        acts = acts.flatten(0, 1)
         rows, features = acts.nonzero(as_tuple=True)
         bins = (acts[rows, features] * torch.exp2(-exponent.float())[features] * BINS).long()
         histogram += torch.bincount(features * BINS + bins, minlength=dict_size * BINS).view_as(histogram)
@@ -153,7 +152,7 @@ def rounded(values: torch.Tensor) -> list:
 def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
     """The data of the page for these features, as JSON values. Tokens are ids, with their texts in `vocab`."""
     cfg, contexts = sae.cfg, activation_store.eval_contexts
-    num_tokens = int(kept(activation_store, contexts).sum())
+    num_tokens = int(counted(activation_store, contexts).sum())
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
     unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
     pages = []
@@ -229,7 +228,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--features {feature} is not allowed: it must be 0 to {sae.cfg['dict_size'] - 1}")
 
     statistics = feature_statistics(sae, activation_store)
-    num_tokens = int(kept(activation_store, activation_store.eval_contexts).sum())
+    num_tokens = int(counted(activation_store, activation_store.eval_contexts).sum())
     ranked = rank_features(statistics, sae.W_dec, num_tokens)
     requested = list(dict.fromkeys(args.features))
     features = requested + [i for i in ranked if i not in requested][:num]

@@ -19,7 +19,7 @@ import distributed
 from checkpoint import run_folder
 from config import num_steps
 from console import InputError, count_of, gib, tell
-from evaluation import eval_batches, kept, predict, prediction_losses, variants_of
+from evaluation import counted, eval_batches, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from shards import team
 from sparse_ops import screen_dtype
@@ -184,7 +184,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
     # and for each SAE, step, step_with_dead and reconstruction (step_times).
     tokens = eval_batches(store)[0]
-    acts, keep = store.get_activations(tokens), kept(store, tokens)  # also a warm-up
+    acts, mask = store.get_activations(tokens), counted(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
     x = x[torch.arange(cfg["batch_size"]) % len(x)]  # repeated or cut to a batch
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
@@ -193,7 +193,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
         per_token = time_call(lambda: store.get_activations(contexts), device) / contexts.numel()
     harvest = per_token * cfg["batch_size"]
     predict(store, tokens, acts)  # warm-up
-    forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, keep), device)
+    forward = time_call(lambda: prediction_losses(predict(store, tokens, acts), tokens, mask), device)
     shards = team(cfg["feature_shards"])
     own = [i for i, owner in enumerate(by_size) if owner == shards.team_index]
     times = dict(distributed.gather_lists(list(zip(own, step_times([group[i] for i in own], x)))))

@@ -19,7 +19,7 @@ import torch
 from common import markdown_table
 
 from console import InputError, run_command
-from evaluation import eval_batches, heldout_activations, in_mode, kept, open_run, variants_of
+from evaluation import counted, eval_batches, in_mode, open_run, variants_of
 from language_model import tokenizer_of
 from results import LINES, STYLES, plt
 
@@ -34,13 +34,12 @@ def measure(run: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str]
     SAE is used, by name, the error ‖x − r‖² and the l0 of these tokens. And the model's tokens by id.
     """
     sae, model, store = open_run(run)
-    rows, skip = {key: [] for key in ("id", "position")}, store.cfg["eval_skip_positions"]
-    batches = []
+    rows, batches = {key: [] for key in ("id", "position")}, []
     for tokens in eval_batches(store):
-        keep = kept(store, tokens)
-        batches.append(heldout_activations(store, tokens)[keep])
-        rows["id"].append(tokens[:, skip:][keep])
-        rows["position"].append((skip + torch.arange(keep.shape[1], device=keep.device)).expand_as(keep)[keep])
+        mask = counted(store, tokens)
+        batches.append(store.get_activations(tokens)[mask])
+        rows["id"].append(tokens[mask])
+        rows["position"].append(mask.nonzero()[:, 1])
     rows = {key: torch.cat(parts).cpu().numpy() for key, parts in rows.items()}
     x = torch.cat(batches)
     rows["deviation"] = (x - x.double().mean(0).float()).double().pow(2).sum(-1).cpu().numpy()

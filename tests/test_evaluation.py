@@ -33,7 +33,7 @@ from checkpoint import save_sae
 from config import best_device, get_default_cfg, post_init_cfg
 from console import InputError, run_command
 from demo.text import documents
-from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, histograms
+from evaluation import calibrate_threshold, evaluate, heldout_baseline, histograms
 from files import write_json
 from sae import SAE_CLASSES
 from shards import WHOLE
@@ -338,7 +338,7 @@ def demo_halves(model, tmp_path_factory):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
         cfg = make_cfg(dataset_path=str(path), seq_len=128, batch_size=128, num_tokens=128, eval_tokens=96 * 128)
         store = ActivationsStore(model, cfg)
-        halves.append(torch.cat([heldout_activations(store, x).flatten(0, 1) for x in store.eval_contexts.split(32)]))
+        halves.append(torch.cat([store.get_activations(x)[:, 1:].flatten(0, 1) for x in store.eval_contexts.split(32)]))
     return halves
 
 
@@ -478,7 +478,7 @@ def test_splice_into_another_bridge(model, group):
 def test_encode_and_decode_of_contexts(group, name):
     """They accept [contexts, positions, d] and [B, d]; with `like`, decode returns units of the residual stream."""
     store, sae = group[0], copy.deepcopy(group[1][name]).eval()
-    acts = heldout_activations(store, store.eval_contexts[:3])
+    acts = store.get_activations(store.eval_contexts[:3])[:, 1:]
     with torch.no_grad():
         reconstruction, features = sae.reconstruct(acts.flatten(0, 1))
         torch.testing.assert_close(sae.encode(acts).flatten(0, 1), features)

@@ -29,7 +29,7 @@ from activation_store import ActivationsStore
 from checkpoint import load_sae, save_sae
 from config import post_init_cfg, prefix_sizes
 from console import InputError
-from evaluation import calibrate_threshold, evaluate, heldout_activations, heldout_baseline, table
+from evaluation import calibrate_threshold, evaluate, heldout_baseline, table
 from export import export_sae, import_sae
 from logs import run_folder
 from sae import SAE_CLASSES
@@ -253,7 +253,7 @@ def test_printed_table(evaluated):
 def test_threshold_can_be_calibrated(evaluated):
     store, sae, *_ = evaluated
     sae = copy.deepcopy(sae).eval()
-    x = heldout_activations(store, store.eval_contexts).flatten(0, 1)
+    x = store.get_activations(store.eval_contexts)[:, 1:].flatten(0, 1)
     l0 = calibrate_threshold(sae, x, target_l0=3)
     assert l0 == pytest.approx(3, rel=0.05) and (sae.encode(x) > 0).sum(1).double().mean() == pytest.approx(l0)
 
