@@ -162,10 +162,7 @@ def evaluate(
         done += len(tokens)
         for variant in variants:
             i, _, training, size = variant
-            reconstruction, features = in_mode(saes[i], training, saes[i].reconstruct, x)
-            if size is not None:
-                features = features[:, : saes[i].shards.num_before(size, saes[i].cfg["dict_size"])]
-                reconstruction = saes[i].decode(features, like=x)
+            reconstruction, features = reconstruct(saes[i], x, training, size)
             reconstruction = reconstruction.float()
             error = (x - reconstruction).double().pow(2).sum(-1)
             active = features.sign()  # sums of bool are slow on CPUs
@@ -326,14 +323,22 @@ def prediction_losses(
     return torch.stack([torch.stack(of_context) for of_context in losses], 1)
 
 
-def in_mode(sae: BaseAutoencoder, training: bool, function, *args):
-    """Call `function` with the SAE in train() or eval() mode, then restore its mode."""
+def reconstruct(
+    sae: BaseAutoencoder, x: torch.Tensor, training: bool, size: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction [n, d] and features of x [n, d], in train() or eval(); with `size`, from the first `size` features
+    alone. The SAE's own mode is restored.
+    """
     before = sae.training
     sae.train(training)
     try:
-        return function(*args)
+        reconstruction, features = sae.reconstruct(x)
     finally:
         sae.train(before)
+    if size is not None:
+        features = features[:, : sae.shards.num_before(size, sae.cfg["dict_size"])]
+        reconstruction = sae.decode(features, like=x)
+    return reconstruction, features
 
 
 @torch.no_grad()

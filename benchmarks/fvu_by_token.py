@@ -19,7 +19,7 @@ import torch
 from common import markdown_table
 
 from console import InputError, run_command
-from evaluation import counted, eval_batches, in_mode, open_run, variants_of
+from evaluation import counted, eval_batches, open_run, reconstruct, variants_of
 from language_model import tokenizer_of
 from results import LINES, STYLES, plt
 
@@ -45,10 +45,10 @@ def measure(run: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str]
     rows["deviation"] = (x - x.double().mean(0).float()).double().pow(2).sum(-1).cpu().numpy()
     rows["own_variance"] = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1).cpu().numpy()
     used = {}
-    for suffix, training, _ in variants_of(sae.cfg, whole=False):
+    for suffix, training, size in variants_of(sae.cfg, whole=False):
         parts = []
         for x in batches:
-            reconstruction, features = in_mode(sae, training, sae.reconstruct, x)
+            reconstruction, features = reconstruct(sae, x, training, size)
             parts.append(torch.stack([(x - reconstruction).double().pow(2).sum(-1), (features > 0).sum(-1)], 1))
         name = sae.cfg["name"] + suffix.replace("_", " ")
         used[name] = pd.DataFrame(torch.cat(parts).cpu().numpy(), columns=["error", "l0"])
