@@ -72,7 +72,6 @@ DENSITY_EDGES = [-8 + i / 4 for i in range(33)]  # the same in every run, so tha
 DENSE = 0.1
 OF_PREFIXES = ("nmse", "fvu", "l0", "dead_fraction", "ce_degradation")  # printed for each prefix of a Matryoshka SAE
 MAX_PARTS = 64  # of consecutive documents; with fewer documents, one part per document
-IGNORE_INDEX = -100  # replaces targets whose prediction is not counted
 CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows, F] in decoder_similarity
 
 
@@ -132,23 +131,22 @@ def evaluate(
     """
     if not saes:
         return []
-    cfg, skip = activation_store.cfg, activation_store.cfg["eval_skip_positions"]
-    variants = [(i, *of_sae) for i, sae in enumerate(saes) for of_sae in variants_of(sae.cfg, num_contexts is None)]
+    skip, whole = activation_store.cfg["eval_skip_positions"], num_contexts is None
+    variants = [(i, *of_sae) for i, sae in enumerate(saes) for of_sae in variants_of(sae.cfg, whole)]
     per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
     ce_original = []  # for each batch [contexts]
-    contexts = len(activation_store.eval_contexts[:num_contexts])
-    mask = counted(activation_store, activation_store.eval_contexts[:num_contexts].to(cfg["device"]))
-    documents = activation_store.eval_documents[:contexts]  # of each context
+    batches = eval_batches(activation_store, num_contexts)
+    mask = counted(activation_store, torch.cat(batches))
+    documents = activation_store.eval_documents[: len(mask)]  # of each context
     num_documents = int(documents[-1]) + 1
     num_parts = min(num_documents, MAX_PARTS)
-    part = documents.to(cfg["device"]) * num_parts // num_documents  # of each context
+    part = documents.to(mask.device) * num_parts // num_documents  # of each context
     times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
     token_l0 = {variant: [] for variant in variants}
 
-    done = 0
-    for tokens in progress(count_of(len(saes), "SAE"), eval_batches(activation_store, num_contexts)):
-        acts = baseline["acts"][done : done + len(tokens)].to(tokens.device)
-        here = mask[done : done + len(tokens)]
+    of_batches = (of.split(len(batches[0])) for of in (baseline["acts"][:num_contexts], mask, part))
+    for tokens, acts, here, part_here in zip(progress(count_of(len(saes), "SAE"), batches), *of_batches):
+        acts = acts.to(tokens.device)
         x = acts[here]
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
@@ -158,8 +156,7 @@ def evaluate(
         p = log_p.exp()
         original = p, log_p.mul_(p).sum(-1)
         del logits, log_p
-        in_part = F.one_hot(part[done : done + len(tokens), None].expand_as(here)[here], num_parts)  # [tokens, parts]
-        done += len(tokens)
+        in_part = F.one_hot(part_here[:, None].expand_as(here)[here], num_parts)  # [tokens, parts]
         for variant in variants:
             i, _, training, size = variant
             reconstruction, features = reconstruct(saes[i], x, training, size)
@@ -170,7 +167,7 @@ def evaluate(
             l0 = saes[i].shards.sum(active.sum(1).long())
             cosine = F.cosine_similarity(x, reconstruction, dim=-1)
             per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
-            if num_contexts is None:
+            if whole:
                 times_active[variant] = times_active[variant] + (in_part.to(active.dtype).T @ active).int()
                 token_l0[variant].append(l0)
             del active
@@ -181,7 +178,7 @@ def evaluate(
 
     metrics = [{} for _ in saes]
     ces = {"ce_original": torch.cat(ce_original)}
-    ces |= {key: baseline[key][:contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
+    ces |= {key: baseline[key][:num_contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
     original, zero, mean = ces.values()
     # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
     tokens, predictions = mask[:, skip:].double().mean(-1).cpu(), mask[:, skip:-1].double().mean(-1).cpu()
@@ -196,7 +193,7 @@ def evaluate(
         }  # fmt: skip
         for key, (a, b) in ratios.items():
             metrics[i] |= ratio_with_error(key + suffix, a, b, documents)
-        if num_contexts is None:
+        if whole:
             tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, mask.sum(1))
             metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part, saes[i].shards)
             if not suffix:
@@ -205,7 +202,7 @@ def evaluate(
     for sae, values in zip(saes, metrics):
         for key, ce in ces.items():
             values |= ratio_with_error(key, ce, predictions, documents)
-        if num_contexts is None and sae.cfg["dict_size"] > 1 and sae.shards.count == 1:
+        if whole and sae.cfg["dict_size"] > 1 and sae.shards.count == 1:
             values["decoder_similarity"] = decoder_similarity(sae.W_dec)
         if sae.cfg["sae_type"] in BATCH_TOP_K_TYPES:
             values["threshold"] = sae.threshold.item()
@@ -315,8 +312,8 @@ def prediction_losses(
     losses, predictions = [], logits.shape[1]
     for i, targets in enumerate(tokens[:, -predictions:]):
         log_q, counts = logits[i].float().log_softmax(-1), mask[i, -predictions - 1 : -1]
-        targets = targets.where(counts, IGNORE_INDEX)
-        losses.append([F.nll_loss(log_q, targets, reduction="sum", ignore_index=IGNORE_INDEX) / len(targets)])
+        targets = targets.where(counts, -100)  # which nll_loss ignores
+        losses.append([F.nll_loss(log_q, targets, reduction="sum") / len(targets)])
         if original is not None:
             kl = original[1][i] - log_q.mul_(original[0][i]).sum(-1)
             losses[-1].append(kl.where(counts, 0).mean())
@@ -326,8 +323,8 @@ def prediction_losses(
 def reconstruct(
     sae: BaseAutoencoder, x: torch.Tensor, training: bool, size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstruction [n, d] and features of x [n, d], in train() or eval(); with `size`, from the first `size` features
-    alone. The SAE's own mode is restored.
+    """Reconstruction [n, d] and features of x [n, d], in train() or eval() mode. With `size`, of the first `size`
+    features alone. The SAE keeps its own mode.
     """
     before = sae.training
     sae.train(training)
