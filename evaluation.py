@@ -427,10 +427,8 @@ def paths_from_here(run: Path, cfg: dict) -> dict:
     if parts[-len(inside) :] != inside:
         return {}
     folder = Path(*parts[: -len(inside)])
-    paths = {key: cfg[key] for key in ("model_name", "dataset_path")}
-    return {
-        key: str(folder / path) for key, path in paths.items() if not Path(path).exists() and (folder / path).exists()
-    }
+    paths = {key: folder / cfg[key] for key in ("model_name", "dataset_path")}
+    return {key: str(path) for key, path in paths.items() if path.exists() and not Path(cfg[key]).exists()}
 
 
 def recorded_metrics(run: Path) -> dict:
@@ -442,22 +440,19 @@ def table(metrics: dict) -> str:
     """A table with one metric per line, with its standard error, and a second column for the _batch metrics. For a
     Matryoshka SAE, below it a table with the main metrics of each prefix.
     """
-    suffixes = ["", "_batch"] if "l0_batch" in metrics else [""]
-    lines = [["", "as used", "batch top-k"][: 1 + len(suffixes)]]
-    for key in metrics:
-        if not isinstance(metrics[key], float) or key.endswith(("_se", "_batch")) or "_prefix_" in key:
-            continue
-        lines.append([key])
-        for name in (key + suffix for suffix in suffixes if key + suffix in metrics):
-            lines[-1].append(with_error(metrics, name))
-    text, suffixes = text_table(lines), [key[len("nmse") :] for key in metrics if re.fullmatch(r"nmse_prefix_\d+", key)]
-    if not suffixes:
+    rows = [["", "as used", "batch top-k"] if "l0_batch" in metrics else ["", "as used"]]
+    for key, value in metrics.items():
+        if isinstance(value, float) and not key.endswith(("_se", "_batch")) and "_prefix_" not in key:
+            rows.append([key, *(with_error(metrics, name) for name in (key, f"{key}_batch") if name in metrics)])
+    text = text_table(rows)
+    sizes = [key.removeprefix("nmse_prefix_") for key in metrics if re.fullmatch(r"nmse_prefix_\d+", key)]
+    if not sizes:
         return text
-    lines = [["features", *OF_PREFIXES]]
-    for suffix in [*suffixes, ""]:
-        name = suffix.removeprefix("_prefix_") or "all"
-        lines.append([name, *(with_error(metrics, key + suffix) for key in OF_PREFIXES)])
-    return f"{text}\n\n{text_table(lines)}"
+    rows = [["features", *OF_PREFIXES]]
+    for size in sizes:
+        rows.append([size, *(with_error(metrics, f"{key}_prefix_{size}") for key in OF_PREFIXES)])
+    rows.append(["all", *(with_error(metrics, key) for key in OF_PREFIXES)])
+    return f"{text}\n\n{text_table(rows)}"
 
 
 def with_error(metrics: dict, key: str) -> str:
@@ -473,29 +468,30 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dataset-path", metavar="TEXT", help="use another dataset: hub name, local file or folder")
     args = parser.parse_args(argv)
     sae, _, activation_store = open_run(args.run, args.dataset_path)
-    contexts, seq_len = activation_store.eval_contexts, activation_store.seq_len
-    name, text, other, of_run = "evaluation.json", "held-out context", {}, {}
+    held_out, seq_len = activation_store.eval_contexts, activation_store.seq_len
     if args.eval_tokens is not None:
-        if not 1 <= args.eval_tokens <= contexts.numel():
+        if not 1 <= args.eval_tokens <= held_out.numel():
             raise InputError(
-                f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {contexts.numel()}, the number of "
+                f"--eval-tokens {args.eval_tokens} is not allowed: it must be 1 to {held_out.numel()}, the number of "
                 f"held-out tokens"
             )
-        all_contexts, contexts = contexts, contexts[: -(-args.eval_tokens // seq_len)]
-        activation_store.eval_contexts = contexts
-        if args.dataset_path is None and len(contexts) < len(all_contexts):  # exports show evaluation.json
-            name = f"evaluation_first_{contexts.numel()}.json"
+        activation_store.eval_contexts = held_out[: -(-args.eval_tokens // seq_len)]
+    contexts = activation_store.eval_contexts
+    record, of_run = {"eval_tokens": contexts.numel()}, {}
+    name, where = "evaluation.json", f"{count_of(len(contexts), 'held-out context')} of {seq_len} tokens"
     if args.dataset_path is not None:
         name = f"evaluation_{Path(args.dataset_path).stem}_{activation_store.fingerprint()[:8]}.json"  # of these tokens
-        text, other, of_run = "context", {"dataset_path": args.dataset_path}, recorded_metrics(args.run)
+        where = f"{count_of(len(contexts), 'context')} of {args.dataset_path}, each of {seq_len} tokens"
+        record, of_run = {"dataset_path": args.dataset_path} | record, recorded_metrics(args.run)
+    elif len(contexts) < len(held_out):  # exports show evaluation.json
+        name = f"evaluation_first_{contexts.numel()}.json"
     (metrics,) = evaluate([sae], activation_store, heldout_baseline(activation_store))
     try:  # before the table is printed, which fails if stdout is closed
-        write_json(args.run / name, other | {"eval_tokens": contexts.numel()} | metrics)
+        write_json(args.run / name, record | metrics)
     except OSError as error:
         raise InputError(f"{args.run / name} cannot be written: {one_line(error)}") from error
     finally:
-        where = f" of {args.dataset_path}, each" if other else ""
-        print(f"{sae.cfg['name']} on {count_of(len(contexts), text)}{where} of {seq_len} tokens")
+        print(f"{sae.cfg['name']} on {where}")
         print(table(metrics))
         if "l0" in of_run:
             print(f"l0 on the run's own held-out text: {with_error(of_run, 'l0')}")
