@@ -44,19 +44,20 @@ BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # the charact
 
 
 @torch.no_grad()
-def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
+def feature_statistics(sae, activation_store) -> dict:
     """Statistics from one pass over the held-out tokens, at most CHUNK activations (or one context) at a time.
 
+        num_tokens                    number of tokens that count
         active [F]                    number of tokens on which a feature is active
         energy [F]                    Σ f² (float64)
         histogram [F, BINS]           of its activations, from 0 to 2^exponent, with exponent [F]
 
     For the EXAMPLES contexts with the highest peaks, in descending order (ties in text order):
 
-        value [EXAMPLES, F]           the peak, 0 if there are fewer such contexts
+        value [n, F]                  the peak, which may be 0; n is EXAMPLES, or fewer if there are fewer contexts
         context, position             the numbers of the context and of the peak's position in it
         start                         the first position shown
-        shown [EXAMPLES, window, F]   the activations from there on
+        shown [n, window, F]          the activations from there on
     """
     contexts, skip = activation_store.eval_contexts, activation_store.cfg["eval_skip_positions"]
     seq_len, dict_size, device = contexts.shape[1], sae.cfg["dict_size"], sae.W_dec.device
@@ -64,9 +65,7 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
     energy = torch.zeros(dict_size, dtype=torch.float64, device=device)
     histogram = torch.zeros(dict_size, BINS, dtype=torch.int64, device=device)
     exponent = torch.full((dict_size,), -100, device=device)  # below any activation
-    best = {key: torch.zeros(EXAMPLES, dict_size, dtype=torch.int64, device=device) for key in ("context", "position")}
-    best |= {"value": torch.zeros(EXAMPLES, dict_size, device=device), "start": best["context"]}
-    best["shown"] = torch.zeros(EXAMPLES, window, dict_size, device=device)
+    best = {}
 
     bar = tqdm(total=contexts.numel(), unit="tok", unit_scale=True, desc="held-out activations")
     size = max(1, CHUNK // (dict_size * seq_len))
@@ -84,10 +83,10 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
         shown = torch.take_along_dim(acts, offsets, 1)
         context = torch.arange(len(tokens), device=device)[:, None] + first
         new = dict(value=value, position=position, start=start, context=context.expand_as(value), shown=shown)
-        order = torch.cat([best["value"], value]).argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
-        for key, tensor in new.items():
-            index = order[:, None] if key == "shown" else order
-            best[key] = torch.take_along_dim(torch.cat([best[key], tensor]), index, 0)
+        found = {key: torch.cat([best[key], tensor]) if best else tensor for key, tensor in new.items()}
+        order = found["value"].argsort(dim=0, descending=True, stable=True)[:EXAMPLES]
+        for key, tensor in found.items():
+            best[key] = torch.take_along_dim(tensor, order[:, None] if key == "shown" else order, 0)
 
         # A new maximum doubles the bin width until it fits. This is exact: bins merge in pairs.
         peak = value.amax(0)
@@ -102,13 +101,14 @@ def feature_statistics(sae, activation_store) -> dict[str, torch.Tensor]:
         histogram += torch.bincount(features * BINS + bins, minlength=dict_size * BINS).view_as(histogram)
         bar.update(tokens.numel())
     bar.close()
-    return best | {"active": histogram.sum(1), "energy": energy, "histogram": histogram, "exponent": exponent}
+    totals = {"num_tokens": int(counted(activation_store, contexts).sum()), "active": histogram.sum(1)}
+    return best | totals | {"energy": energy, "histogram": histogram, "exponent": exponent}
 
 
-def rank_features(statistics: dict, W_dec: torch.Tensor, num_tokens: int) -> list[int]:
+def rank_features(statistics: dict, W_dec: torch.Tensor) -> list[int]:
     """The features that are ever active, in the order that the module docstring defines."""
     active = statistics["active"]
-    last = (active < RARE) | (active > DENSE * num_tokens)
+    last = (active < RARE) | (active > DENSE * statistics["num_tokens"])
     energy = statistics["energy"] * W_dec.detach().double().pow(2).sum(-1)
     order = np.lexsort([-energy.cpu().numpy(), last.cpu().numpy()])
     return [i for i in order.tolist() if active[i] > 0]
@@ -152,7 +152,6 @@ def rounded(values: torch.Tensor) -> list:
 def page_data(sae, model, activation_store, statistics: dict, features: list[int]) -> dict:
     """The data of the page for these features, as JSON values. Tokens are ids, with their texts in `vocab`."""
     cfg, contexts = sae.cfg, activation_store.eval_contexts
-    num_tokens = int(counted(activation_store, contexts).sum())
     writes_to_residual = cfg["hook_point"].rpartition("hook_")[2] in SITES and hasattr(model, "ln_final")
     unit_rows = F.normalize(sae.W_dec.float(), dim=-1)
     pages = []
@@ -183,11 +182,11 @@ def page_data(sae, model, activation_store, statistics: dict, features: list[int
     shown = {i: contexts[i].tolist() for i in sorted({example[0] for page in pages for example in page["examples"]})}
     ids = {token for page in pages for token, _ in page.get("up", []) + page.get("down", [])}
     ids = sorted(ids.union(*shown.values()))
-    density = statistics["active"].double().cpu().numpy() / num_tokens
+    density = statistics["active"].double().cpu().numpy() / statistics["num_tokens"]
     edges = np.linspace(-6, 0, 25)
     return {
         "dict_size": cfg["dict_size"],
-        "num_tokens": num_tokens,
+        "num_tokens": statistics["num_tokens"],
         "never_active": int((density == 0).sum()),
         "dense": int((density > DENSE).sum()),
         "densities": np.histogram(np.log10(density[density > 0]).clip(-6, 0), edges)[0].tolist(),
@@ -228,8 +227,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--features {feature} is not allowed: it must be 0 to {sae.cfg['dict_size'] - 1}")
 
     statistics = feature_statistics(sae, activation_store)
-    num_tokens = int(counted(activation_store, activation_store.eval_contexts).sum())
-    ranked = rank_features(statistics, sae.W_dec, num_tokens)
+    ranked = rank_features(statistics, sae.W_dec)
     requested = list(dict.fromkeys(args.features))
     features = requested + [i for i in ranked if i not in requested][:num]
     data = page_data(sae, model, activation_store, statistics, features)

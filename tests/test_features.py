@@ -159,9 +159,10 @@ def test_ranking_is_by_energy_with_rare_and_dense_features_last():
     statistics = {
         "active": torch.tensor([500, 50, 9, 50, 0, 60]),
         "energy": torch.tensor([9.0, 2, 8, 3, 0, 1]).double(),
+        "num_tokens": 1000,
     }
     W_dec = torch.eye(6) * torch.tensor([1.0, 1, 1, 1, 1, 2])[:, None]
-    assert features.rank_features(statistics, W_dec, 1000) == [5, 3, 1, 0, 2]
+    assert features.rank_features(statistics, W_dec) == [5, 3, 1, 0, 2]
 
 
 # Text
