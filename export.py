@@ -22,6 +22,7 @@ import argparse
 import json
 import re
 import shutil
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,15 +43,15 @@ from model_card import model_card
 from sae import SAE_CLASSES, BaseAutoencoder
 
 OUR_CONFIG = "batchtopk_config"  # the key under which our config is stored in another library's config
-# dictionary_learning's class, trainer class and names of weights, where these differ from LINEAR (None: all are ours).
-DICTIONARIES = {
-    "vanilla": ("AutoEncoder", "StandardTrainer", {"b_dec": "bias"}),
-    "topk": ("AutoEncoderTopK", "TopKTrainer", {}),
-    "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", {}),
-    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", None),
-    "matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", None),
-}
 LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_enc": "encoder.bias"}  # weights are transposed
+# dictionary_learning's class, trainer class, and names of weights if they are those of torch.nn.Linear, else ours.
+DICTIONARIES = {
+    "vanilla": ("AutoEncoder", "StandardTrainer", LINEAR | {"b_dec": "bias"}),
+    "topk": ("AutoEncoderTopK", "TopKTrainer", LINEAR),
+    "batchtopk": ("BatchTopKSAE", "BatchTopKTrainer", LINEAR),
+    "jumprelu": ("JumpReluAutoEncoder", "JumpReluTrainer", {}),
+    "matryoshka": ("MatryoshkaBatchTopKSAE", "MatryoshkaBatchTopKTrainer", {}),
+}
 WEIGHTS = ("sae_weights.safetensors", "ae.pt", "sae.pt")  # every export contains one of these
 
 
@@ -132,8 +133,8 @@ def dictionary_learning_files(sae: BaseAutoencoder) -> dict:
     if cfg["input_unit_norm"]:
         raise InputError("dictionary_learning does not support input_unit_norm = True; use --to saelens")
     dict_class, trainer_class, names = DICTIONARIES[cfg["sae_type"]]
-    if names is not None:
-        weights = {(LINEAR | names).get(name, name): value.t() for name, value in weights.items()}
+    if names:
+        weights = {names.get(name, name): value.t() for name, value in weights.items()}
     if cfg["sae_type"] in TOP_K_TYPES:
         weights = {"threshold": torch.tensor(-1.0), "k": torch.tensor(cfg["top_k"], dtype=torch.int32)} | weights
     groups = {}
@@ -220,8 +221,8 @@ def from_dictionary_learning(folder: Path) -> tuple[dict, dict, bool]:
     check_allowed("dict_class", trainer["dict_class"], *types)
     sae_type = types[trainer["dict_class"]]
     _, _, names = DICTIONARIES[sae_type]
-    if names is not None:
-        names = {foreign: name for name, foreign in (LINEAR | names).items()}
+    if names:
+        names = {foreign: name for name, foreign in names.items()}
         tensors = {names.get(name, name): value.t() for name, value in tensors.items()}
     if sae_type in TOP_K_TYPES:
         check_allowed("k in ae.pt", int(tensors.pop("k", trainer["k"])), trainer["k"])
@@ -327,7 +328,7 @@ def write_folder(folder: Path, files: dict) -> None:
         if any(folder.iterdir()):
             raise InputError(f"{folder} is not an empty folder and is not overwritten: choose another --out")
         # The folder itself is not replaced: it may be a mount point or the working directory.
-        with TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        with TemporaryDirectory(dir=folder, prefix=".export-") as temporary, ExitStack() as undo:
             for name, content in files.items():
                 path = Path(temporary) / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,14 +340,10 @@ def write_folder(folder: Path, files: dict) -> None:
                     tensors = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
                     (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
                     sync(path)
-            moved = []
-            try:
-                for path in list(Path(temporary).iterdir()):
-                    moved.append(path.rename(folder / path.name))
-            except BaseException:
-                for path in moved:  # TemporaryDirectory deletes them
-                    path.rename(Path(temporary) / path.name)
-                raise
+            for path in list(Path(temporary).iterdir()):
+                moved = path.rename(folder / path.name)
+                undo.callback(moved.rename, path)  # back to where TemporaryDirectory deletes it
+            undo.pop_all()
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
 
