@@ -390,11 +390,11 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     """
     if not run.is_dir():
         raise InputError(f"{run} is not a folder; RUN must be a run's folder, runs/<sweep>/<name>")
-    if names := sorted(path.parent.name for path in run.glob("*/config.json")):
+    record = read_json(run / "config.json")
+    if not record and (names := sorted(path.parent.name for path in run.glob("*/config.json"))):
         raise InputError(f"{run} is a sweep's folder; RUN must be one of its runs, such as {run / names[0]}")
     if run.name == "sae" and (run.parent / "config.json").is_file():
         raise InputError(f"{run} is an SAE's folder; RUN must be that of its run, {run.parent}")
-    record = read_json(run / "config.json")
     if record and saved_sae(run / "sae") is None:
         raise InputError(f"{run} holds no SAE yet: its training has not ended")
     device = str(record.get("device"))

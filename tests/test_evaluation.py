@@ -528,6 +528,14 @@ def test_a_run_opens_on_another_machine(group, run_folder, tmp_path):
     assert str(evaluation.open_run(tmp_path / "run")[0].W_dec.device) == best_device()
 
 
+def test_a_run_with_an_export_in_its_folder_opens(run_folder, tmp_path):
+    """It is not taken for a sweep's folder, although an export may have a config.json."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "export").mkdir()
+    write_json(tmp_path / "run" / "export" / "config.json", {})
+    assert evaluation.open_run(tmp_path / "run")[0].cfg["sae_type"] == "batchtopk"
+
+
 def test_a_warning_of_text_that_changed_since_training(run_folder, tmp_path, capsys):
     shutil.copytree(run_folder, tmp_path / "run")
     evaluation.open_run(tmp_path / "run")
