@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from config import BATCH_TOP_K_TYPES, KEYS, SAE_TYPES, TOP_K_TYPES, prefix_sizes
 from console import markdown_table
 from dataset import file_kind
-from evaluation import with_error
+from evaluation import recorded_metrics, with_error
 from files import read_json
 from hub import is_hub_name
 from language_model import hub_name
@@ -39,9 +39,10 @@ def model_card(sae: BaseAutoencoder, to: str, run: Path | None = None, repo: str
 
     Raises InputError if one of these records is corrupt.
     """
-    result, evaluation = (read_json(run / f"{name}.json") if run else {} for name in ("result", "evaluation"))
+    metrics = recorded_metrics(run) if run else {}
+    # An imported SAE has no result.json: its training is unknown.
+    num_tokens = read_json(run / "result.json").get("tokens") if run else None
     cfg = sae.cfg | {key: plain(value) for key, value in sae.cfg.items() if isinstance(value, str)}
-    num_tokens = result.get("tokens")  # an imported SAE has no result.json: its training is unknown
     in_batch = to == "published" and cfg["sae_type"] in BATCH_TOP_K_TYPES  # the scripts have no threshold
     model_name, dataset = hub_name(sae.cfg["model_name"]), sae.cfg["dataset_path"]
     metadata = ModelCardData(
@@ -93,7 +94,7 @@ x = torch.randn(4, {d}{x_dtype})  # replace with activations [n, {d}] of the lan
 
 ## Metrics
 
-{metrics_section(cfg, evaluation or result, "_batch" if in_batch else "", held_out=bool(num_tokens))}
+{metrics_section(cfg, metrics, "_batch" if in_batch else "", held_out=bool(num_tokens))}
 
 ## Config
 
