@@ -15,8 +15,8 @@ activation and r its reconstruction, both in the units of the residual stream:
     l0              mean number of active features per token
     dead_fraction   fraction of features that are never active on the held-out set
     dense_fraction  fraction of features that are active on more than DENSE of its tokens
-    decoder_similarity  mean over pairs of features of |cosine| of their decoder rows (c_dec of arXiv 2508.16560); not
-                    while feature_shards is more than 1
+    decoder_similarity  mean over pairs of features of |cosine| of their decoder rows (c_dec of arXiv 2508.16560);
+                    not measured while feature_shards is more than 1
     ce_original, ce_reconstructed, ce_zero_ablated, ce_mean_ablated
                     cross-entropy in nats per token: of the model, and with x replaced by r, by 0, by x_mean
     ce_degradation  ce_reconstructed − ce_original: 0 is perfect, larger is worse
@@ -77,13 +77,15 @@ CHUNK = 2**22  # maximum size of [tokens, F] in calibrate_threshold and of [rows
 
 @torch.no_grad()
 def heldout_baseline(activation_store: ActivationsStore) -> dict:
-    """What does not depend on the SAE: `acts` [n, seq_len, d], the held-out activations, float32 in main memory; `mean`
-    [d], their mean; and the CE of each context [n], in nats per token: ce_zero_ablated (activations set to 0) and
-    ce_mean_ablated (set to the mean). Also `seconds_per_prediction`, of one context.
+    """What evaluate needs that does not depend on the SAE:
+
+    acts [n, seq_len, d]                  the held-out activations, float32 in main memory
+    mean [d]                              their mean over the positions that count
+    ce_zero_ablated, ce_mean_ablated [n]  CE of each context, in nats per token, with activations set to 0 or `mean`
+    seconds_per_prediction                the time of one such forward pass for one context
     """
     batches = eval_batches(activation_store)
-    contexts, seq_len = activation_store.eval_contexts.shape
-    acts = torch.empty(contexts, seq_len, activation_store.act_size, dtype=torch.float32)
+    acts = torch.empty(*activation_store.eval_contexts.shape, activation_store.act_size, dtype=torch.float32)
     parts = acts.split(len(batches[0]))
     total, count = 0, 0
     for tokens, part in zip(batches, parts):
@@ -98,7 +100,7 @@ def heldout_baseline(activation_store: ActivationsStore) -> dict:
         for key, replacement in replacements.items():
             logits = predict(activation_store, tokens, torch.where(mask[..., None], replacement, x))
             ce[key].append(prediction_losses(logits, tokens, mask)[0].double().cpu())
-    seconds = (time.time() - started) / contexts / len(replacements)
+    seconds = (time.time() - started) / len(acts) / len(replacements)
     baseline = {"acts": acts, "mean": mean, "seconds_per_prediction": seconds}
     return baseline | {key: torch.cat(losses) for key, losses in ce.items()}
 
@@ -142,7 +144,7 @@ def evaluate(
     num_parts = min(num_documents, MAX_PARTS)
     part = documents.to(mask.device) * num_parts // num_documents  # of each context
     times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
-    token_l0 = {variant: [] for variant in variants}
+    token_l0 = {variant: [] for variant in variants}  # for each batch [tokens]
 
     of_batches = (of.split(len(batches[0])) for of in (baseline["acts"][:num_contexts], mask, part))
     for tokens, acts, here, part_here in zip(progress(count_of(len(saes), "SAE"), batches), *of_batches):
@@ -234,8 +236,8 @@ def decoder_similarity(W_dec: torch.Tensor) -> float:
 
 def ratio_with_error(key: str, a: torch.Tensor, b: torch.Tensor, documents: torch.Tensor) -> dict:
     """Σa / Σb over contexts [n] and its standard error over their documents [n], numbered from 0, by the delta method.
-    For a mean over tokens, a is the mean over a context with 0 at skipped tokens, and b the fraction of its tokens that
-    are not skipped.
+    For a mean over tokens, a is the mean over a context, with 0 at tokens that do not count, and b the fraction of its
+    tokens that count.
     """
     ratio = a.sum() / b.sum()
     values = {key: ratio.item()}
@@ -382,8 +384,9 @@ def calibrate_threshold(sae: BaseAutoencoder, activations, target_l0: float | No
 
 
 def open_run(run: Path, dataset_path: str | None = None) -> tuple:
-    """A run's SAE, its language model, and an activation store with its held-out tokens alone, or with as many tokens
-    from the beginning of another dataset. The SAE is on the device of its training, if that exists here.
+    """Open a run: its SAE, its language model, and an ActivationsStore that has only its held-out tokens, or as many
+    tokens from the beginning of the dataset `dataset_path`. The SAE is on the device of its training, if that exists
+    here.
 
     Raises InputError if `run` is not a run or cannot be opened, or if its BatchTopK SAE has no threshold. Warns if the
     text has changed since training.
@@ -394,7 +397,7 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     if not record and (names := sorted(path.parent.name for path in run.glob("*/config.json"))):
         raise InputError(f"{run} is a sweep's folder; RUN must be one of its runs, such as {run / names[0]}")
     if run.name == "sae" and (run.parent / "config.json").is_file():
-        raise InputError(f"{run} is an SAE's folder; RUN must be that of its run, {run.parent}")
+        raise InputError(f"{run} is an SAE's folder; RUN must be the folder of its run, {run.parent}")
     if record and saved_sae(run / "sae") is None:
         raise InputError(f"{run} holds no SAE yet: its training has not ended")
     device = str(record.get("device"))
@@ -418,8 +421,8 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
 
 
 def paths_from_here(run: Path, cfg: dict) -> dict:
-    """The relative paths in a run's config that exist only from the folder in which it was trained, as absolute paths.
-    That folder is known if output_dir is relative, too, and the run has not been moved out of it.
+    """The paths in a run's config that are relative to the folder in which it was trained and do not exist from here,
+    as paths that do. That folder is known if output_dir is relative too and the run has not been moved.
     """
     inside = Path(cfg["output_dir"], cfg["sweep"], cfg["name"]).parts
     parts = run.resolve().parts

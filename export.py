@@ -186,10 +186,10 @@ def weights_of(sae: BaseAutoencoder) -> dict:
 def from_published(folder: Path) -> tuple[dict, dict, bool]:
     cfg, tensors = json.loads((folder / "config.json").read_text()), read_tensors(folder / "sae.pt")
     needed = ("sae_type", "act_size", "dict_size", "top_k", "input_unit_norm", "model_name", "site", "layer", "dtype")
-    cfg |= {key: cfg[key] for key in needed}  # these have no valid default
+    cfg |= {key: cfg[key] for key in needed}  # a KeyError if one is missing: they have no valid default
     if (threshold := cfg.pop("threshold", None)) is not None:
         tensors["threshold"] = torch.tensor(threshold)
-    if cfg["sae_type"] in TOP_K_TYPES:  # unused
+    if cfg["sae_type"] in TOP_K_TYPES:  # the scripts do not use it
         tensors["b_enc"] = torch.zeros_like(tensors["b_enc"])
     return cfg, tensors, cfg["sae_type"] != "jumprelu"
 

@@ -7,7 +7,7 @@ only those are shown, in RUN/requested_features.html. Activations f are computed
 are 0 at the positions and tokens that evaluation skips.
 
 Features are ranked by energy, Σ f² ‖W_dec row‖² over the held-out tokens. Those active on fewer than RARE tokens or on
-a larger fraction than DENSE come last.
+more than the fraction DENSE of them come last.
 
 The logit effects of a feature are those of its decoder row alone: scaled to RMS 1, passed through the final norm and
 the unembedding, minus the mean over the vocabulary, which softmax ignores. This is the direct path: it ignores the

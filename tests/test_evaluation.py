@@ -659,7 +659,7 @@ def test_command_on_bad_input(run_folder, group, tmp_path):
 
     assert "nosuch is not a folder" in refused(tmp_path / "nosuch")
     assert "holds no SAE" in refused(tmp_path)
-    assert f"RUN must be that of its run, {run_folder}" in refused(run_folder / "sae")
+    assert f"RUN must be the folder of its run, {run_folder}" in refused(run_folder / "sae")
     for run in ("b", "a"):
         (tmp_path / "sweep" / run).mkdir(parents=True)
         write_json(tmp_path / "sweep" / run / "config.json", {"device": "cpu"})
