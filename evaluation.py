@@ -50,6 +50,7 @@ On the whole held-out set, results also contain `histograms`, in eval():
 import argparse
 import re
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -134,74 +135,71 @@ def evaluate(
     if not saes:
         return []
     skip, whole = activation_store.cfg["eval_skip_positions"], num_contexts is None
-    variants = [(i, *of_sae) for i, sae in enumerate(saes) for of_sae in variants_of(sae.cfg, whole)]
-    per_context = {variant: [] for variant in variants}  # for each batch, the means over each context [7, contexts]
-    ce_original = []  # for each batch [contexts]
     batches = eval_batches(activation_store, num_contexts)
-    mask = counted(activation_store, torch.cat(batches))
-    documents = activation_store.eval_documents[: len(mask)]  # of each context
+    masks = counted(activation_store, torch.cat(batches))
+    documents = activation_store.eval_documents[: len(masks)]  # of each context
     num_documents = int(documents[-1]) + 1
     num_parts = min(num_documents, MAX_PARTS)
-    part = documents.to(mask.device) * num_parts // num_documents  # of each context
-    times_active = {variant: 0 for variant in variants}  # per part and feature [parts, F]
-    token_l0 = {variant: [] for variant in variants}  # for each batch [tokens]
+    parts = documents.to(masks.device) * num_parts // num_documents  # of each context
+    # Of each SAE and variant: for each batch, the means over each context [7, contexts] and the L0 of each token
+    # [tokens]; and how often each feature is active in each part [parts, F].
+    per_context, token_l0, times_active = defaultdict(list), defaultdict(list), defaultdict(int)
+    ce_original = []  # for each batch [contexts]
 
-    of_batches = (of.split(len(batches[0])) for of in (baseline["acts"][:num_contexts], mask, part))
-    for tokens, acts, here, part_here in zip(progress(count_of(len(saes), "SAE"), batches), *of_batches):
+    of_batches = (of.split(len(batches[0])) for of in (baseline["acts"][:num_contexts], masks, parts))
+    for tokens, acts, mask, part in zip(progress(count_of(len(saes), "SAE"), batches), *of_batches):
         acts = acts.to(tokens.device)
-        x = acts[here]
+        x, cut = acts[mask], mask[:, skip:]  # means are over the positions from skip on
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
         logits = predict(activation_store, tokens, acts)
-        ce_original.append(prediction_losses(logits, tokens, here)[0].double().cpu())
+        ce_original.append(prediction_losses(logits, tokens, mask)[0].double().cpu())
         log_p = logits.float().log_softmax(-1)
         p = log_p.exp()
         original = p, log_p.mul_(p).sum(-1)
         del logits, log_p
-        in_part = F.one_hot(part_here[:, None].expand_as(here)[here], num_parts)  # [tokens, parts]
-        for variant in variants:
-            i, _, training, size = variant
-            reconstruction, features = reconstruct(saes[i], x, training, size)
-            reconstruction = reconstruction.float()
-            error = (x - reconstruction).double().pow(2).sum(-1)
-            active = features.sign()  # sums of bool are slow on CPUs
-            del features
-            l0 = saes[i].shards.sum(active.sum(1).long())
-            cosine = F.cosine_similarity(x, reconstruction, dim=-1)
-            per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
-            if whole:
-                times_active[variant] = times_active[variant] + (in_part.to(active.dtype).T @ active).int()
-                token_l0[variant].append(l0)
-            del active
-            logits = predict(activation_store, tokens, acts.masked_scatter(here[..., None], reconstruction))
-            losses = prediction_losses(logits, tokens, here, original)
-            means = per_token.new_zeros(5, *here[:, skip:].shape).masked_scatter_(here[:, skip:], per_token).mean(-1)
-            per_context[variant].append(torch.cat([means, losses.double()]).cpu())
+        in_part = F.one_hot(part[:, None].expand_as(mask)[mask], num_parts)  # [tokens, parts]
+        for i, sae in enumerate(saes):
+            for suffix, training, size in variants_of(sae.cfg, whole):
+                reconstruction, features = reconstruct(sae, x, training, size)
+                reconstruction = reconstruction.float()
+                error = (x - reconstruction).double().pow(2).sum(-1)
+                active = features.sign()  # sums of bool are slow on CPUs
+                del features
+                l0 = sae.shards.sum(active.sum(1).long())
+                cosine = F.cosine_similarity(x, reconstruction, dim=-1)
+                per_token = torch.stack([error / own_variance, error, variance, cosine.double(), l0.double()])
+                if whole:
+                    times_active[i, suffix] = times_active[i, suffix] + (in_part.to(active.dtype).T @ active).int()
+                    token_l0[i, suffix].append(l0)
+                del active
+                logits = predict(activation_store, tokens, acts.masked_scatter(mask[..., None], reconstruction))
+                losses = prediction_losses(logits, tokens, mask, original)
+                means = per_token.new_zeros(5, *cut.shape).masked_scatter_(cut, per_token).mean(-1)
+                per_context[i, suffix].append(torch.cat([means, losses.double()]).cpu())
 
-    metrics = [{} for _ in saes]
     ces = {"ce_original": torch.cat(ce_original)}
     ces |= {key: baseline[key][:num_contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
     original, zero, mean = ces.values()
     # The fraction of each context's tokens and predictions that count: 1 without exclude_tokens.
-    tokens, predictions = mask[:, skip:].double().mean(-1).cpu(), mask[:, skip:-1].double().mean(-1).cpu()
-    for variant in variants:
-        i, suffix, *_ = variant
-        nmse, error, variance, cosine, l0, ce, kl = torch.cat(per_context[variant], 1)
-        ratios = {
-            "nmse": (nmse, tokens), "fvu": (error, variance), "cosine_similarity": (cosine, tokens),
-            "l0": (l0, tokens), "ce_reconstructed": (ce, predictions), "ce_degradation": (ce - original, predictions),
-            "kl_divergence": (kl, predictions),
-            "recovery_from_zero": (zero - ce, zero - original), "recovery_from_mean": (mean - ce, mean - original),
-        }  # fmt: skip
-        for key, (a, b) in ratios.items():
-            metrics[i] |= ratio_with_error(key + suffix, a, b, documents)
-        if whole:
-            tokens_in_part = part.new_zeros(num_parts).index_add_(0, part, mask.sum(1))
-            metrics[i] |= fractions_with_errors(suffix, times_active[variant], tokens_in_part, saes[i].shards)
-            if not suffix:
-                l0 = torch.cat(token_l0[variant])
-                metrics[i]["histograms"] = histograms(l0, times_active[variant].sum(0), saes[i].shards)
-    for sae, values in zip(saes, metrics):
+    tokens, predictions = masks[:, skip:].double().mean(-1).cpu(), masks[:, skip:-1].double().mean(-1).cpu()
+    tokens_in_part = parts.new_zeros(num_parts).index_add_(0, parts, masks.sum(1))
+    metrics = [{} for _ in saes]
+    for i, (sae, values) in enumerate(zip(saes, metrics)):
+        for suffix, *_ in variants_of(sae.cfg, whole):
+            nmse, error, variance, cosine, l0, ce, kl = torch.cat(per_context[i, suffix], 1)
+            ratios = {
+                "nmse": (nmse, tokens), "fvu": (error, variance), "cosine_similarity": (cosine, tokens),
+                "l0": (l0, tokens), "ce_reconstructed": (ce, predictions),
+                "ce_degradation": (ce - original, predictions), "kl_divergence": (kl, predictions),
+                "recovery_from_zero": (zero - ce, zero - original), "recovery_from_mean": (mean - ce, mean - original),
+            }  # fmt: skip
+            for key, (a, b) in ratios.items():
+                values |= ratio_with_error(key + suffix, a, b, documents)
+            if whole:
+                values |= fractions_with_errors(suffix, times_active[i, suffix], tokens_in_part, sae.shards)
+            if whole and not suffix:
+                values["histograms"] = histograms(torch.cat(token_l0[i, ""]), times_active[i, ""].sum(0), sae.shards)
         for key, ce in ces.items():
             values |= ratio_with_error(key, ce, predictions, documents)
         if whole and sae.cfg["dict_size"] > 1 and sae.shards.count == 1:
