@@ -15,11 +15,13 @@ run() {
     echo "exit code $?" >>"$folder/$1.txt"  # read at the end
     tail -n 60 "$folder/$1.txt"
 }
-run resume python tests/kill_and_resume.py --kills 3 --others 0 dict_size=1024 &
-run tests python -m pytest -q -n 8 tests/test_triton_ops.py
-wait
-# Under torchrun with one rank per GPU, killed and compared with a single process.
-run ranks python tests/kill_and_resume.py --kills 1 --others 1 --ranks "$(nvidia-smi -L | wc -l)" dict_size=1024
+run tests python -m pytest -q -n 8 tests/test_triton_ops.py tests/test_distributed.py::test_nccl_gives_the_bits_of_one_process
+few=(dict_size=1024 top_k=8 l1_coeff=0.01)  # one SAE of each type
+run resume python tests/kill_and_resume.py --kills 1 --others 0 "${few[@]}"
+gpus=$(nvidia-smi -L | wc -l)
+if [ "$gpus" -gt 1 ]; then  # under torchrun with one rank per GPU, killed and compared with a single process
+    run ranks python tests/kill_and_resume.py --kills 1 --others 1 --ranks "$gpus" "${few[@]}"
+fi
 run step python benchmarks/step.py --rounds 3 --json "$folder/step.json"
 run sweep python benchmarks/sweep.py --only gpt2
 run profile python benchmarks/profile_step.py
