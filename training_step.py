@@ -36,9 +36,19 @@ class Run:
 
 
 def make_optimizer(sae: BaseAutoencoder, cfg: dict) -> torch.optim.Optimizer:
-    """Adam, for training_step. It holds the transpose of W_enc (same memory): fused Adam copies other layouts."""
+    """Adam, for training_step only: instead of W_enc it holds the transpose, a parameter of its own in the same memory,
+    because fused Adam copies other layouts. share_gradients passes the gradient on; without it, step() raises
+    RuntimeError.
+    """
     parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
-    return torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+
+    def check(*_):
+        if any(p.grad is not None and held.grad is None for p, held in zip(sae.parameters(), parameters)):
+            raise RuntimeError("use torch.optim.Adam(sae.parameters()): make_optimizer is for training_step only")
+
+    optimizer.register_step_pre_hook(check)
+    return optimizer
 
 
 def learning_rate(cfg: dict, step: int) -> float:

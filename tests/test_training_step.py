@@ -78,6 +78,17 @@ def test_only_small_steps_take_one_core(threads, monkeypatch):
     assert used == [1, 1, 3, 3]
 
 
+@pytest.mark.fast
+def test_the_optimizer_of_training_step_refuses_another_loop():
+    """It would leave W_enc as it was, because it holds the transpose."""
+    sae = make_sae("batchtopk")
+    optimizer = make_optimizer(sae, sae.cfg)
+    sae(make_x(7, 5, 0))["loss"].backward()
+    with pytest.raises(RuntimeError, match=r"use torch.optim.Adam\(sae.parameters\(\)\)"):
+        optimizer.step()
+    training_step(sae, optimizer, make_x(7, 5, 0), sae.cfg)
+
+
 @pytest.mark.parametrize("lr", [3e-4, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fast
