@@ -253,8 +253,9 @@ def fractions_with_errors(suffix: str, times_active: torch.Tensor, tokens: torch
     num_tokens = torch.stack([tokens.sum(), *(tokens.sum() - tokens)])  # of the set, and without each part
     counts = torch.cat([total[None], total - times_active])
     dense = counts > DENSE * num_tokens.double()[:, None]
+    num_features = shards.sum(torch.tensor(counts.shape[1], device=counts.device))  # a prefix ends within a shard
     for key, features in [("dead_fraction", counts == 0), ("dense_fraction", dense)]:
-        fraction = shards.sum(features.sum(1)).double() / (shards.count * features.shape[1])
+        fraction = shards.sum(features.sum(1)) / num_features.double()
         values[key + suffix] = fraction[0].item()
         if n > 1:
             values[f"{key}{suffix}_se"] = (fraction[1:].std() * (n - 1) / n**0.5).item()
