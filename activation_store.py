@@ -80,6 +80,201 @@ class ActivationsStore:
         self.load_state_dict(self.beginning)
         self.carry = self.storage[:0]  # the stream is already at its beginning
 
+    def next_batch(self) -> torch.Tensor:
+        """The next [batch_size, d] shuffled activations, float32, unscaled.
+
+        Raises InputError if the dataset ends before num_tokens, StreamError if the hub stays down.
+        """
+        buffer, end = self.peek(), self.offset + self.cfg["batch_size"]
+        batch = buffer[self.order[self.offset : end]].float()
+        if distributed.size() > 1:
+            self.harvest_ahead(end)
+        self.offset = end
+        return batch
+
+    def peek(self) -> torch.Tensor:
+        """The buffer [rows, d] of the next batch, in text order and activation_dtype. Does not advance the stream."""
+        if self.buffer is None or self.offset == len(self.buffer):
+            self.fill_buffer()
+        return self.buffer
+
+    def get_batch_tokens(self) -> torch.Tensor:
+        """The next contexts of the stream, [model_batch_size, seq_len]; fewer at its end.
+
+        Raises InputError at the end of the data.
+        """
+        contexts = self.stream.contexts(self.cfg["model_batch_size"])
+        if len(contexts) == 0:
+            raise self.too_short(self.num_harvested)
+        return contexts
+
+    def get_activations(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Activations [contexts, seq_len, d] at the hook point, float32. The layers above it are not run."""
+        return self.harvest(tokens.to(self.cfg["device"])).float()
+
+    def kept(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which of these tokens are not in exclude_tokens: a bool tensor of the same shape."""
+        return ~torch.isin(tokens, self.excluded.to(tokens.device))
+
+    def state_dict(self) -> dict:
+        """The position in the stream of batches, as a small dict of plain values.
+
+        buffer     index of the buffer
+        rows       rows in all earlier buffers
+        stream     text position of the forward pass that gives the buffer's first row
+        inside     rows of that pass that the previous buffer already has
+        offset     rows of this buffer that are already handed out
+        """
+        if self.buffer is None or self.offset == len(self.buffer):
+            return self.next_start | {"offset": 0}
+        return self.buffer_start | {"offset": self.offset}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Resume from a state_dict: all later batches are bit-identical to those after it was taken.
+
+        Harvests at most one buffer and the forward pass that it begins in.
+        """
+        self.next_start = {key: value for key, value in state.items() if key != "offset"}
+        self.drop_next_buffer()
+        self.buffer, self.offset = None, 0
+        if state["offset"]:
+            self.fill_buffer()
+            self.offset = state["offset"]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the held-out tokens. It changes with the dataset, the tokenizer and the contexts."""
+        return hashlib.sha256(self.eval_contexts.numpy().tobytes()).hexdigest()
+
+    def fill_buffer(self) -> None:
+        """Harvest the next buffer, or read it from the cache, and shuffle it."""
+        filling, self.filling, self.rows_ahead = self.filling or self.fill_in_parts(), None, 0
+        for _ in filling:
+            pass
+
+    def fill_in_parts(self) -> Iterator[float]:
+        """Fill the next buffer step by step, so that under torchrun it is harvested while the ranks train.
+
+        It yields before each wait for activations of other ranks: the number of rows that will be there after the wait,
+        or inf if no more are needed. After load_state_dict, the forward pass in which the position lies is run without
+        a yield before it.
+        """
+        start = self.next_start
+        missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
+        buffer = self.spare_storage[:missing]
+        next_start = carry = None
+        if self.cfg["activation_cache"]:
+            next_start = distributed.from_rank_0(lambda: self.cache.read(start["buffer"], buffer))
+        if next_start is not None:
+            self.exchanges.append(distributed.start_broadcast(buffer, 0))
+            yield math.inf
+            self.wait_for_activations()
+        else:
+            next_start, carry = yield from self.harvest_rows(start, buffer)
+            if self.cfg["activation_cache"]:
+                distributed.from_rank_0(lambda: self.cache.write(start["buffer"], buffer, next_start))
+        # One generator per buffer, so that its order does not depend on the buffers before it.
+        order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
+        self.order = torch.from_numpy(order).to(buffer.device)
+        self.storage, self.spare_storage = self.spare_storage, self.storage
+        self.buffer_start, self.next_start, self.carry = start, next_start, carry
+        self.buffer, self.offset = buffer, 0
+
+    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, tuple[dict, torch.Tensor]]:
+        """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next buffer
+        and its first rows: those that the last forward pass has left over.
+        """
+        rest, self.carry = self.carry, None  # None also after an error: the text is then read from `start` again
+        if rest is None:
+            self.from_text(partial(self.stream.load_state_dict, start["stream"]))
+            self.num_harvested, rest = start["rows"] - start["inside"], buffer[:0]
+            if start["inside"]:
+                ((_, rest),) = self.run_forwards(1, rest)
+                self.wait_for_activations()
+                rest = rest[start["inside"] :]
+        filled = min(len(rest), len(buffer))
+        buffer[:filled] = rest[:filled]
+        position, inside, rest = start["stream"], start["inside"] + filled, rest[filled:].clone()
+        if filled == len(buffer):
+            yield math.inf
+        while filled < len(buffer):
+            passes = self.run_forwards(len(buffer) - filled, buffer[filled:])
+            ahead = filled + sum(len(rows) for _, rows in passes)
+            yield ahead if ahead < len(buffer) else math.inf
+            self.wait_for_activations()
+            for _, rows in passes:
+                inside = min(len(rows), len(buffer) - filled)
+                if inside < len(rows):  # all others were received in their place
+                    buffer[filled:] = rows[:inside]
+                filled += inside
+            position, rest = passes[-1][0], rows[inside:].clone()
+        # The next buffer begins inside the last forward pass, unless that is used up.
+        if len(rest) == 0:
+            position, inside = self.from_text(self.stream.state_dict), 0
+        next_start = {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled}
+        return next_start | {"stream": position, "inside": inside}, rest
+
+    def run_forwards(self, missing: int, room: torch.Tensor) -> list[tuple[dict, torch.Tensor]]:
+        """The next forward passes in text order, one per rank, or fewer if they give `missing` rows: position in the
+        text, and activations [n, d] without those of exclude_tokens, in activation_dtype. They are written to `room`
+        one after the other; those that do not fit get memory of their own. Use them after wait_for_activations().
+        """
+        passes = []
+        for source, (position, tokens) in enumerate(self.from_text(partial(self.read_batches, missing))):
+            kept = self.kept(tokens)
+            n = int(kept.sum())
+            rows = room[:n] if n <= len(room) else room.new_empty(n, self.act_size)
+            room = room[n:]
+            if source == distributed.rank():
+                acts = self.get_activations(tokens)
+                rows.copy_(acts[kept.to(acts.device)] if len(self.excluded) else acts.flatten(0, 1))
+            self.exchanges.append(distributed.start_broadcast(rows, source))
+            passes.append((position, rows))
+        return passes
+
+    def read_batches(self, missing: int) -> list[tuple[dict, torch.Tensor]]:
+        """Positions in the text and contexts of the next forward passes: one per rank, or fewer if those already hold
+        `missing` rows.
+        """
+        batches = []
+        while missing > 0 and len(batches) < distributed.size():
+            position, tokens = self.stream.state_dict(), self.get_batch_tokens()
+            batches.append((position, tokens))
+            rows = int(self.kept(tokens).sum())
+            missing -= rows
+            self.num_harvested += rows
+        return batches
+
+    def from_text(self, function: Callable):
+        """Call a function that reads the text, on rank 0 only, and return its result on every rank."""
+        return distributed.from_rank_0(lambda: self.interruptible(function))
+
+    def wait_for_activations(self) -> None:
+        """Wait for the activations of other ranks."""
+        while self.exchanges:
+            self.exchanges.pop()()
+
+    def harvest_ahead(self, num_rows: int) -> None:
+        """Harvest at least num_rows of the next buffer, unless there is none. The ranks exchange them while they train.
+        An error that all ranks raise, because reading the text failed, is raised where the next buffer is needed.
+        """
+        if self.next_start["rows"] >= self.tokens_needed:
+            return
+        filling, self.filling = self.filling or self.fill_in_parts(), None
+        try:
+            while self.rows_ahead < num_rows:
+                self.rows_ahead = next(filling)
+        except Exception as error:
+            if not getattr(error, "is_from_rank_0", False):
+                raise
+            filling, self.rows_ahead = raising(error), math.inf
+        self.filling = filling
+
+    def drop_next_buffer(self) -> None:
+        """Forget what was harvested of the next buffer."""
+        self.wait_for_activations()
+        self.filling = self.carry = None
+        self.rows_ahead = 0  # rows of the next buffer that are harvested or being exchanged; inf if all are
+
     def check_length(self) -> None:
         """Raise InputError if local data is too short for num_tokens. (Hub data raises it where it ends.)"""
         if not self.stream.reader.local:
@@ -132,196 +327,6 @@ class ActivationsStore:
             **self.stream.reader.fingerprint(),
         }
         self.cache = ActivationCache(self.cfg["activation_cache"], identity, self.tokens_needed)
-
-    def get_batch_tokens(self) -> torch.Tensor:
-        """The next contexts of the stream, [model_batch_size, seq_len]; fewer at its end.
-
-        Raises InputError at the end of the data.
-        """
-        contexts = self.stream.contexts(self.cfg["model_batch_size"])
-        if len(contexts) == 0:
-            raise self.too_short(self.num_harvested)
-        return contexts
-
-    def get_activations(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Activations [contexts, seq_len, d] at the hook point, float32. The layers above it are not run."""
-        return self.harvest(tokens.to(self.cfg["device"])).float()
-
-    def kept(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which of these tokens are not in exclude_tokens: a bool tensor of the same shape."""
-        return ~torch.isin(tokens, self.excluded.to(tokens.device))
-
-    def from_text(self, function: Callable):
-        """Call a function that reads the text, on rank 0 only, and return its result on every rank."""
-        return distributed.from_rank_0(lambda: self.interruptible(function))
-
-    def read_batches(self, missing: int) -> list[tuple[dict, torch.Tensor]]:
-        """Positions in the text and contexts of the next forward passes: one per rank, or fewer if those already hold
-        `missing` rows.
-        """
-        batches = []
-        while missing > 0 and len(batches) < distributed.size():
-            position, tokens = self.stream.state_dict(), self.get_batch_tokens()
-            batches.append((position, tokens))
-            rows = int(self.kept(tokens).sum())
-            missing -= rows
-            self.num_harvested += rows
-        return batches
-
-    def forwards(self, missing: int, room: torch.Tensor) -> list[tuple[dict, torch.Tensor]]:
-        """The next forward passes in text order, one per rank, or fewer if they give `missing` rows: position in the
-        text, and activations [n, d] without those of exclude_tokens, in activation_dtype. They are written to `room`
-        one after the other; those that do not fit get memory of their own. Use them after wait_for_activations().
-        """
-        passes = []
-        for source, (position, tokens) in enumerate(self.from_text(partial(self.read_batches, missing))):
-            kept = self.kept(tokens)
-            n = int(kept.sum())
-            rows = room[:n] if n <= len(room) else room.new_empty(n, self.act_size)
-            room = room[n:]
-            if source == distributed.rank():
-                acts = self.get_activations(tokens)
-                rows.copy_(acts[kept.to(acts.device)] if len(self.excluded) else acts.flatten(0, 1))
-            self.exchanges.append(distributed.start_broadcast(rows, source))
-            passes.append((position, rows))
-        return passes
-
-    def wait_for_activations(self) -> None:
-        """Wait for the activations of other ranks."""
-        while self.exchanges:
-            self.exchanges.pop()()
-
-    def next_batch(self) -> torch.Tensor:
-        """The next [batch_size, d] shuffled activations, float32, unscaled.
-
-        Raises InputError if the dataset ends before num_tokens, StreamError if the hub stays down.
-        """
-        buffer, end = self.peek(), self.offset + self.cfg["batch_size"]
-        batch = buffer[self.order[self.offset : end]].float()
-        if distributed.size() > 1:
-            self.harvest_ahead(end)
-        self.offset = end
-        return batch
-
-    def peek(self) -> torch.Tensor:
-        """The buffer [rows, d] of the next batch, in text order and activation_dtype. Does not advance the stream."""
-        if self.buffer is None or self.offset == len(self.buffer):
-            self.fill_buffer()
-        return self.buffer
-
-    def harvest_ahead(self, num_rows: int) -> None:
-        """Harvest at least num_rows of the next buffer, unless there is none. The ranks exchange them while they train.
-        An error that all ranks raise, because reading the text failed, is raised where the next buffer is needed.
-        """
-        if self.next_start["rows"] >= self.tokens_needed:
-            return
-        filling, self.filling = self.filling or self.fill_in_parts(), None
-        try:
-            while self.rows_ahead < num_rows:
-                self.rows_ahead = next(filling)
-        except Exception as error:
-            if not getattr(error, "is_from_rank_0", False):
-                raise
-            filling, self.rows_ahead = raising(error), math.inf
-        self.filling = filling
-
-    def drop_next_buffer(self) -> None:
-        """Forget what was harvested of the next buffer."""
-        self.wait_for_activations()
-        self.filling = self.carry = None
-        self.rows_ahead = 0  # rows of the next buffer that are harvested or being exchanged; inf if all are
-
-    def fill_buffer(self) -> None:
-        """Harvest the next buffer, or read it from the cache, and shuffle it."""
-        filling, self.filling, self.rows_ahead = self.filling or self.fill_in_parts(), None, 0
-        for _ in filling:
-            pass
-
-    def fill_in_parts(self) -> Iterator[float]:
-        """fill_buffer as an iterator. Before it waits for activations of other ranks, it yields the number of rows that
-        will then be there, or inf if no more are needed. After load_state_dict, the forward pass in which the position
-        lies is run without a yield before it.
-        """
-        start = self.next_start
-        missing = max(self.tokens_needed - start["rows"], self.cfg["batch_size"])
-        buffer = self.spare_storage[:missing]
-        next_start = carry = None
-        if self.cfg["activation_cache"]:
-            next_start = distributed.from_rank_0(lambda: self.cache.read(start["buffer"], buffer))
-        if next_start is not None:
-            self.exchanges.append(distributed.start_broadcast(buffer, 0))
-            yield math.inf
-            self.wait_for_activations()
-        else:
-            next_start, carry = yield from self.harvest_rows(start, buffer)
-            if self.cfg["activation_cache"]:
-                distributed.from_rank_0(lambda: self.cache.write(start["buffer"], buffer, next_start))
-        # One generator per buffer, so that its order does not depend on the buffers before it.
-        order = np.random.default_rng([self.cfg["shuffle_seed"], start["buffer"]]).permutation(len(buffer))
-        self.order = torch.from_numpy(order).to(buffer.device)
-        self.storage, self.spare_storage = self.spare_storage, self.storage
-        self.buffer_start, self.next_start, self.carry = start, next_start, carry
-        self.buffer, self.offset = buffer, 0
-
-    def harvest_rows(self, start: dict, buffer: torch.Tensor) -> Generator[float, None, tuple[dict, torch.Tensor]]:
-        """Fill `buffer` with the rows from `start` on; yields like fill_in_parts. Returns the start of the next buffer
-        and its first rows: those that the last forward pass has left over.
-        """
-        rest, self.carry = self.carry, None  # None also after an error: the text is then read from `start` again
-        if rest is None:
-            self.from_text(partial(self.stream.load_state_dict, start["stream"]))
-            self.num_harvested, rest = start["rows"] - start["inside"], buffer[:0]
-            if start["inside"]:
-                ((_, rest),) = self.forwards(1, rest)
-                self.wait_for_activations()
-                rest = rest[start["inside"] :]
-        filled = min(len(rest), len(buffer))
-        buffer[:filled] = rest[:filled]
-        position, inside, rest = start["stream"], start["inside"] + filled, rest[filled:].clone()
-        if filled == len(buffer):
-            yield math.inf
-        while filled < len(buffer):
-            passes = self.forwards(len(buffer) - filled, buffer[filled:])
-            ahead = filled + sum(len(rows) for _, rows in passes)
-            yield ahead if ahead < len(buffer) else math.inf
-            self.wait_for_activations()
-            for _, rows in passes:
-                inside = min(len(rows), len(buffer) - filled)
-                if inside < len(rows):  # all others were received in their place
-                    buffer[filled:] = rows[:inside]
-                filled += inside
-            position, rest = passes[-1][0], rows[inside:].clone()
-        # The next buffer begins inside the last forward pass, unless that is used up.
-        if len(rest) == 0:
-            position, inside = self.from_text(self.stream.state_dict), 0
-        next_start = {"buffer": start["buffer"] + 1, "rows": start["rows"] + filled}
-        return next_start | {"stream": position, "inside": inside}, rest
-
-    def state_dict(self) -> dict:
-        """The position in the stream of batches, as a small dict of plain values.
-
-        buffer: the buffer's index; rows: rows in all buffers before it; stream: text position of the forward pass that
-        gives its first row; inside: rows of that forward pass in the previous buffer; offset: rows handed out so far.
-        """
-        if self.buffer is None or self.offset == len(self.buffer):
-            return self.next_start | {"offset": 0}
-        return self.buffer_start | {"offset": self.offset}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Resume from a state_dict: all later batches are bit-identical to those after it was taken.
-
-        Harvests at most one buffer and the forward pass that it begins in.
-        """
-        self.next_start = {key: value for key, value in state.items() if key != "offset"}
-        self.drop_next_buffer()
-        self.buffer, self.offset = None, 0
-        if state["offset"]:
-            self.fill_buffer()
-            self.offset = state["offset"]
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the held-out tokens. It changes with the dataset, the tokenizer and the contexts."""
-        return hashlib.sha256(self.eval_contexts.numpy().tobytes()).hexdigest()
 
 
 def raising(error: Exception) -> Iterator:

@@ -26,7 +26,7 @@ SITES = ("resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out")
 
 @dataclass(frozen=True)
 class Key:
-    """A config key: its default, one line on its meaning, the values that it allows, and where it counts."""
+    """A config key: its default, one line on its meaning, the values that it allows, and what it affects."""
 
     name: str
     default: bool | int | float | str | None
@@ -39,8 +39,8 @@ class Key:
     below: int | None = None
     types: tuple[str, ...] = tuple(SAE_TYPES)  # the SAE types that use it
     in_name: bool = True  # it changes the weights or the final figures, so the run's name depends on it
-    in_point: bool = True  # runs that differ in it are not averaged to one point of a plot
-    in_group: bool = True  # runs trained as one group agree on it: they see the same batches, report at the same steps
+    in_point: bool = True  # a point of a plot is the mean over runs with the same value of it
+    in_group: bool = True  # runs trained as one group have the same value: the same batches, the same evaluations
     in_cache: bool = False  # it identifies a cache of activations
     added_later: bool = False  # at its default it is left out of names and caches, so that older ones stay valid
     portable: bool = True  # it means something on other machines
@@ -108,7 +108,8 @@ TABLE = (  # the keys under the titles of their sections
     Key("bos_per_context", False, "begin every context with BOS, not only every document", in_cache=True),
     Key("seq_len", 128, "tokens per context; cut to what the model can take", at_least=2, in_cache=True),
     Key("model_batch_size", 512, "contexts per forward of the language model", at_least=1, in_cache=True),
-    Key("num_batches_in_buffer", 10, "forwards whose activations are shuffled together", at_least=1),
+    Key("num_batches_in_buffer", 10, "forwards of the language model whose activations are shuffled together",
+        at_least=1),
     Key("activation_dtype", "float32", 'activations are stored in the buffer as "float32", "bfloat16" or "float16"',
         choices=DTYPES, in_cache=True),
     Neutral("activation_cache", None, "folder that stores activations for later runs", optional=str, portable=False),

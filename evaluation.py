@@ -6,7 +6,7 @@ prints the metrics as a table and writes them to RUN/evaluation.json. RUN is a r
 uses the run's held-out tokens. With --eval-tokens it uses only the first N of them and writes to
 RUN/evaluation_first_<N>.json. With --dataset-path it uses the first tokens of another dataset instead, as many as the
 run holds out, also prints the run's own L0, and writes to RUN/evaluation_<TEXT>_<hash of its tokens>.json. With x an
-activation and r its reconstruction, both in the units of the residual stream:
+activation and r its reconstruction, both in the units of the hook point:
 
     nmse            mean over tokens of ‖x − r‖² / ‖x − mean_d(x)‖²   (mean over the token's own d coordinates)
     fvu             Σ ‖x − r‖² / Σ ‖x − x_mean‖²                      (x_mean: mean over the held-out set);
@@ -87,17 +87,17 @@ def heldout_baseline(activation_store: ActivationsStore) -> dict:
     """
     batches = eval_batches(activation_store)
     acts = torch.empty(*activation_store.eval_contexts.shape, activation_store.act_size, dtype=torch.float32)
-    parts = acts.split(len(batches[0]))
+    acts_of_batches = acts.split(len(batches[0]))
     total, count = 0, 0
-    for tokens, part in zip(batches, parts):
+    for tokens, part in zip(batches, acts_of_batches):
         part.copy_(activation_store.get_activations(tokens))
-        x = part.to(tokens.device)[counted(activation_store, tokens)]
+        x = part.to(tokens.device)[position_mask(activation_store, tokens)]
         total, count = total + x.double().sum(0), count + len(x)
     mean = (total / count).float()
     replacements = {"ce_zero_ablated": torch.zeros_like(mean), "ce_mean_ablated": mean}
     ce, started = {key: [] for key in replacements}, time.time()
-    for tokens, part in zip(progress("model", batches), parts):
-        x, mask = part.to(tokens.device), counted(activation_store, tokens)
+    for tokens, part in zip(progress("model", batches), acts_of_batches):
+        x, mask = part.to(tokens.device), position_mask(activation_store, tokens)
         for key, replacement in replacements.items():
             logits = predict(activation_store, tokens, torch.where(mask[..., None], replacement, x))
             ce[key].append(prediction_losses(logits, tokens, mask)[0].double().cpu())
@@ -136,7 +136,7 @@ def evaluate(
         return []
     skip, whole = activation_store.cfg["eval_skip_positions"], num_contexts is None
     batches = eval_batches(activation_store, num_contexts)
-    masks = counted(activation_store, torch.cat(batches))
+    masks = position_mask(activation_store, torch.cat(batches))
     documents = activation_store.eval_documents[: len(masks)]  # of each context
     num_documents = int(documents[-1]) + 1
     num_parts = min(num_documents, MAX_PARTS)
@@ -149,7 +149,7 @@ def evaluate(
     of_batches = (of.split(len(batches[0])) for of in (baseline["acts"][:num_contexts], masks, parts))
     for tokens, acts, mask, part in zip(progress(count_of(len(saes), "SAE"), batches), *of_batches):
         acts = acts.to(tokens.device)
-        x, cut = acts[mask], mask[:, skip:]  # means are over the positions from skip on
+        x, after_skip = acts[mask], mask[:, skip:]  # means are over the positions from skip on
         variance = (x - baseline["mean"]).double().pow(2).sum(-1)
         own_variance = (x - x.mean(-1, keepdim=True)).double().pow(2).sum(-1)
         logits = predict(activation_store, tokens, acts)
@@ -175,8 +175,8 @@ def evaluate(
                 del active
                 logits = predict(activation_store, tokens, acts.masked_scatter(mask[..., None], reconstruction))
                 losses = prediction_losses(logits, tokens, mask, original)
-                means = per_token.new_zeros(5, *cut.shape).masked_scatter_(cut, per_token).mean(-1)
-                per_context[i, suffix].append(torch.cat([means, losses.double()]).cpu())
+                in_place = per_token.new_zeros(5, *after_skip.shape).masked_scatter_(after_skip, per_token)
+                per_context[i, suffix].append(torch.cat([in_place.mean(-1), losses.double()]).cpu())
 
     ces = {"ce_original": torch.cat(ce_original)}
     ces |= {key: baseline[key][:num_contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
@@ -284,7 +284,7 @@ def eval_batches(activation_store: ActivationsStore, num_contexts: int | None = 
     return list(contexts.split(max(1, cfg["batch_size"] // activation_store.seq_len)))
 
 
-def counted(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
+def position_mask(activation_store: ActivationsStore, tokens: torch.Tensor) -> torch.Tensor:
     """Mask [n, seq_len] of the positions in contexts [n, seq_len] that count: those from eval_skip_positions on that
     hold no token of exclude_tokens.
     """
@@ -346,9 +346,9 @@ def calibrate_threshold(sae: BaseAutoencoder, activations, target_l0: float | No
     resulting mean L0. checkpoint.save_sae saves the SAE; result.json and evaluation.json of the run keep the metrics of
     the old threshold.
 
-    `activations`: residual-stream vectors [n, d] on any device, or an iterable of such batches, read once. They should
-    resemble those on which the SAE will be used. A histogram with 4096 bins per power of 2 bounds the memory; the
-    threshold is at the edge of a bin, so it is exact to 1 part in 4096.
+    `activations`: those of the language model [n, d], on any device, or an iterable of such batches, read once. They
+    should resemble those on which the SAE will be used. A histogram with 4096 bins per power of 2 bounds the memory;
+    the threshold is at the edge of a bin, so it is exact to 1 part in 4096.
 
     Raises InputError, and changes nothing, if the SAE type has no threshold, the target cannot be reached, or there are
     no activations or NaN or infinity in them.

@@ -30,7 +30,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from config import SITES
 from console import InputError, run_command
-from evaluation import DENSE, counted, open_run, recorded_metrics
+from evaluation import DENSE, open_run, position_mask, recorded_metrics
 from files import replace
 
 EXAMPLES = 8  # top contexts of a feature
@@ -73,7 +73,7 @@ def feature_statistics(sae, activation_store) -> dict:
         tokens = contexts[first : first + size]
         x = activation_store.get_activations(tokens)[:, skip:]
         acts = F.pad(sae.encode(x).float(), (0, 0, skip, 0))  # [contexts, seq_len, F]
-        acts[~counted(activation_store, tokens).to(device)] = 0
+        acts[~position_mask(activation_store, tokens).to(device)] = 0
         energy += acts.pow(2).sum((0, 1))
 
         # Merge the best contexts so far with those of this chunk.
@@ -101,7 +101,7 @@ def feature_statistics(sae, activation_store) -> dict:
         histogram += torch.bincount(features * BINS + bins, minlength=dict_size * BINS).view_as(histogram)
         bar.update(tokens.numel())
     bar.close()
-    totals = {"num_tokens": int(counted(activation_store, contexts).sum()), "active": histogram.sum(1)}
+    totals = {"num_tokens": int(position_mask(activation_store, contexts).sum()), "active": histogram.sum(1)}
     return best | totals | {"energy": energy, "histogram": histogram, "exponent": exponent}
 
 

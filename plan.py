@@ -19,11 +19,11 @@ import distributed
 from checkpoint import run_folder
 from config import num_steps
 from console import InputError, count_of, gib, tell
-from evaluation import counted, eval_batches, predict, prediction_losses, variants_of
+from evaluation import eval_batches, position_mask, predict, prediction_losses, variants_of
 from sae import SAE_CLASSES
 from shards import team
 from sparse_ops import screen_dtype
-from training_step import Run, form_of_step, group_step, is_small, make_optimizer
+from training_step import Run, graph_key, group_step, is_small, make_optimizer
 
 MAX_DAYS = 30  # a group that would take longer is not started
 SHORTER = "num_tokens=… makes a sweep shorter"
@@ -184,7 +184,7 @@ def plan_time(group: list[dict], store, steps_done: int, force: bool, available:
     # In seconds per batch: harvest, the language model up to the hook point; forward, from there on, with the losses;
     # and for each SAE, step, step_with_dead and reconstruction (step_times).
     tokens = eval_batches(store)[0]
-    acts, mask = store.get_activations(tokens), counted(store, tokens)  # also a warm-up
+    acts, mask = store.get_activations(tokens), position_mask(store, tokens)  # also a warm-up
     x = acts[:, cfg["eval_skip_positions"] :].flatten(0, 1)
     x = x[torch.arange(cfg["batch_size"]) % len(x)]  # repeated or cut to a batch
     per_token = time_call(lambda: store.get_activations(tokens), device) / tokens.numel()
@@ -282,14 +282,14 @@ def step_times(cfgs: list[dict], x: torch.Tensor) -> list[tuple[float, float, fl
         """The seconds of a step of each of these runs: the better of the last two."""
         seconds = []
         for _ in range(turns):
-            for i in which:  # the same dead features in each turn: on CUDA another number of them is another form
+            for i in which:  # the same dead features in each turn: for another number of them CUDA needs other graphs
                 runs[i].sae.num_batches_not_active.copy_(counters[i])
                 runs[i].sae.known_counts = None
-                form_of_step(runs[i].sae, len(x))  # reads the counts here, so that this is not timed
+                graph_key(runs[i].sae, len(x))  # reads the counts here, so that this is not timed
             seconds.append([timed_step(runs[i]) for i in which])
         return {i: min(times[-2:]) for i, times in zip(which, zip(*seconds))}
 
-    warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps of a form record CUDA graphs
+    warm_up = 5 if x.is_cuda else 2  # on CUDA the first steps record CUDA graphs
     dying = [
         i for i, run in enumerate(runs)
         if run.sae.aux_loss_on_dead_features and run.cfg["n_batches_to_dead"] < num_steps(run.cfg)

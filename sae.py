@@ -85,7 +85,9 @@ class BaseAutoencoder(nn.Module):
         raise NotImplementedError
 
     def sparsity(self, z: torch.Tensor, acts: torch.Tensor, pattern: SparsityPattern | None) -> torch.Tensor:
-        """The penalty that is multiplied by l1_coeff / B in the loss: the sum of the activations."""
+        """The penalty, summed over the batch: by default the sum of the activations. The loss adds l1_coeff / B times
+        this.
+        """
         return acts.sum()
 
     def reconstructions(self, acts: torch.Tensor, pattern: SparsityPattern | None) -> list[torch.Tensor]:
@@ -99,7 +101,7 @@ class BaseAutoencoder(nn.Module):
     def preprocess_input(
         self, x: torch.Tensor, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """[B, d] in the residual stream's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d.
+        """[B, d] in the language model's units -> (x̂ [B, d], μ [B, 1], σ [B, 1]); σ is unbiased over d.
 
         x may have any device and float dtype; the results have the SAE's. x̂ is written to `out` if that is given.
         """
@@ -109,12 +111,12 @@ class BaseAutoencoder(nn.Module):
         return sparse_ops.normalise(x, out)
 
     def postprocess_output(self, reconstruction, mean, std) -> torch.Tensor:
-        """[B, d] back in the residual stream's units."""
+        """[B, d] back in the language model's units."""
         return reconstruction if mean is None else torch.addcmul(mean, reconstruction, std)
 
     @sae_arithmetic
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Feature activations [..., F], dense, of residual-stream vectors [..., d].
+        """Feature activations [..., F], dense, of the language model's activations [..., d].
 
         In train() a BatchTopK selects among all of x. Raises RuntimeError in eval() if its threshold has never been
         estimated.
@@ -140,7 +142,7 @@ class BaseAutoencoder(nn.Module):
 
     @sae_arithmetic
     def reconstruct(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residual-stream vectors [..., d] -> (reconstruction in the same units, activations [..., F])."""
+        """Activations of the language model [..., d] -> (their reconstruction, in the same units, and f [..., F])."""
         acts = self.encode(x)
         return self.decode(acts, like=x), acts
 
@@ -172,13 +174,20 @@ class BaseAutoencoder(nn.Module):
 
     @sae_arithmetic
     def forward(self, x: torch.Tensor) -> dict:
-        """Reconstruct residual-stream vectors [..., d], B of them; returns a dict of tensors.
+        """Reconstruct B activations [..., d] of the language model; returns a dict of tensors:
 
-        sae_out [..., d] in the units of x; feature_acts [B, F], strided or sparse; the scalars loss, l2_loss, l1_loss,
-        l0_norm, l1_norm, num_dead_features (and aux_loss if the SAE has one); and num_batches_not_active [F], the
-        counters after this batch. l2_loss is the mean squared error of the reconstruction from all features; loss may
-        have another (`reconstructions`). The SAE does not change: a training loop of your own must call
-        update_statistics(output), as training_step.training_step does.
+            sae_out                    [..., d], in the units of x
+            feature_acts               [B, F], dense or sparse COO (`.to_dense()` works on both)
+            loss                       l2_loss + l1_loss + aux_loss; with several `reconstructions`, the mean of their
+                                       errors instead of l2_loss
+            l2_loss                    mean over B and d of the squared error of normalised inputs, from all features
+            l1_loss, aux_loss          with their coefficients; aux_loss only if the SAE has one
+            l0_norm, l1_norm           number and sum of the active features of a token, on average
+            num_dead_features          not active for n_batches_to_dead batches, this one included
+            num_batches_not_active     [F], the counters after this batch
+
+        The SAE does not change: a training loop of your own must call update_statistics(output), as
+        training_step.training_step does.
         Raises FloatingPointError if x, W_enc or l2_loss hold NaN or infinity.
         """
         tokens, mean, std = self.preprocess_input(x.reshape(-1, x.shape[-1]))
@@ -192,7 +201,7 @@ class BaseAutoencoder(nn.Module):
         With wait=False, which is for training_step, the host does not wait for a CUDA device. The output then has the
         scalar `failure`. If it is not 0, the rest is invalid (triton_ops.py).
         """
-        wait = wait or not sparse_ops.uses_kernels(tokens) or self.shards.count > 1
+        wait = wait or not sparse_ops.uses_triton(tokens) or self.shards.count > 1
         if wait:
             self.known_counts = None
         pattern = self.select(tokens, wait)
@@ -253,10 +262,10 @@ class BaseAutoencoder(nn.Module):
         else:
             b_dec = self.shards.copy(self.b_dec)
             W_enc = sparse_ops.take(self.W_enc.T, index, 0).T
-            acts = self.shards.keep_top_k(sparse_ops.encode(x, b_dec, W_enc), k, per_row=True)
+            acts = self.shards.keep_top_k(sparse_ops.pre_activations(x, b_dec, W_enc), k, per_row=True)
             if sparse_ops.aux_is_sparse(len(index), k, x):
                 pattern = SparsityPattern.of(acts)
-                acts = sparse_ops.encode(x, b_dec, W_enc, pattern)
+                acts = sparse_ops.pre_activations(x, b_dec, W_enc, pattern)
         own = self.shards.add(sparse_ops.decode(acts, W_dec, pattern))
         return self.cfg["aux_penalty"] * sparse_ops.mean_squared_error(own, residual)
 
@@ -321,7 +330,9 @@ class AdaptiveSparseSAE(BaseAutoencoder):
         """The places of x W_enc + b_enc > θ − margin; None for the dense form."""
         if not sparse_ops.has_sparse_kernels(x.device) or self.counts().until_sparse > 0:
             return None
-        return self.shards.select(lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait))
+        return self.shards.agree_on_pattern(
+            lambda: sparse_ops.select_above(x, self.W_enc, self.b_enc, theta, margin, wait)
+        )
 
 
 class VanillaSAE(AdaptiveSparseSAE):
@@ -331,11 +342,11 @@ class VanillaSAE(AdaptiveSparseSAE):
         return self.select_above(x - self.b_dec, 0, 0, wait)
 
     def pre_activation(self, x, pattern=None):
-        z = sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
+        z = sparse_ops.pre_activations(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
         return z.add_(at_features(self.b_enc, pattern))
 
     def activation(self, z, pattern=None):
-        return F.relu(z, inplace=True)  # nothing else reads z
+        return F.relu(z, inplace=True)  # from here on z holds f, also in `sparsity`
 
 
 class TopKSAE(BaseAutoencoder):
@@ -349,13 +360,13 @@ class TopKSAE(BaseAutoencoder):
         if not sparse_ops.sparse_is_cheaper(len(self.W_dec), k, x.device):
             return None
         x = x - self.b_dec
-        pattern = self.shards.select(lambda: sparse_ops.select_topk(x, self.W_enc, k, self.per_row, wait))
+        pattern = self.shards.agree_on_pattern(lambda: sparse_ops.select_topk(x, self.W_enc, k, self.per_row, wait))
         if pattern is None or self.shards.count == 1:
             return pattern
-        return pattern.select(self.shards.largest(pattern.products, pattern.rows, len(x), k, self.per_row))
+        return pattern.filter(self.shards.largest(pattern.products, pattern.rows, len(x), k, self.per_row))
 
     def pre_activation(self, x, pattern=None):
-        return sparse_ops.encode(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
+        return sparse_ops.pre_activations(x, self.shards.copy(self.b_dec), self.W_enc, pattern)
 
     def activation(self, z, pattern=None):
         return self.shards.keep_top_k(z, self.cfg["top_k"], self.per_row) if pattern is None else z
@@ -434,7 +445,7 @@ class JumpReLUSAE(AdaptiveSparseSAE):
         return self.select_above(x, self.jumprelu.log_threshold.exp(), self.cfg["bandwidth"] / 2, wait)
 
     def pre_activation(self, x, pattern=None):
-        return sparse_ops.encode(x, None, self.W_enc, pattern).add_(at_features(self.b_enc, pattern))
+        return sparse_ops.pre_activations(x, None, self.W_enc, pattern).add_(at_features(self.b_enc, pattern))
 
     def theta(self, pattern):
         """θ: [F], or [n] at the pattern."""
@@ -499,7 +510,7 @@ class NumActive(torch.autograd.Function):
         return None, count * (-grad / ctx.bandwidth), None
 
 
-# The dimension of features in each parameter and buffer that has one.
+# The dimension of features in each parameter and buffer that has one. Others are the same on all shards.
 FEATURE_DIM = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "jumprelu.log_threshold": 0, "num_batches_not_active": 0}
 
 SAE_CLASSES = {

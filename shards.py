@@ -90,7 +90,7 @@ class Shards:
     def any(self, flag: bool) -> bool:
         return flag if self.count == 1 else bool(self.gather(torch.tensor([flag])).any())
 
-    def select(self, function):
+    def agree_on_pattern(self, function):
         """The pattern that function() returns, or None, for the dense form, if it returns None on any rank.
 
         Raises FloatingPointError on every rank if any does.

@@ -10,11 +10,12 @@
 
         |z_ij − p_ij| ≤ e_i = ‖δx_i‖ max_j‖w_j‖ + ‖x16_i‖ max_j‖δw_j‖ + d·2⁻²³ ‖x16_i‖ max_j‖w16_j‖
 
-    where p is the screened product before it is rounded to bfloat16 (a relative error of at most 2⁻⁸).
+    where p is the screened product before its last rounding, to bfloat16, which has a relative error of at most 2⁻⁸.
 
-    The k largest. The maxima of disjoint groups are entries of z themselves. If t is the k-th largest value of
-    maximum · (1 − 2⁻⁸) − e, at least k entries of z are ≥ t. So every selected entry has z ≥ t, hence p ≥ t − e, and,
-    because rounding is monotone, a screened value ≥ round(t − e). The entries with such a value are the candidates.
+    The k largest. Divide each row into groups, and take the largest rounded p of each group, m. It belongs to an entry
+    z ≥ m (1 − 2⁻⁸) − e. The groups have different entries, so if t is the k-th largest of these bounds, at least k
+    entries of z are ≥ t, and every selected entry is. Its p is then ≥ t − e, and its rounded p ≥ round(t − e), because
+    rounding is monotone. The entries with such a value are the candidates.
 
 The selected entries are stored as a SparsityPattern: their places (row = token, column = feature) in row-major order,
 and a vector of values. All further products are over these entries. On a CPU they use two kernels that torch has: sums
@@ -91,7 +92,7 @@ class SparsityPattern:
         cols = self.cols.index_select(0, order)
         return order, self.rows.index_select(0, order), cols, first_positions(cols, self.shape[1])
 
-    def select(self, keep: torch.Tensor) -> "SparsityPattern":
+    def filter(self, keep: torch.Tensor) -> "SparsityPattern":
         """The entries where the mask keep [n] is True."""
         index = nonzero(keep)
         rows, cols, products = (of.index_select(0, index) for of in (self.rows, self.cols, self.products))
@@ -159,7 +160,7 @@ def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, to
     """(x̂ [..., d], μ [..., 1], σ [..., 1]) of x [..., d]: x̂ = (x − μ)/(σ + 1e-5), σ unbiased over d. x̂ is written to
     `out` if that is given.
     """
-    if uses_kernels(x) and not (x.requires_grad and torch.is_grad_enabled()):
+    if uses_triton(x) and not (x.requires_grad and torch.is_grad_enabled()):
         import triton_ops
 
         return triton_ops.normalise(x, out)
@@ -173,7 +174,7 @@ def normalise(x: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor, to
 # Differentiable operations. `pattern` None means the dense form: all of [B, F].
 
 
-def encode(x, b_dec, W_enc, pattern=None) -> torch.Tensor:
+def pre_activations(x, b_dec, W_enc, pattern=None) -> torch.Tensor:
     """(x − b_dec) W_enc, [B, F], or the pattern's products [n]. b_dec may be None."""
     return PreActivation.apply(x, b_dec, W_enc, pattern)
 
@@ -204,7 +205,7 @@ def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.
     """The number [] and the sum [] of the positive activations ([B, F], or [n] at the pattern), and the mask [F] of
     their features.
     """
-    if uses_kernels(acts):
+    if uses_triton(acts):
         import triton_ops
 
         cols, num_features = (None, acts.shape[1]) if pattern is None else (pattern.cols, pattern.shape[1])
@@ -220,7 +221,7 @@ def count_active(acts: torch.Tensor, pattern=None) -> tuple[torch.Tensor, torch.
 def smallest_positive(acts: torch.Tensor) -> torch.Tensor:
     """[]: the smallest of the positive activations (strided or sparse); infinity if there is none."""
     values = F.pad(acts._values(), (0, 1)) if acts.is_sparse else acts  # there may be none, and amin needs one
-    if values.ndim == 1 and uses_kernels(values):
+    if values.ndim == 1 and uses_triton(values):
         import triton_ops
 
         return triton_ops.smallest_positive(values)
@@ -229,7 +230,7 @@ def smallest_positive(acts: torch.Tensor) -> torch.Tensor:
 
 def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[]: the mean of (a − b)² of two [B, d]."""
-    if not uses_kernels(a):
+    if not uses_triton(a):
         return F.mse_loss(a, b)
     import triton_ops
 
@@ -240,7 +241,7 @@ def dead_index(dead: torch.Tensor, x: torch.Tensor, upper_bound) -> torch.Tensor
     """The features where the mask dead [F] is True, in order. Where the kernels are used, the length is
     room_for(upper_bound()), which is known without waiting for the device, and unused places hold F.
     """
-    if not uses_kernels(x):
+    if not uses_triton(x):
         return nonzero(dead)
     import triton_ops
 
@@ -255,7 +256,7 @@ def room_for(num_dead: int, num_features: int) -> int:
 
 def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
     """The rows (dim 0) or columns (dim 1) of a matrix at a dead_index; zeros where the index is F."""
-    if not uses_kernels(matrix):
+    if not uses_triton(matrix):
         return matrix.index_select(dim, index)
     n = matrix.shape[dim]
     used = index < n
@@ -264,7 +265,7 @@ def take(matrix: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
 
 def aux_is_sparse(num_dead: int, k: int, x: torch.Tensor) -> bool:
     """Whether the aux loss's gradients are cheaper in the sparse form. On a GPU they never are."""
-    return num_dead >= 6 * k and not uses_kernels(x)
+    return num_dead >= 6 * k and not uses_triton(x)
 
 
 def failure(pattern, loss: torch.Tensor) -> torch.Tensor:
@@ -281,7 +282,7 @@ def keep_top_k(z: torch.Tensor, k: int) -> torch.Tensor:
 class KeepTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, k):
-        if z.ndim == 2 and k < z.shape[1] and uses_kernels(z):
+        if z.ndim == 2 and k < z.shape[1] and uses_triton(z):
             import triton_ops
 
             acts = triton_ops.keep_row_top_k(z, k)
@@ -381,7 +382,7 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wai
     NaN or infinity.
     """
     B = len(x)
-    if uses_kernels(x):
+    if uses_triton(x):
         import triton_ops
 
         size = B, W_enc.shape[1], k
@@ -389,21 +390,21 @@ def select_topk(x: torch.Tensor, W_enc: torch.Tensor, k: int, per_row: bool, wai
             size, wait, lambda capacity: triton_ops.select_topk(x, W_enc, k, per_row, capacity),
             lambda: what_is_not_finite(x, W_enc.T, None),
         )  # fmt: skip
-    z, error = screen(x, W_enc)
-    maxima = group_maxima(z, at_least=4 * k)
-    reached = maxima.to(x.dtype) * (1 - relative_error(z.dtype)) - error[:, None]
+    p, error = screen(x, W_enc)
+    maxima = group_maxima(p, at_least=4 * k)
+    reached = maxima.to(x.dtype) * (1 - relative_error(p.dtype)) - error[:, None]
     if per_row:
         t = kth_largest(reached, k)
     else:
         t = kth_largest(reached.flatten(), B * k).expand(B)
     t = t.clamp(min=0)
-    pattern = candidates(z, maxima, t - error)
+    pattern = candidates(p, maxima, t - error)
     if pattern is None:
         return None
     pattern.x, pattern.products = x.detach(), pattern.sddmm(x, W_enc.T)
     values = pattern.products
     keep = topk_mask(values, pattern, k) if per_row else topk_mask(values, None, B * k)
-    return pattern.select(keep & (values > 0))
+    return pattern.filter(keep & (values > 0))
 
 
 @torch.no_grad()
@@ -413,7 +414,7 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
     x [B, d], W_enc [d, F], b_enc [F], θ [F] or a number. Otherwise as select_topk.
     """
     offset = b_enc - theta
-    if uses_kernels(x):
+    if uses_triton(x):
         import triton_ops
 
         size = len(x), W_enc.shape[1], None
@@ -421,13 +422,13 @@ def select_above(x: torch.Tensor, W_enc: torch.Tensor, b_enc, theta, margin: flo
             size, wait, lambda capacity: triton_ops.select_above(x, W_enc, offset, margin, capacity),
             lambda: what_is_not_finite(x, W_enc.T, offset),
         )  # fmt: skip
-    z, error = screen(x, W_enc, offset)
-    maxima = group_maxima(z, at_least=1)
-    pattern = candidates(z, maxima, -margin - error)
+    p, error = screen(x, W_enc, offset)
+    maxima = group_maxima(p, at_least=1)
+    pattern = candidates(p, maxima, -margin - error)
     if pattern is None:
         return None
     pattern.x, pattern.products = x.detach(), pattern.sddmm(x, W_enc.T)
-    return pattern.select(pattern.products + offset[pattern.cols] > -margin)
+    return pattern.filter(pattern.products + offset[pattern.cols] > -margin)
 
 
 _grown = {}  # capacities by (B, F, k)
@@ -526,10 +527,10 @@ def screen(x: torch.Tensor, W_enc: torch.Tensor, offset: torch.Tensor | None = N
     error = (dx * w + x_norm * dw + accumulation + offset_error) * (1 + 1e-4)  # 1e-4 for the rounding of the norms
     if not torch.isfinite(error.sum()):
         raise FloatingPointError(what_is_not_finite(x, W, offset))
-    z = scratch("z", (len(x), num_features), dtype, x.device)
+    p = scratch("p", (len(x), num_features), dtype, x.device)
     with full_precision():
-        torch.mm(x16, W16.T, out=z)
-    return z, error
+        torch.mm(x16, W16.T, out=p)
+    return p, error
 
 
 def split(offset: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -550,41 +551,41 @@ def relative_error(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def group_maxima(z: torch.Tensor, at_least: int) -> torch.Tensor:
+def group_maxima(p: torch.Tensor, at_least: int) -> torch.Tensor:
     """[B, G]: the maxima of G groups of neighbouring columns, G ≥ at_least if there are as many columns.
 
     If all entries of a group are negative, the result is some negative number.
     """
-    B, num_features = z.shape
+    B, num_features = p.shape
     size = 64
     while size > 1 and (num_features % size or num_features // size < at_least):
         size //= 2
-    groups = z.view(B, num_features // size, size)
-    if z.dtype == torch.bfloat16:
+    groups = p.view(B, num_features // size, size)
+    if p.dtype == torch.bfloat16:
         # Compared as integers, which is much faster on CPUs and gives the same order for positive numbers.
         return groups.view(torch.int16).amax(-1).view(torch.bfloat16)
     return groups.amax(-1)
 
 
-def candidates(z: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> SparsityPattern | None:
-    """The entries whose screened value z [B, F] reaches floor [B] of their row; None if more than 1/DENSE_FROM do."""
-    num_features, groups = z.shape[1], maxima.shape[1]
+def candidates(p: torch.Tensor, maxima: torch.Tensor, floor: torch.Tensor) -> SparsityPattern | None:
+    """The entries whose screened value p [B, F] reaches floor [B] of their row; None if more than 1/DENSE_FROM do."""
+    num_features, groups = p.shape[1], maxima.shape[1]
     size = num_features // groups
-    floor = floor.to(z.dtype)
+    floor = floor.to(p.dtype)
     # The maximum of a group without positive numbers is unknown (group_maxima), so a negative floor includes it.
     flagged = maxima >= torch.where(floor > 0, floor, -torch.inf)[:, None]
     group = nonzero(flagged.flatten())
     row = group // groups
-    members, level = z.view(-1, size).index_select(0, group), floor.index_select(0, row)[:, None]
-    if z.dtype == torch.bfloat16 and (floor > 0).all():  # positive numbers compare as integers, which is faster
+    members, level = p.view(-1, size).index_select(0, group), floor.index_select(0, row)[:, None]
+    if p.dtype == torch.bfloat16 and (floor > 0).all():  # positive numbers compare as integers, which is faster
         members, level = members.view(torch.int16), level.view(torch.int16)
     hits = members >= level
-    if hits.count_nonzero() > z.numel() // DENSE_FROM:  # sum would convert to int64 first
+    if hits.count_nonzero() > p.numel() // DENSE_FROM:  # sum would convert to int64 first
         return None
     hit = nonzero(hits.flatten())
     nth = hit >> size.bit_length() - 1  # size is a power of 2
     first = (group - row * groups) * size
-    return SparsityPattern(row.index_select(0, nth), first.index_select(0, nth) + (hit & size - 1), z.shape)
+    return SparsityPattern(row.index_select(0, nth), first.index_select(0, nth) + (hit & size - 1), p.shape)
 
 
 def what_is_not_finite(x, W, offset) -> str:
@@ -615,7 +616,7 @@ def has_sparse_kernels(device: torch.device) -> bool:
         return False
 
 
-def uses_kernels(x: torch.Tensor) -> bool:
+def uses_triton(x: torch.Tensor) -> bool:
     """Whether the kernels of triton_ops.py are used for this tensor: float32, CUDA, compute capability ≥ 8.0."""
     return x.is_cuda and x.dtype == torch.float32 and triton_works(x.device)
 
@@ -666,7 +667,7 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b. Where the kernels are used, the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖ (triton_ops.matmul)."""
-    if not uses_kernels(a) or 0 in (*a.shape, *b.shape):  # a shard may have no dead feature, or none of a prefix
+    if not uses_triton(a) or 0 in (*a.shape, *b.shape):  # a shard may have no dead feature, or none of a prefix
         return a @ b
     import triton_ops
 

@@ -173,7 +173,7 @@ def train_steps(
     bar.seconds_per_context = baseline["seconds_per_prediction"] * cost
     with bar, StopSignals() as signals:
         for step in range(checkpoints.step + 1, last_step + 1):
-            position, outputs = activation_store.state_dict(), []
+            position, outputs = activation_store.state_dict(), []  # group_step appends to outputs
             with save_if_memory_runs_out(runs, outputs, checkpoints, position, step, last_step):
                 # Fetch a batch and take the step
                 for run in runs:
@@ -403,9 +403,7 @@ def initialize_b_dec(saes: list[BaseAutoencoder], activation_store: ActivationsS
 
 
 def mean_and_std(sae: BaseAutoencoder, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean [d] and standard deviation [d] over tokens, in float64, of residual-stream vectors [n, d] as `sae`
-    normalises them.
-    """
+    """Mean [d] and standard deviation [d] over tokens, in float64, of activations [n, d] as `sae` normalises them."""
     total = squares = 0
     for chunk in rows.split(sae.cfg["batch_size"]):
         x = sae.preprocess_input(chunk)[0].double()

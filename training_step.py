@@ -24,7 +24,7 @@ SMALL = 2**27  # a small SAE has at most so many multiplications in a dense prod
 
 @dataclass
 class Run:
-    """One SAE of a group."""
+    """An SAE in training."""
 
     cfg: dict
     sae: BaseAutoencoder
@@ -70,236 +70,38 @@ def training_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict) -
     """
     with torch.no_grad():
         x = sae.preprocess_input(x.reshape(-1, x.shape[-1]))[0]
-    output = start_step(sae, optimizer, x, cfg)
+    output = launch_step(sae, optimizer, x, cfg)
     if read_failures([sae], [output])[0]:
         del output  # frees memory for the repeated step
-        output = start_step(sae, optimizer, x, cfg, wait=True)
+        output = launch_step(sae, optimizer, x, cfg, wait=True)
     return output
 
 
-def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
-    """A training step of each run on the same batch. Appends to `outputs`, run by run, the scalars of the forward's
-    output, or the FloatingPointError that stopped the run. Runs in `ahead` had taken this step before memory ran out:
-    they are skipped, and their numbers are moved from `ahead` to `outputs`. If memory runs out now, `outputs` has None
-    for the runs that have not taken the step.
+def launch_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+    """One step on normalised inputs x: compute_gradients, then apply_update.
 
-    On CUDA the host waits for the device once, after it has queued the steps of all runs, and no longer than until the
-    gradients are known: the next steps are queued while the weights are still being updated.
-    """
-
-    def attempt(i, wait=False):
-        try:
-            outputs[i] = runs[i].graphs.start_step(inputs[i], wait)
-        except FloatingPointError as error:
-            outputs[i] = error
-
-    inputs = normalised([run.sae for run in runs], x)
-    outputs += [as_output(ahead.pop(run.cfg["name"])) if run.cfg["name"] in ahead else None for run in runs]
-    waiting = [i for i, output in enumerate(outputs) if output is None]
-    small = [i for i in waiting if is_small(runs[i].cfg)]
-    if len(small) > 1:
-        with sparse_ops.full_precision():  # a setting of the process: the steps may not restore it one by one
-            steps = [one_core_each(torch.get_num_threads()).submit(attempt, i) for i in small]
-            wait(steps)
-        for step in steps:
-            step.result()  # raises its error
-    for i in waiting:
-        if outputs[i] is None:
-            attempt(i)
-    failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
-    for i in failed:
-        outputs[i] = None  # if memory runs out now, these runs have not taken the step
-    for i in failed:
-        attempt(i, wait=True)
-
-
-@torch.no_grad()
-def normalised(saes: list[BaseAutoencoder], x: torch.Tensor) -> list[torch.Tensor]:
-    """The normalised input [batch_size, d] of each SAE, computed once for all that share it. On CUDA it is in scratch
-    memory, because CUDA graphs read it from a fixed address.
-    """
-    inputs, found = [], {}
-    for sae in saes:
-        key = "batch" if sae.cfg["input_unit_norm"] else "unnormalised batch", sae.W_enc.dtype, sae.W_enc.device
-        if key not in found:
-            name, dtype, device = key
-            out = sparse_ops.scratch(name, x.shape, dtype, device) if sae.W_enc.is_cuda else None
-            found[key] = sae.preprocess_input(x, out)[0]
-        inputs.append(found[key])
-    return inputs
-
-
-def is_small(cfg: dict) -> bool:
-    """Whether the steps of an SAE run on one core."""
-    size = cfg["batch_size"] * cfg["act_size"] * cfg["dict_size"]
-    return cfg["device"] == "cpu" and cfg["feature_shards"] == 1 and size <= SMALL
-
-
-@lru_cache
-def one_core_each(size: int) -> ThreadPoolExecutor:
-    """A pool of threads in each of which torch uses one core."""
-    ready = threading.Barrier(size + 1)
-
-    def start():
-        torch.get_num_threads()  # initialises torch's setting for this thread, which would otherwise happen later
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(size)
-    for _ in range(size):
-        pool.submit(start)
-    ready.wait()
-    torch.set_num_threads(size)  # the setting of this thread, and of all that start later
-    return pool
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=one_core_each.cache_clear)  # a fork has none of the threads
-
-
-@contextmanager
-def one_core_if_small(cfg: dict) -> Iterator[None]:
-    """Context manager in which torch uses one core if the SAE is small."""
-    before = torch.get_num_threads()
-    change = before > 1 and is_small(cfg)
-    if change:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if change:
-            torch.set_num_threads(before)
-
-
-def form_of_step(sae: BaseAutoencoder, batch_size: int) -> tuple:
-    """What determines the operations and array sizes of a step on CUDA: whether it may be sparse, the room for dead
-    features, and the room for candidates. Sets known_counts, which cannot be read while a CUDA graph is recorded.
-    """
-    until_sparse, most_dead = sae.known_counts = sae.counts()
-    dead = sparse_ops.room_for(most_dead, sae.cfg["dict_size"]) if sae.aux_loss_on_dead_features else 0
-    k = sae.cfg["top_k"] if isinstance(sae, TopKSAE) else None
-    return until_sparse == 0, dead, sparse_ops.candidate_capacity(batch_size, len(sae.W_dec), k)
-
-
-class StepGraphs:
-    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 150 kernels takes
-    the host several times as long as the device needs to run them.
-
-    A graph repeats fixed operations on fixed memory. So each form of a step (form_of_step) has two graphs of its own,
-    one of begin_step and one of finish_step. Between them the status is copied to the host, which reads it while the
-    weights are updated. The first step of a form runs eagerly, the second is recorded.
-    """
-
-    # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
-    # so no other graph may run between them.
-    memory = None
-    streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
-
-    def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
-        self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
-        self.seen, self.recorded = {}, {}  # by form: the output of its first step; its graphs and output
-        self.rate, self.lr = None, None  # the learning rate that is in lr []; the graphs read it
-
-    def start_step(self, x: torch.Tensor, wait: bool = False) -> dict:
-        """scalars(start_step(…)). On CUDA, inputs x of the same shape must be at the same address."""
-        sae, optimizer, cfg = self.sae, self.optimizer, self.cfg
-        if not sae.W_enc.is_cuda or sae.shards.count > 1:
-            return scalars(start_step(sae, optimizer, x, cfg, wait))
-        if x.device not in self.streams:
-            self.streams[x.device] = torch.cuda.Stream(x.device)
-        stream = self.streams[x.device]
-        form = (x.data_ptr(), x.shape, form_of_step(sae, len(x)))
-        if wait or form not in self.seen or not sparse_ops.uses_kernels(sae.W_enc):
-            stream.wait_stream(torch.cuda.current_stream(x.device))
-            try:
-                with torch.cuda.stream(stream):
-                    output = scalars(start_step(sae, optimizer, x, cfg, wait))
-            finally:
-                torch.cuda.current_stream(x.device).wait_stream(stream)
-            if not wait:
-                self.seen[form] = output
-            return dict(output)
-        if form not in self.recorded:
-            self.recorded[form] = self.record(x, stream, self.seen[form])
-        begin, finish, output, status = self.recorded[form]
-        rate = optimizer.param_groups[0]["lr"]
-        if rate != self.rate:
-            self.rate = rate
-            self.lr.fill_(rate)
-        optimizer.is_updating = True
-        begin.replay()
-        status.copy(output["status"])
-        finish.replay()  # reads what begin has left in the shared memory
-        optimizer.is_updating = False
-        return output | {"status": status}
-
-    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple:
-        """Returns the graphs, the scalars that they write, allocated like `like`, and a HostCopy for their status.
-
-        The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
-        """
-        sae, group = self.sae, self.optimizer.param_groups[0]
-        begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
-        self.lr = x.new_zeros(()) if self.lr is None else self.lr
-        output = {key: torch.empty_like(value) for key, value in like.items()}
-        StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # torch cannot free cached memory while it records
-        group["lr"] = self.lr
-        try:
-            with torch.cuda.device(x.device), torch.cuda.graph(begin, StepGraphs.memory, stream, "thread_local"):
-                full = begin_step(sae, self.optimizer, x, self.cfg)
-                written = scalars(full)
-                for dtype in {value.dtype for value in output.values()}:  # one kernel for all of a type
-                    keys = [key for key, value in output.items() if value.dtype == dtype]
-                    torch._foreach_copy_([output[key] for key in keys], [written[key] for key in keys])
-            with torch.cuda.device(x.device), torch.cuda.graph(finish, StepGraphs.memory, stream, "thread_local"):
-                finish_step(sae, self.optimizer, self.cfg, full)
-        except RuntimeError as error:
-            StepGraphs.memory = None  # the pool is unusable after a failure
-            raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
-        finally:
-            group["lr"], self.optimizer.is_updating = rate, False  # recording changes nothing
-        return begin, finish, output, HostCopy(output["status"])
-
-
-class HostCopy:
-    """A copy of a device tensor on the host, which can be read while the device works on what was queued after it."""
-
-    def __init__(self, like: torch.Tensor):
-        self.values, self.written = torch.empty_like(like, device="cpu", pin_memory=True), torch.cuda.Event()
-
-    def copy(self, tensor: torch.Tensor) -> None:
-        self.values.copy_(tensor, non_blocking=True)
-        self.written.record(torch.cuda.current_stream(tensor.device))
-
-    def tolist(self) -> list:
-        self.written.synchronize()
-        return self.values.tolist()
-
-
-def start_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
-    """Like training_step, but for normalised inputs x, and on CUDA the host does not wait for the device unless `wait`
-    is set. The output then has the `status` [3]: the failure, and the Counts for the next step. If the failure is not
-    0, nothing has changed, and the step must be repeated with wait=True (read_failures).
+    On CUDA this only launches kernels, unless `wait` is set. The output then has the `status` [3]: the failure, and the
+    Counts for the next step. If the failure is not 0, nothing has changed, and the step must be repeated with wait=True
+    (read_failures).
     """
     with one_core_if_small(cfg):
-        output = begin_step(sae, optimizer, x, cfg, wait)
-        finish_step(sae, optimizer, cfg, output)
+        output = compute_gradients(sae, optimizer, x, cfg, wait)
+        apply_update(sae, optimizer, cfg, output)
     if wait and "status" in output and output.pop("status")[0]:
         raise FloatingPointError("NaN or infinity in the gradient")
     return output
 
 
 @sparse_ops.sae_arithmetic
-def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
+def compute_gradients(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait: bool = False) -> dict:
     """Compute the gradients of a step, and return its output. With the kernels of triton_ops.py, also update the
-    statistics, unless the step failed, and add to the output its `status`, and the `scales` for finish_step.
+    statistics, unless the step failed, and add to the output its `status`, and the `scales` for apply_update.
     """
     clear_gradients(sae, optimizer)  # of a step in which memory ran out
     output = sae.forward_normalised(x, wait)[0]
     output["loss"].backward()
     share_gradients(sae, optimizer)
-    if sparse_ops.uses_kernels(sae.W_enc) and sae.shards.count == 1:
+    if sparse_ops.uses_triton(sae.W_enc) and sae.shards.count == 1:
         import triton_ops
 
         optimizer.is_updating = True
@@ -312,8 +114,8 @@ def begin_step(sae: BaseAutoencoder, optimizer, x: torch.Tensor, cfg: dict, wait
 
 
 @sparse_ops.sae_arithmetic
-def finish_step(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
-    """The rest of a step: update the weights, and the statistics if begin_step did not."""
+def apply_update(sae: BaseAutoencoder, optimizer, cfg: dict, output: dict) -> None:
+    """The rest of a step: update the weights, and the statistics if compute_gradients did not."""
     if "scales" in output:
         import triton_ops
 
@@ -371,6 +173,59 @@ def read_failures(saes: list, outputs: list[dict | FloatingPointError]) -> list[
     return failed
 
 
+def group_step(runs: list[Run], x: torch.Tensor, outputs: list, ahead: dict) -> None:
+    """A training step of each run on the same batch. Appends one entry per run to `outputs`: the scalars of its output,
+    the FloatingPointError that stopped it, or None if memory ran out before it took the step.
+
+    ahead: the numbers of runs that had already taken this step when memory ran out before the last checkpoint
+    (training.save_if_memory_runs_out). These runs are skipped, and their numbers are moved to `outputs`.
+
+    On CUDA the host waits for the device once, after it has queued the steps of all runs, and no longer than until the
+    gradients are known: the next steps are queued while the weights are still being updated.
+    """
+
+    def attempt(i, wait=False):
+        try:
+            outputs[i] = runs[i].graphs.launch_step(inputs[i], wait)
+        except FloatingPointError as error:
+            outputs[i] = error
+
+    inputs = normalised([run.sae for run in runs], x)
+    outputs += [as_output(ahead.pop(run.cfg["name"])) if run.cfg["name"] in ahead else None for run in runs]
+    waiting = [i for i, output in enumerate(outputs) if output is None]
+    small = [i for i in waiting if is_small(runs[i].cfg)]
+    if len(small) > 1:
+        with sparse_ops.full_precision():  # a setting of the process: the steps may not restore it one by one
+            steps = [one_core_each(torch.get_num_threads()).submit(attempt, i) for i in small]
+            wait(steps)
+        for step in steps:
+            step.result()  # raises its error
+    for i in waiting:
+        if outputs[i] is None:
+            attempt(i)
+    failed = [i for i, failure in enumerate(read_failures([run.sae for run in runs], outputs)) if failure]
+    for i in failed:
+        outputs[i] = None  # if memory runs out now, these runs have not taken the step
+    for i in failed:
+        attempt(i, wait=True)
+
+
+@torch.no_grad()
+def normalised(saes: list[BaseAutoencoder], x: torch.Tensor) -> list[torch.Tensor]:
+    """The normalised input [batch_size, d] of each SAE, computed once for all that share it. On CUDA it is in scratch
+    memory, because CUDA graphs read it from a fixed address.
+    """
+    inputs, found = [], {}
+    for sae in saes:
+        key = "batch" if sae.cfg["input_unit_norm"] else "unnormalised batch", sae.W_enc.dtype, sae.W_enc.device
+        if key not in found:
+            name, dtype, device = key
+            out = sparse_ops.scratch(name, x.shape, dtype, device) if sae.W_enc.is_cuda else None
+            found[key] = sae.preprocess_input(x, out)[0]
+        inputs.append(found[key])
+    return inputs
+
+
 def scalars(output: dict) -> dict:
     """The scalars of a step's output, and its status, still on the device. The rest would keep [B, F] of every SAE in
     memory.
@@ -384,3 +239,151 @@ def as_output(numbers: dict) -> dict:
         key: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
         for key, value in numbers.items()
     }
+
+
+def is_small(cfg: dict) -> bool:
+    """Whether the steps of an SAE run on one core."""
+    size = cfg["batch_size"] * cfg["act_size"] * cfg["dict_size"]
+    return cfg["device"] == "cpu" and cfg["feature_shards"] == 1 and size <= SMALL
+
+
+@lru_cache
+def one_core_each(size: int) -> ThreadPoolExecutor:
+    """A pool of threads in each of which torch uses one core."""
+    ready = threading.Barrier(size + 1)
+
+    def start():
+        torch.get_num_threads()  # initialises torch's setting for this thread, which would otherwise happen later
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(size)
+    for _ in range(size):
+        pool.submit(start)
+    ready.wait()
+    torch.set_num_threads(size)  # the setting of this thread, and of all that start later
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=one_core_each.cache_clear)  # a fork has none of the threads
+
+
+@contextmanager
+def one_core_if_small(cfg: dict) -> Iterator[None]:
+    """Context manager in which torch uses one core if the SAE is small."""
+    before = torch.get_num_threads()
+    change = before > 1 and is_small(cfg)
+    if change:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if change:
+            torch.set_num_threads(before)
+
+
+def graph_key(sae: BaseAutoencoder, batch_size: int) -> tuple:
+    """All that determines the operations and array sizes of a step on CUDA: whether it may be sparse, the room for dead
+    features, and the room for candidates. Sets known_counts, which cannot be read while a CUDA graph is recorded.
+    """
+    until_sparse, most_dead = sae.known_counts = sae.counts()
+    dead = sparse_ops.room_for(most_dead, sae.cfg["dict_size"]) if sae.aux_loss_on_dead_features else 0
+    k = sae.cfg["top_k"] if isinstance(sae, TopKSAE) else None
+    return until_sparse == 0, dead, sparse_ops.candidate_capacity(batch_size, len(sae.W_dec), k)
+
+
+class StepGraphs:
+    """The training steps of a run. On CUDA they are recorded as CUDA graphs, because launching some 150 kernels takes
+    the host several times as long as the device needs to run them.
+
+    A graph repeats fixed operations on fixed memory. So each graph_key has two graphs, of compute_gradients and of
+    apply_update. Between them the status is copied to the host, which reads it while the weights are updated. The first
+    step with a key runs eagerly, the second is recorded.
+    """
+
+    # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
+    # so no other graph may run between them.
+    memory = None
+    streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
+
+    def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
+        self.sae, self.optimizer, self.cfg = sae, optimizer, cfg
+        self.seen, self.recorded = {}, {}  # by key: the output of its first step; its graphs and their output
+        self.rate, self.lr = None, None  # the learning rate that is in lr []; the graphs read it
+
+    def launch_step(self, x: torch.Tensor, wait: bool = False) -> dict:
+        """scalars(launch_step(…)). On CUDA, inputs x of the same shape must be at the same address."""
+        sae, optimizer, cfg = self.sae, self.optimizer, self.cfg
+        if not sae.W_enc.is_cuda or sae.shards.count > 1:
+            return scalars(launch_step(sae, optimizer, x, cfg, wait))
+        if x.device not in self.streams:
+            self.streams[x.device] = torch.cuda.Stream(x.device)
+        stream = self.streams[x.device]
+        key = (x.data_ptr(), x.shape, graph_key(sae, len(x)))
+        if wait or key not in self.seen or not sparse_ops.uses_triton(sae.W_enc):
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+            try:
+                with torch.cuda.stream(stream):
+                    output = scalars(launch_step(sae, optimizer, x, cfg, wait))
+            finally:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
+            if not wait:
+                self.seen[key] = output
+            return dict(output)
+        if key not in self.recorded:
+            self.recorded[key] = self.record(x, stream, self.seen[key])
+        begin, finish, output, status = self.recorded[key]
+        rate = optimizer.param_groups[0]["lr"]
+        if rate != self.rate:
+            self.rate = rate
+            self.lr.fill_(rate)
+        optimizer.is_updating = True
+        begin.replay()
+        status.copy(output["status"])
+        finish.replay()  # reads what begin has left in the shared memory
+        optimizer.is_updating = False
+        return output | {"status": status}
+
+    def record(self, x, stream: torch.cuda.Stream, like: dict) -> tuple:
+        """Returns the graphs, the scalars that they write, allocated like `like`, and a HostCopy for their status.
+
+        The scalars are outside of the shared pool, whose memory is overwritten by the next graph that runs.
+        """
+        sae, group = self.sae, self.optimizer.param_groups[0]
+        begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
+        self.lr = x.new_zeros(()) if self.lr is None else self.lr
+        output = {key: torch.empty_like(value) for key, value in like.items()}
+        StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # torch cannot free cached memory while it records
+        group["lr"] = self.lr
+        try:
+            with torch.cuda.device(x.device), torch.cuda.graph(begin, StepGraphs.memory, stream, "thread_local"):
+                full = compute_gradients(sae, self.optimizer, x, self.cfg)
+                written = scalars(full)
+                for dtype in {value.dtype for value in output.values()}:  # one kernel for all of a type
+                    keys = [key for key, value in output.items() if value.dtype == dtype]
+                    torch._foreach_copy_([output[key] for key in keys], [written[key] for key in keys])
+            with torch.cuda.device(x.device), torch.cuda.graph(finish, StepGraphs.memory, stream, "thread_local"):
+                apply_update(sae, self.optimizer, self.cfg, full)
+        except RuntimeError as error:
+            StepGraphs.memory = None  # the pool is unusable after a failure
+            raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
+        finally:
+            group["lr"], self.optimizer.is_updating = rate, False  # recording changes nothing
+        return begin, finish, output, HostCopy(output["status"])
+
+
+class HostCopy:
+    """A copy of a device tensor on the host, which can be read while the device works on what was queued after it."""
+
+    def __init__(self, like: torch.Tensor):
+        self.values, self.written = torch.empty_like(like, device="cpu", pin_memory=True), torch.cuda.Event()
+
+    def copy(self, tensor: torch.Tensor) -> None:
+        self.values.copy_(tensor, non_blocking=True)
+        self.written.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list:
+        self.written.synchronize()
+        return self.values.tolist()

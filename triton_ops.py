@@ -682,7 +682,7 @@ class PaddedPattern:
         """The same without unused places. Waits for the device."""
         return self.part(slice(int(self.row_offsets[-1])), self.row_offsets)
 
-    def select(self, keep: torch.Tensor) -> "PaddedPattern":
+    def filter(self, keep: torch.Tensor) -> "PaddedPattern":
         """The places where the mask keep [n] is True. Waits for the device."""
         index = keep.nonzero().squeeze(-1)
         return self.part(index, offsets_of(self.rows[index], self.shape[0]))

@@ -19,7 +19,7 @@ import torch
 from common import markdown_table
 
 from console import InputError, run_command
-from evaluation import counted, eval_batches, open_run, reconstruct, variants_of
+from evaluation import eval_batches, open_run, position_mask, reconstruct, variants_of
 from language_model import tokenizer_of
 from results import LINES, STYLES, plt
 
@@ -36,7 +36,7 @@ def measure(run: Path) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list[str]
     sae, model, store = open_run(run)
     rows, batches = {key: [] for key in ("id", "position")}, []
     for tokens in eval_batches(store):
-        mask = counted(store, tokens)
+        mask = position_mask(store, tokens)
         batches.append(store.get_activations(tokens)[mask])
         rows["id"].append(tokens[mask])
         rows["position"].append(mask.nonzero()[:, 1])

@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parent.parent
 OVERRIDES = ["num_tokens=40_000", "batch_size=512", "eval_tokens=1024", "dict_size=64", "top_k_aux=16"]
 # What a kill interrupts, by the function that the process is in.
 PHASES = dict(save_checkpoint="a save", save_sae="a save", finish="a save", evaluate="an evaluation")
-PHASES |= dict(heldout_baseline="the baseline", start_step="a step", next_batch="a harvest")
+PHASES |= dict(heldout_baseline="the baseline", launch_step="a step", next_batch="a harvest")
 OVERRIDES += ["n_batches_to_dead=3", "num_batches_in_buffer=2", "checkpoint_freq=3", "log_freq=2", "perf_log_freq=5"]
 
 

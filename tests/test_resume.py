@@ -257,7 +257,7 @@ def test_stopped_in_the_final_evaluation(model, training_cfg, uninterrupted, mon
         train(model, cfgs)
     assert list(map(is_finished, cfgs)) == [True, True] + [False] * (len(cfgs) - 2)
     before = digests(Path(cfgs[0]["output_dir"]))
-    monkeypatch.setattr(training_step, "start_step", None)
+    monkeypatch.setattr(training_step, "launch_step", None)
     saes, results = train(model, cfgs[2:])
     assert_as_uninterrupted([part[2:] for part in uninterrupted], cfgs[2:], saes, results)
     after = digests(Path(cfgs[0]["output_dir"]))
@@ -297,7 +297,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
     """The step finishes and a checkpoint is saved; a second signal interrupts that. Both can be resumed."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
     before = signal.getsignal(number)
-    step, calls = training_step.start_step, []
+    step, calls = training_step.launch_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -313,7 +313,7 @@ def test_a_signal_saves_first_and_a_second_one_does_not_wait(model, training_cfg
     for save in (signalled_again, checkpoint.save_checkpoint):
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-            patch.setattr(training_step, "start_step", signalled)
+            patch.setattr(training_step, "launch_step", signalled)
             patch.setattr(checkpoint, "save_checkpoint", save)
             train(model, cfgs)
         assert signal.getsignal(number) == before
@@ -542,7 +542,7 @@ def test_a_used_store_is_rewound(model, training_cfg):
 
 def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
     cfg = training_cfg(**SAES[1], checkpoint_freq=1000)
-    step, calls = training_step.start_step, []
+    step, calls = training_step.launch_step, []
 
     def signalled(*args):
         calls.append(1)
@@ -551,7 +551,7 @@ def test_a_stop_in_the_last_step_is_a_stop(model, training_cfg, monkeypatch):
         return step(*args)
 
     with monkeypatch.context() as patch, pytest.raises(training.Stopped):
-        patch.setattr(training_step, "start_step", signalled)
+        patch.setattr(training_step, "launch_step", signalled)
         train(model, [cfg])
     assert newest_checkpoint(cfg).name == f"step_{STEPS:09}" and not is_over(cfg)
 
@@ -577,7 +577,7 @@ def test_a_stop_while_the_last_checkpoint_is_saved_is_a_stop(model, training_cfg
 def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, where):
     """Before its weights are touched; the others come to the same bits, and the record names step and reason."""
     cfgs = [training_cfg("with", **changes) for changes in SAES[:3]]
-    real, seen = training_step.start_step, []
+    real, seen = training_step.launch_step, []
 
     def poisoned(sae, optimizer, x, cfg, wait=False):
         if cfg["sae_type"] == "topk":
@@ -590,7 +590,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, 
                 sae.W_dec.register_hook(lambda grad: grad * torch.inf)
         return real(sae, optimizer, x, cfg, wait)
 
-    monkeypatch.setattr(training_step, "start_step", poisoned)
+    monkeypatch.setattr(training_step, "launch_step", poisoned)
     with pytest.raises(InputError, match=f"1 of 3 SAEs.*{cfgs[1]['name']}: step 5: NaN or infinity"):
         train(model, cfgs)
     monkeypatch.undo()
@@ -611,7 +611,7 @@ def test_nan_stops_one_sae_and_not_the_others(model, training_cfg, monkeypatch, 
 def test_a_closed_pipe_while_nan_stops_a_run(model, training_cfg, uninterrupted, monkeypatch):
     """The checkpoint that is saved then has the run that is about to be stopped, too."""
     cfgs = [training_cfg("cut", **changes, **OFTEN) for changes in SAES]
-    real, steps = training_step.start_step, itertools.count(1)
+    real, steps = training_step.launch_step, itertools.count(1)
 
     def poisoned(sae, optimizer, x, cfg, wait=False):
         if cfg["name"] == cfgs[1]["name"] and next(steps) == 5:
@@ -619,7 +619,7 @@ def test_a_closed_pipe_while_nan_stops_a_run(model, training_cfg, uninterrupted,
         return real(sae, optimizer, x, cfg, wait)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_step, "start_step", poisoned)
+        patch.setattr(training_step, "launch_step", poisoned)
         patch.setattr(tqdm, "_lock", threading.RLock())  # tqdm does not release its lock when writing fails
         patch.setattr(sys, "stderr", ClosedPipe("NaN or infinity in the test"))
         with pytest.raises(BrokenPipeError):

@@ -16,7 +16,7 @@ from evaluation import calibrate_threshold, decoder_similarity
 from language_model import Harvester, load_model
 from sae import SAE_CLASSES, SPARSE_AFTER, JumpReLUSAE, VanillaSAE
 from sparse_ops import SparsityPattern
-from training_step import Run, finish_step, group_step, make_optimizer, training_step
+from training_step import Run, apply_update, group_step, make_optimizer, training_step
 
 SCREENS = (torch.bfloat16, torch.float32)
 
@@ -357,13 +357,13 @@ def check_side_by_side():
         return forward_normalised(*args)
 
     def finish(sae, *args):
-        finish_step(sae, *args)
+        apply_update(sae, *args)
         if sae is saes[0]:
             ended.set()
 
     for i, sae in enumerate(saes):
         sae.forward_normalised = partial(forward, i, sae.forward_normalised)
-    pytest.MonkeyPatch().setattr("training_step.finish_step", finish)  # in a process of its own
+    pytest.MonkeyPatch().setattr("training_step.apply_update", finish)  # in a process of its own
     torch.set_num_threads(2)
     runs = [Run(sae.cfg, sae, make_optimizer(sae, sae.cfg), None) for sae in saes]
     group_step(runs, make_x(8, 16, 0, torch.float32), [], {})

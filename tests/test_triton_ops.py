@@ -21,7 +21,7 @@ import sparse_ops
 from sae import FEATURE_DIM, SAE_CLASSES, Counts
 from shards import team
 from training import save_if_memory_runs_out
-from training_step import Run, form_of_step, group_step, make_optimizer, start_step, training_step
+from training_step import Run, graph_key, group_step, launch_step, make_optimizer, training_step
 
 pytest.importorskip("triton", reason="Triton is for Linux only: the kernels were NOT tested")
 import triton  # noqa: E402
@@ -51,7 +51,7 @@ def patched_once():
 
 
 def use_triton(monkeypatch, use=True):
-    monkeypatch.setattr(sparse_ops, "uses_kernels", lambda x: use and x.dtype == torch.float32)
+    monkeypatch.setattr(sparse_ops, "uses_triton", lambda x: use and x.dtype == torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -432,11 +432,11 @@ def test_the_counts_for_the_next_step(kind, monkeypatch):
 def test_the_form_of_a_step_changes_with_its_own_capacity_only(monkeypatch):
     """Each form has CUDA graphs of its own, whose recording costs several steps."""
     topk, jumprelu = (trained(kind, True, monkeypatch, steps=0)[0] for kind in ("topk", "jumprelu"))
-    before = [form_of_step(sae, 6) for sae in (topk, jumprelu)]
+    before = [graph_key(sae, 6) for sae in (topk, jumprelu)]
     sparse_ops._grown[6, 24, None] = 9
-    assert [form_of_step(sae, 6) == form for sae, form in zip((topk, jumprelu), before)] == [True, False]
+    assert [graph_key(sae, 6) == form for sae, form in zip((topk, jumprelu), before)] == [True, False]
     sparse_ops._grown[6, 24, 3] = 9
-    assert form_of_step(topk, 6) != before[0]
+    assert graph_key(topk, 6) != before[0]
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
@@ -453,7 +453,7 @@ def test_too_many_candidates(kind, monkeypatch, two_steps):
     monkeypatch.setattr(sparse_ops, "_grown", dict.fromkeys(TOO_SMALL, 3))
     before, moments = state(sae), [t.clone() for s in optimizer.state.values() for t in s.values()]
     x = make_x(6, 12, 1, torch.float32).to(DEVICE)
-    output = start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
+    output = launch_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
     assert output["status"][0] == sparse_ops.OVERFLOW
     assert all(torch.equal(before[name], value) for name, value in state(sae).items())
     assert all(map(torch.equal, moments, [t for s in optimizer.state.values() for t in s.values()]))
@@ -602,10 +602,10 @@ def test_a_step_reads_nothing_once_its_form_is_known(kind, monkeypatch):
     x = sae.preprocess_input(make_x(6, 12, 4, torch.float32).to(DEVICE))[0]
     sae.known_counts = None
     with pytest.raises(AssertionError, match="tolist"), NoReads():
-        form_of_step(sae, len(x))
-    form_of_step(sae, len(x))
+        graph_key(sae, len(x))
+    graph_key(sae, len(x))
     with NoReads():
-        start_step(sae, optimizer, x, sae.cfg)
+        launch_step(sae, optimizer, x, sae.cfg)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="only a GPU can be waited for")
@@ -615,7 +615,7 @@ def test_a_step_does_not_wait_for_the_device(kind, monkeypatch):
     x = make_x(6, 12, 4, torch.float32).to(DEVICE)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        start_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
+        launch_step(sae, optimizer, sae.preprocess_input(x)[0], sae.cfg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
