@@ -31,12 +31,12 @@ measured in eval(). For BatchTopK and Matryoshka the suffix _batch marks the sam
 For Matryoshka the suffix _prefix_<m> marks the same metrics of the first m features alone, in eval(); m are its
 matryoshka_sizes below dict_size. These are measured on the whole held-out set only.
 
-With at least two documents, each metric has a standard error over documents, <metric>_se. A context belongs to the
-document in which it begins. All metrics but the fractions of features are ratios of sums over tokens. Their standard
-error is by the delta method, std(a − ratio·b) / (mean(b)·√n), where a and b are numerator and denominator of each of n
-documents. For the fractions of features it is by the jackknife, which omits each of MAX_PARTS parts of the documents in
-turn. It estimates the variation over documents, not over seeds; from few documents it is a rough estimate. The last
-held-out document continues in the training set.
+With at least two documents, each metric but decoder_similarity and threshold has a standard error over documents,
+<metric>_se. A context belongs to the document in which it begins. All metrics but the fractions of features are ratios
+of sums over tokens. Their standard error is by the delta method, std(a − ratio·b) / (mean(b)·√n), where a and b are
+numerator and denominator of each of n documents. For the fractions of features it is by the jackknife, which omits each
+of MAX_PARTS parts of the documents in turn. It estimates the variation over documents, not over seeds; from few
+documents it is a rough estimate. The last held-out document continues in the training set.
 
 On the whole held-out set, results also contain `histograms`, in eval():
 

@@ -103,7 +103,7 @@ def store_error(model, **changes) -> str:
 
 # SAEs
 
-KINDS = ("vanilla", "topk", "batchtopk", "jumprelu", "matryoshka")
+KINDS = tuple(SAE_CLASSES)
 
 
 def sae_cfg(kind, d=5, F=24, k=3, **changes):

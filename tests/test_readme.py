@@ -63,7 +63,7 @@ def test_demo_command_then_examples(clone, program):
     checks = "\nassert reconstruction.shape == x.shape and len(features.shape) == 3 and (features >= 0).all()"
     checks += "\nassert ((x - reconstruction).norm(dim=-1) < x.norm(dim=-1))[:, 1:].all()"
     checks += "\nassert torch.equal(spliced_logits[:, 0], logits[:, 0]) and not torch.equal(spliced_logits, logits)"
-    done = program.run("-c", inference.replace("RUN", trained.name) + checks, cwd=clone)
+    done = program.run("-c", inference.replace("runs/demo/RUN", f"runs/mine/{trained.name}") + checks, cwd=clone)
     assert done.returncode == 0, done.stderr
 
     # Every other command that needs no network, on that run; DIR and NAME stand for new folders.

@@ -19,12 +19,12 @@ from helpers import (
     state,
 )
 
+from config import TOP_K_TYPES
 from sae import SAE_CLASSES
 from training_step import make_optimizer, training_step
 
 pytestmark = pytest.mark.usefixtures("form")
 
-TOP_K_KINDS = ("topk", "batchtopk", "matryoshka")
 # seed, B, d, F, k
 SHAPES = [(0, 5, 4, 9, 2), (1, 1, 3, 7, 1), (2, 8, 6, 6, 6), (3, 7, 5, 24, 3), (4, 12, 2, 5, 4), (5, 6, 16, 40, 5)]
 
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_equal_the_reference(kind, seed, B, d, F, k, input
     output = sae(x)
     output["loss"].backward()
     expected = reference.forward(params(sae), x, sae.cfg, counters)
-    assert ("aux_loss" in output) == (kind in TOP_K_KINDS)
+    assert ("aux_loss" in output) == (kind in TOP_K_TYPES)
     assert_outputs_match(output, expected, rtol=1e-10, atol=1e-12)
     assert_gradients_match(sae, reference.gradients(params(sae), x, sae.cfg, counters))
 
@@ -119,7 +119,7 @@ def test_leading_dimensions_are_those_of_the_flattened_batch(kind, training):
 
 @pytest.mark.parametrize("top_k_aux", [1, 4, 512])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kind", TOP_K_KINDS)
+@pytest.mark.parametrize("kind", TOP_K_TYPES)
 @pytest.mark.fast
 def test_aux_loss_equals_the_reference(kind, seed, top_k_aux):
     """With dead features, the aux loss and its gradients are as published: residual not detached, any top_k_aux."""
@@ -136,7 +136,7 @@ def test_aux_loss_equals_the_reference(kind, seed, top_k_aux):
     assert_gradients_match(sae, reference.gradients(params(sae), x, sae.cfg, counters))
 
 
-@pytest.mark.parametrize("kind", TOP_K_KINDS)
+@pytest.mark.parametrize("kind", TOP_K_TYPES)
 def test_aux_loss_is_zero_without_dead_features(kind):
     """Where no feature is dead there is no aux loss: it is 0, and the loss is L2 + L1."""
     sae, x = make_sae(kind, matryoshka_sizes=[24]), make_x(7, 5)
@@ -169,7 +169,7 @@ def test_gradcheck(kind, seed, input_unit_norm):
     z = z - sae.jumprelu.log_threshold.exp() if kind == "jumprelu" else z
     distances = torch.cat([z.flatten().abs(), z.flatten().sort().values.diff()])
     assert distances.min() > 1e-4
-    assert sae(x)["num_dead_features"] > 2 or kind not in TOP_K_KINDS
+    assert sae(x)["num_dead_features"] > 2 or kind not in TOP_K_TYPES
 
     def function(x, *values):
         output = torch.func.functional_call(sae, dict(zip(names, values)), (x,))
@@ -256,7 +256,7 @@ def test_jumprelu_keeps_the_value_above_the_threshold():
 # Selection
 
 
-@pytest.mark.parametrize("kind", TOP_K_KINDS)
+@pytest.mark.parametrize("kind", TOP_K_TYPES)
 def test_ties_keep_exactly_k(kind):
     """Where all pre-activations are equal, still exactly k per row (topk) or B·k per batch survive."""
     sae = positive_encoder(kind, k=3)
@@ -300,7 +300,7 @@ def test_a_batch_with_nothing_positive(kind):
     assert output["l0_norm"] == output["l1_norm"] == output["l1_loss"] == 0
     assert output["num_dead_features"] == 24
     torch.testing.assert_close(output["l2_loss"], torch.tensor(1.0, dtype=torch.float64))
-    if kind in TOP_K_KINDS:  # nothing positive among the dead either: the whole residual remains
+    if kind in TOP_K_TYPES:  # nothing positive among the dead either: the whole residual remains
         torch.testing.assert_close(output["aux_loss"], torch.tensor(0.5, dtype=torch.float64))
     assert all(p.grad.isfinite().all() for p in sae.parameters() if p.grad is not None)
 
