@@ -32,6 +32,11 @@ def tell(line: str, any_rank: bool = False) -> None:
 tell_once = functools.cache(tell)  # prints a message that is the same for all runs of a sweep once
 
 
+def shown_live() -> bool:
+    """Whether stderr is shown as it is written: in a terminal or a notebook, not in a log file."""
+    return getattr(sys.stderr, "isatty", lambda: False)() or "ipykernel" in sys.modules
+
+
 def printable(text: str) -> str:
     """Escape control characters except newlines: a message may contain text from a file, such as a name."""
     return CONTROL.sub(lambda match: match[0] if match[0] == "\n" else repr(match[0])[1:-1], text)

@@ -6,8 +6,8 @@ RUN/features.html has the requested features I first, then the N top-ranked ones
 only those are shown, in RUN/requested_features.html. Activations f are computed in eval() on the held-out tokens, and
 are 0 at the positions and tokens that evaluation skips.
 
-Features are ranked by energy, Σ f² ‖W_dec row‖² over the held-out tokens. Those active on fewer than RARE tokens or on
-more than the fraction DENSE of them come last.
+Features are ranked by energy, Σ f² ‖W_dec row‖² over the held-out tokens. Those active on fewer than RARE of these
+tokens, or on more than the fraction DENSE of them, come last.
 
 The logit effects of a feature are those of its decoder row alone: scaled to RMS 1, passed through the final norm and
 the unembedding, minus the mean over the vocabulary, which softmax ignores. This is the direct path: it ignores the
@@ -74,7 +74,7 @@ def feature_statistics(sae, activation_store) -> dict:
         x = activation_store.get_activations(tokens)[:, skip:]
         acts = F.pad(sae.encode(x).float(), (0, 0, skip, 0))  # [contexts, seq_len, F]
         acts[~position_mask(activation_store, tokens).to(device)] = 0
-        energy += acts.pow(2).sum((0, 1))
+        energy += acts[:, skip:].flatten(0, 1).pow(2).sum(0)
 
         # Merge the best contexts so far with those of this chunk.
         value, position = acts.max(1)

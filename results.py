@@ -159,7 +159,9 @@ def log_axis_if_wide(axis: plt.Axes, values: pd.Series) -> None:
 
 def log_axis(axis: plt.Axes) -> None:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    low, high = axis.get_ylim()
+    decades = np.log10(high / low)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))
     axis.yaxis.set_major_formatter(PLAIN)
     axis.yaxis.set_minor_formatter(NullFormatter())
 

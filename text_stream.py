@@ -64,8 +64,10 @@ class TextStream:
         self.reader.batch_documents = 1  # so that a token chunk is a document
         for _ in range(num_held_out):
             position = self.state_dict()
-            contexts.append(self.contexts(1))  # empty at the end of the data
-            starts += [(position["shard"], position["row"])] * len(contexts[-1])
+            contexts.append(self.contexts(1))
+            if len(contexts[-1]) == 0:
+                break  # the end of the data
+            starts.append((position["shard"], position["row"]))
         self.reader.batch_documents = BATCH_DOCUMENTS
         self.held_out, documents = torch.cat(contexts), {start: i for i, start in enumerate(dict.fromkeys(starts))}
         self.held_out_documents = torch.tensor([documents[start] for start in starts])
@@ -140,7 +142,7 @@ class TextStream:
 
 
 class Prefetcher:
-    """An iterator over `items`, which a thread reads ahead. It raises the exception of `items`, if any.
+    """Reads `items` ahead in a thread. next() returns them in order, and raises the exception of `items`, if any.
 
     The thread ends when this object is deleted or the interpreter exits.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -19,7 +18,7 @@ import distributed
 from activation_store import ActivationsStore
 from checkpoint import Checkpoints, handle_save_errors, run_folder, save_sae
 from config import KEYS, MIN_L0
-from console import InputError, count_of, out_of_memory, tell, text_table
+from console import InputError, count_of, out_of_memory, shown_live, tell, text_table
 from evaluation import evaluate, evaluation_cost, heldout_baseline
 from files import SaveError
 from hub import StreamError
@@ -197,7 +196,6 @@ def train_steps(
                     tell(f"Stopped after {step - 1} of {last_step} steps")
                     raise
                 failed += remove_failed(runs, outputs, step)
-                bar.update(len(x))
 
                 # Read the numbers and evaluate. Elsewhere only failures are read from the device.
                 metrics = [{} for _ in runs]
@@ -205,6 +203,7 @@ def train_steps(
                     metrics = [{key: value.item() for key, value in output.items()} for output in outputs]
                     if of_all_ranks := distributed.gather_lists([m for run, m in zip(runs, metrics) if run.log]):
                         bar.set_postfix_str(summary(of_all_ranks), refresh=False)
+                bar.update(len(x))
                 if step % cfg["perf_log_freq"] == 0 and step < last_step:
                     with bar.evaluating(eval_contexts):
                         evaluated = evaluate([run.sae for run in runs], activation_store, baseline, eval_contexts)
@@ -273,7 +272,7 @@ class TrainingBar(tqdm):
     def __init__(self, title: str, done: int, total: int):
         super().__init__(
             desc=title, initial=done, total=total, unit="tok", unit_scale=True, smoothing=0.05,
-            disable=distributed.rank() > 0, mininterval=0.1 if sys.stderr.isatty() else 5,
+            disable=distributed.rank() > 0, mininterval=0.1 if shown_live() else 5,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}{postfix}]",
         )  # fmt: skip
 

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from activation_store import ActivationsStore
 from console import InputError
 from hub import StreamError
+from text_stream import TextStream
 
 # Text -> tokens
 
@@ -356,6 +357,14 @@ def test_too_short_for_the_held_out_tokens(model, jsonl):
     """A dataset with fewer than eval_tokens is too short, and the message names eval_tokens."""
     message = store_error(model, dataset_path=jsonl(counted_documents(47, 0), "tokens"))
     assert "too short" in message and "47" in message and "eval_tokens = 48" in message
+
+
+def test_too_short_for_very_many_held_out_tokens(model, jsonl, monkeypatch):
+    """Reading stops at the end of the data, however many eval_tokens are wanted."""
+    real, calls = TextStream.contexts, []
+    monkeypatch.setattr(TextStream, "contexts", lambda *args: calls.append(args) or real(*args))
+    message = store_error(model, dataset_path=jsonl(counted_documents(64, 0), "tokens"), eval_tokens=16_000)
+    assert "too short: it has 64 tokens" in message and len(calls) == 64 // SEQ_LEN + 1
 
 
 def test_the_end_of_the_data_is_an_error(model, jsonl):

@@ -280,7 +280,7 @@ def test_other_columns_do_not_matter(hub, program):
     assert process.stdout.splitlines() == ["a1 a2 b1 b2"] * 3
 
 
-@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "", "http://x:abc", "http://[::1"])
+@pytest.mark.parametrize("endpoint", ["hf-mirror.com", "", "https://", "http://x:abc", "http://[::1"])
 def test_an_endpoint_that_is_no_url(endpoint, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     with pytest.raises(InputError, match=f"HF_ENDPOINT = {re.escape(repr(endpoint))} is not a URL"):

@@ -74,7 +74,7 @@ def reference_stream(documents: list[list[int]], num_epochs: int, bos_per_contex
 
 @pytest.mark.parametrize("bos_per_context", [False, True])
 @pytest.mark.parametrize("num_epochs", [1, 3])
-@pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000)])
+@pytest.mark.parametrize("seed, total", [(0, 1500), (1, 16 * 40), (2, 5000), (3, 602)])
 def test_contexts_equal_a_plain_reference(jsonl, seed, total, num_epochs, bos_per_context, capsys):
     """Over several epochs the contexts equal the reference. Only a last partial context is dropped, and reported."""
     documents = documents_of_random_length(seed, total)

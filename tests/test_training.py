@@ -1,9 +1,13 @@
 """The training loop: reproducible, the same in any group, undisturbed by evaluation, and completely recorded."""
 
+import io
 import json
 import math
 import re
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +128,32 @@ def test_the_table_while_it_trains(model, training_cfg, capsys):
             assert float(loss) == round(values["loss"], 4) and float(nmse) == round(values["nmse"], 4)
             assert float(l0) == round(values["l0"], 1) and float(ce_degradation) == round(values["ce_degradation"], 4)
             assert float(dead.rstrip("%")) == round(100 * values["num_dead_features"] / cfg["dict_size"], 1)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_the_numbers_of_its_step(model, training_cfg, monkeypatch):
+    """The loss beside the number of tokens is that of the step that reached it."""
+    (cfg,), real = [training_cfg(**SAES[0], log_freq=1, perf_log_freq=100)], training.group_step
+    monkeypatch.setattr(training, "group_step", lambda *args: time.sleep(0.15) or real(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        train(model, [cfg])
+        shown = re.findall(r"([\d.]+)/\d+ \[[^]]*loss ([\d.]+)", sys.stderr.getvalue())
+    losses = {values["tokens"]: f"{values['loss']:.3f}" for values in lines_of(run_folder(cfg))}
+    assert len(shown) >= STEPS and all(losses[float(tokens)] == loss for tokens, loss in shown)
+
+
+def test_training_needs_only_write_and_flush_of_stderr(model, training_cfg, monkeypatch):
+    written = []
+    stderr = SimpleNamespace(write=written.append, flush=lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        train(model, [training_cfg(**SAES[0])])
+    assert any("tok/s" in text for text in written)
 
 
 def test_names_in_the_table_that_differ_in_the_hash_alone():
