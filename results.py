@@ -378,7 +378,9 @@ def sweep_folder(path: Path) -> Path:
             return folder
     sweeps = [folder for folder in path.glob("*") if run_configs(folder)]
     if not sweeps:
-        raise InputError(f"{path} has no run records; train a sweep first (python main.py demo)")
+        found = ", ".join(sorted({config.parent.parent.name for config in Path("runs").glob("*/*/config.json")}))
+        hint = f"the sweeps in runs/ are {found}" if found else "train a sweep first (python main.py demo)"
+        raise InputError(f"{path} has no run records; {hint}")
     return max(sweeps, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*/*.json")))
 
 

@@ -577,7 +577,7 @@ def test_other_folders_beside_runs(tmp_path, config):
     assert [run.name for run in results.local_runs(tmp_path / "sweep")] == [name]
 
 
-def test_bad_input_is_one_line(tmp_path, run, capsys):
+def test_bad_input_is_one_line(tmp_path, run, capsys, monkeypatch):
     """No records, no folder, a corrupt record, no login, a wrong project name: one line, exit code 2.
 
     Called as functions, they raise InputError and leave the process running.
@@ -603,6 +603,11 @@ def test_bad_input_is_one_line(tmp_path, run, capsys):
         assert capsys.readouterr() == ("", "")
     with pytest.raises(InputError, match="has no run records"):
         results.draw_results(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo-26070e", "paper"):
+        write_run(tmp_path / "runs" / name, None)
+    with pytest.raises(InputError, match="^demo has no run records; the sweeps in runs/ are demo-26070e, paper$"):
+        results.sweep_folder(Path("demo"))
     commands = [
         (["demo", "--wandb", "me/project"], "wandb login"),
         (["demo", "--wandb", "project"], "ENTITY/PROJECT"),
