@@ -293,6 +293,7 @@ CHANGES = {
     "weights of another dtype": lambda tensors: tensors | {"sae.W_enc": tensors["sae.W_enc"].double()},
     "weights of another shape": lambda tensors: tensors | {"sae.W_enc": torch.zeros(3, 5)},
     "moments of another shape": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(3, 5)},
+    "squares of another shape": lambda tensors: tensors | {"adam.0.exp_avg_sq": torch.zeros(3, 5)},
     "a moment that is a number": lambda tensors: tensors | {"adam.0.exp_avg": torch.zeros(())},
     "no moments": lambda tensors: {name: value for name, value in tensors.items() if name.startswith("sae")},
     "one weight less": lambda tensors: {name: value for name, value in tensors.items() if name != "sae.b_dec"},

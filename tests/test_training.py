@@ -321,6 +321,15 @@ def test_a_seq_len_that_the_model_cannot_take_is_one_value_everywhere(model, tra
     assert "asked" not in changed
 
 
+def test_excluded_tokens_are_recorded_as_ids_under_the_name_that_was_asked_for(model, training_cfg):
+    cfg = training_cfg(sae_type="topk", top_k=4, exclude_tokens="bos")
+    (sae,), _ = train(model, [cfg])
+    recorded = post_init_cfg(json.loads((run_folder(cfg) / "config.json").read_text()))
+    for found in (recorded, post_init_cfg(recorded), load_sae(run_folder(cfg)).cfg, sae.cfg):
+        assert found["name"] == cfg["name"] and found["asked"] == {"exclude_tokens": "bos"}
+        assert found["exclude_tokens"] == [model.tokenizer.bos_token_id]
+
+
 def test_a_finished_run_is_refused(model, recorded):
     """A finished run is never trained again or written over: an InputError of one line names its folder."""
     cfgs, saes, _, store = recorded

@@ -429,12 +429,12 @@ def test_the_counts_for_the_next_step(kind, monkeypatch):
     assert known == sae.counts() and known.most_dead > 0 and (known.until_sparse > 0) == (kind == "jumprelu")
 
 
-def test_the_form_of_a_step_changes_with_its_own_capacity_only(monkeypatch):
-    """Each form has CUDA graphs of its own, whose recording costs several steps."""
+def test_the_graph_key_changes_with_its_own_capacity_only(monkeypatch):
+    """Each key has CUDA graphs of its own, whose recording costs several steps."""
     topk, jumprelu = (trained(kind, True, monkeypatch, steps=0)[0] for kind in ("topk", "jumprelu"))
     before = [graph_key(sae, 6) for sae in (topk, jumprelu)]
     sparse_ops._grown[6, 24, None] = 9
-    assert [graph_key(sae, 6) == form for sae, form in zip((topk, jumprelu), before)] == [True, False]
+    assert [graph_key(sae, 6) == key for sae, key in zip((topk, jumprelu), before)] == [True, False]
     sparse_ops._grown[6, 24, 3] = 9
     assert graph_key(topk, 6) != before[0]
 
