@@ -264,7 +264,7 @@ def train_planned(group: list[dict], model, steps_done: int, available: int, for
     """Train one group. A separate function, so that its SAEs and stream are freed before the next group."""
     store = ActivationsStore(model, group[0])
     shards = team(group[0]["feature_shards"])
-    owners = plan_time(group, store, steps_done, force, available)
+    owners = plan_time(group, store, steps_done, force, available)  # the team of each SAE; this rank builds its own
     saes = [
         SAE_CLASSES[cfg["sae_type"]](cfg, shards) if owner == shards.team_index else None
         for cfg, owner in zip(group, owners)

@@ -33,6 +33,8 @@ SPARSE_AFTER = 10  # batches in a row with few active features after which the s
 
 
 class Counts(NamedTuple):
+    """Two numbers on the device that the host must know before it can launch a step."""
+
     until_sparse: int  # batches until the sparse form is used
     most_dead: int  # upper bound on the number of dead features in the next batch
 
