@@ -175,8 +175,8 @@ def evaluate(
                 del active
                 logits = predict(activation_store, tokens, acts.masked_scatter(mask[..., None], reconstruction))
                 losses = prediction_losses(logits, tokens, mask, original)
-                in_place = per_token.new_zeros(5, *after_skip.shape).masked_scatter_(after_skip, per_token)
-                per_context[i, suffix].append(torch.cat([in_place.mean(-1), losses.double()]).cpu())
+                per_position = per_token.new_zeros(5, *after_skip.shape).masked_scatter_(after_skip, per_token)
+                per_context[i, suffix].append(torch.cat([per_position.mean(-1), losses.double()]).cpu())
 
     ces = {"ce_original": torch.cat(ce_original)}
     ces |= {key: baseline[key][:num_contexts] for key in ("ce_zero_ablated", "ce_mean_ablated")}
