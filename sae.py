@@ -90,7 +90,7 @@ class BaseAutoencoder(nn.Module):
         """The penalty, summed over the batch: by default the sum of the activations. The loss adds l1_coeff / B times
         this.
         """
-        return acts.sum()
+        return sparse_ops.total(acts, pattern)
 
     def reconstructions(self, acts: torch.Tensor, pattern: SparsityPattern | None) -> list[torch.Tensor]:
         """The reconstructions [B, d] whose mean squared errors the loss averages. The last uses all features."""

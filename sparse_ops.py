@@ -228,6 +228,15 @@ def smallest_positive(acts: torch.Tensor) -> torch.Tensor:
     return F.threshold(values, 0, torch.inf).amin()
 
 
+def total(acts: torch.Tensor, pattern=None) -> torch.Tensor:
+    """[]: the sum of activations [B, F], or [n] at the pattern."""
+    if pattern is None or not uses_triton(acts):
+        return acts.sum()
+    import triton_ops
+
+    return triton_ops.Total.apply(acts)
+
+
 def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[]: the mean of (a − b)² of two [B, d]."""
     if not uses_triton(a):
@@ -435,8 +444,8 @@ _grown = {}  # capacities by (B, F, k)
 
 
 def candidate_capacity(B: int, num_features: int, k: int | None) -> int:
-    """How many candidates there is room for on CUDA; k is None for select_above. It grows after an overflow. Weights do
-    not depend on it, but the last bits of logged sums may.
+    """How many candidates there is room for on CUDA; k is None for select_above. It grows after an overflow. Results do
+    not depend on it.
     """
     first = B * (4 * k if k else 128)
     return _grown.get((B, num_features, k), min(first, B * num_features // DENSE_FROM))

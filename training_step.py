@@ -6,6 +6,7 @@ help, and the small SAEs of a group take their steps side by side. So its result
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -304,7 +305,7 @@ class StepGraphs:
 
     # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
     # so no other graph may run between them.
-    memory = None
+    memory, graphs = None, weakref.WeakSet()  # the pool, and the graphs that use it
     streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
@@ -354,7 +355,8 @@ class StepGraphs:
         begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
         self.lr = x.new_zeros(()) if self.lr is None else self.lr
         output = {key: torch.empty_like(value) for key, value in like.items()}
-        StepGraphs.memory = StepGraphs.memory or torch.cuda.graph_pool_handle()
+        if not (StepGraphs.memory and StepGraphs.graphs):  # torch may refuse a pool whose graphs are all gone
+            StepGraphs.memory = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # torch cannot free cached memory while it records
         group["lr"] = self.lr
         try:
@@ -371,6 +373,7 @@ class StepGraphs:
             raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
         finally:
             group["lr"], self.optimizer.is_updating = rate, False  # recording changes nothing
+        StepGraphs.graphs |= {begin, finish}
         return begin, finish, output, HostCopy(output["status"])
 
 

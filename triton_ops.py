@@ -777,19 +777,17 @@ def offsets_of(sorted_index: torch.Tensor, n: int) -> torch.Tensor:
 
 
 @triton.jit
-def count_active_kernel(acts, cols, n, counts, sums, mask, BLOCK: tl.constexpr):
-    """Adds the number of positive activations to counts[0], sums them per program, and marks their features."""
+def count_active_kernel(acts, cols, n, counts, mask, BLOCK: tl.constexpr):
+    """Adds the number of positive activations to counts[0], and marks their features."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(acts + i, mask=i < n, other=0.0)
-    active = value > 0
+    active = tl.load(acts + i, mask=i < n, other=0.0) > 0
     tl.atomic_add(counts, tl.sum(active.to(tl.int64), axis=0))
-    tl.store(sums + tl.program_id(0), tl.sum(value, axis=0))
     tl.store(mask + tl.load(cols + i, mask=active, other=0), tl.full([BLOCK], 1, tl.int8), mask=active)
 
 
 @triton.jit
 def count_active_dense(acts, num_rows, num_features, counts, sums, mask, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr):
-    """The same for activations [B, F]."""
+    """The same for activations [B, F], which it also sums per program."""
     row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     col = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (row < num_rows) & (col < num_features)[None, :]
@@ -809,11 +807,40 @@ def count_active(acts, cols: torch.Tensor | None, num_features: int) -> tuple[to
         grid, blocks = (triton.cdiv(len(acts), 64), triton.cdiv(num_features, 128)), dict(BLOCK_B=64, BLOCK_F=128)
         sums = acts.new_empty(math.prod(grid))
         count_active_dense[grid](acts, len(acts), num_features, count, sums, mask, **blocks)
-    else:
-        sums = acts.new_empty(triton.cdiv(len(acts), 256))
-        if len(acts):
-            count_active_kernel[(len(sums),)](acts, cols, len(acts), count, sums, mask, BLOCK=256)
-    return count[0], sums.sum(), mask.view(torch.bool)
+        return count[0], sums.sum(), mask.view(torch.bool)
+    if len(acts):
+        count_active_kernel[(triton.cdiv(len(acts), 256),)](acts, cols, len(acts), count, mask, BLOCK=256)
+    return count[0], Total.apply(acts), mask.view(torch.bool)
+
+
+@triton.jit
+def sum_kernel(values, n, sums, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(tl.program_id(0) * BLOCK, n, STEP):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(values + i, mask=i < n, other=0.0)
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+
+
+class Total(torch.autograd.Function):
+    """The sum [] of values [n]. It does not depend on the number of zeros at their end, which torch's sum does: the
+    room for candidates is not the same in a resumed run.
+    """
+
+    PROGRAMS, BLOCK = 512, 256
+
+    @staticmethod
+    def forward(ctx, values):
+        ctx.n, sums = len(values), values.new_zeros(Total.PROGRAMS)
+        programs = min(triton.cdiv(ctx.n, Total.BLOCK), Total.PROGRAMS)
+        if programs:
+            options = dict(BLOCK=Total.BLOCK, STEP=Total.BLOCK * Total.PROGRAMS)
+            sum_kernel[(programs,)](values.contiguous(), ctx.n, sums, **options)
+        return sums.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(ctx.n)
 
 
 @triton.jit
