@@ -43,6 +43,11 @@ def make_optimizer(sae: BaseAutoencoder, cfg: dict) -> torch.optim.Optimizer:
     """
     parameters = [p if p.is_contiguous() else torch.nn.Parameter(p.detach().T) for p in sae.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=cfg["lr"], betas=(cfg["beta1"], cfg["beta2"]), fused=True)
+    if sparse_ops.uses_triton(sae.W_enc):
+        import triton_ops
+
+        # Now, because among the intermediate results of the first step they would fragment its memory.
+        optimizer.state |= {p: triton_ops.adam_state(p) for p in parameters if p.ndim == 2}
 
     def check(*_):
         if any(p.grad is not None and held.grad is None for p, held in zip(sae.parameters(), parameters)):

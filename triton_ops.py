@@ -964,6 +964,11 @@ def adam_rows(
         tl.store(weights + o, w, mask=inside)
 
 
+def adam_state(p: torch.Tensor) -> dict:
+    """The state of torch.optim.Adam for a parameter, before its first step."""
+    return {"step": p.new_zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
 def begin_adam(optimizer, max_grad_norm: float, failure: torch.Tensor) -> torch.Tensor:
     """The part of a step of `optimizer` (torch.optim.Adam, whose state this uses) before the weights: the clipping
     factor and the other `scales` [5] for finish_adam.
@@ -977,8 +982,7 @@ def begin_adam(optimizer, max_grad_norm: float, failure: torch.Tensor) -> torch.
     states = [optimizer.state[p] for p in parameters]
     for p, state in zip(parameters, states):
         if not state:
-            state["step"] = p.new_zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state |= adam_state(p)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
     lr = lr if isinstance(lr, torch.Tensor) else norm.new_full((), lr)
     steps, scales = [state["step"] for state in states], norm.new_empty(5)
@@ -1008,40 +1012,54 @@ def finish_adam(optimizer, decoder: torch.Tensor, scales: torch.Tensor) -> None:
 
 
 @triton.jit
-def split_kernel(source, parts, num_cols, row_stride, part_stride, LOW: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's high parts in bfloat16, three times, the LOW-th time the low parts (the rounding errors) instead."""
+def split_kernel(
+    source, parts, num_cols, row_stride, part_stride, COPIES: tl.constexpr, LOW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row's high parts in bfloat16, COPIES times, the LOW-th time the low parts (the rounding errors) instead."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(source + row * num_cols + col, mask=col < num_cols, other=0.0)
     high = value.to(tl.bfloat16)
     low = (value - high.to(tl.float32)).to(tl.bfloat16)
     out = parts + row * row_stride + col
-    tl.store(out, high, mask=col < num_cols)
-    tl.store(out + part_stride, low if LOW == 1 else high, mask=col < num_cols)
-    tl.store(out + 2 * part_stride, low if LOW == 2 else high, mask=col < num_cols)
+    for i in tl.static_range(COPIES):
+        tl.store(out + i * part_stride, low if i == LOW else high, mask=col < num_cols)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [M, K] @ b [K, N], float32, as one product of bfloat16 [M, 3 K] @ [3 K, N]: high·high + high·low + low·high.
+    """a [M, K] @ b [K, N], float32, as products of bfloat16: high·high + low·high + high·low.
 
     low·low and the rounding error of the low parts are neglected: the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖.
+
+    One product, [M, 3 K] @ [3 K, N], gives the sum. If a is larger than the result, its parts take most of the memory.
+    Then there are two, for which its high parts are stored once.
     """
-    a, b = parts(a, inner=1, low=2), parts(b, inner=0, low=1)
+    K, N = b.shape
+    b = parts(b, inner=0, copies=3, low=2)
+    if N > K:
+        return product(parts(a, inner=1, copies=3, low=1), b)
+    a = parts(a, inner=1, copies=2, low=1)
+    return product(a, b[: 2 * K]).add_(product(a[:, :K], b[2 * K :]))
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of bfloat16 matrices, in float32."""
     if not a.is_cuda:  # only there mm has out_dtype
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def parts(matrix: torch.Tensor, inner: int, low: int) -> torch.Tensor:
-    """The three parts of a matrix, concatenated in dimension `inner`; part number `low` holds the low parts."""
+def parts(matrix: torch.Tensor, inner: int, copies: int, low: int) -> torch.Tensor:
+    """The parts of a matrix (split_kernel), concatenated in dimension `inner`."""
     if not matrix.is_contiguous() and matrix.T.is_contiguous():
-        return parts(matrix.T, 1 - inner, low).T
+        return parts(matrix.T, 1 - inner, copies, low).T
     rows, cols = matrix.shape
-    out = torch.empty((rows, 3 * cols) if inner else (3 * rows, cols), dtype=torch.bfloat16, device=matrix.device)
-    row_stride, part_stride = (3 * cols, cols) if inner else (cols, rows * cols)
+    shape = (rows, copies * cols) if inner else (copies * rows, cols)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=matrix.device)
+    row_stride, part_stride = (copies * cols, cols) if inner else (cols, rows * cols)
     block = min(1024, triton.next_power_of_2(cols))
     grid = rows, triton.cdiv(cols, block)
-    split_kernel[grid](matrix.contiguous(), out, cols, row_stride, part_stride, LOW=low, BLOCK=block)
+    split_kernel[grid](matrix.contiguous(), out, cols, row_stride, part_stride, COPIES=copies, LOW=low, BLOCK=block)
     return out
 
 

@@ -32,11 +32,12 @@ FLOATS = (
 )  # fmt: skip
 CONSTANTS = dict(GROUP=64, BLOCK_G=32, SHIFT=20, BITS=8, BLOCK=256, PER_ROW=0, ABOVE=False, CHUNK=64, DECODER=True)
 CONSTANTS |= dict(BLOCK_B=64, BLOCK_F=128, STEP=512)
-CONSTANTS |= dict(FIRST=True, UNUSED=9, OF_X=True, PARTS=3, LOW=1, NOT_FINITE=1, OVERFLOW=2)
+CONSTANTS |= dict(FIRST=True, UNUSED=9, OF_X=True, PARTS=3, COPIES=2, LOW=1, NOT_FINITE=1, OVERFLOW=2)
 SMALL, LARGE = dict(BLOCK_D=64, BLOCK_N=64, num_warps=4), dict(BLOCK_D=4096, BLOCK_N=1, num_warps=8)
 SMALLEST = dict(BLOCK_D=64, BLOCK_N=16, BLOCK_G=16, GROUP=1, PARTS=0, num_warps=1)
 VARIANTS = {"count_kept": dict(PER_ROW=1, ABOVE=True), "write_kept": dict(PER_ROW=1, ABOVE=True)}
 VARIANTS |= {"adam_rows": dict(DECODER=False), "count_digits": dict(SHIFT=0, BITS=7), "place_rows": dict(PER_ROW=1)}
+VARIANTS |= {"split_kernel": dict(COPIES=3, LOW=2)}
 VARIANTS |= {"pick_digit": dict(FIRST=False, BITS=7, UNUSED=0), "round_rows": dict(OF_X=False)}
 
 

@@ -168,10 +168,13 @@ def test_weights_too_large_for_the_screen_take_the_dense_form(with_offset):
     assert select(W, b) is None
 
 
-def test_dense_products_have_16_bits_of_precision():
-    """In every layout, the error within its bound and beyond what one product of bfloat16 has."""
+@pytest.mark.parametrize("width", [30, 90])
+def test_dense_products_have_16_bits_of_precision(width):
+    """In every layout, of a small and of a large result, the error is within its bound and beyond what one product of
+    bfloat16 has.
+    """
     g = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(n, 75, generator=g) * 10.0 ** torch.randint(-3, 4, (n, 1), generator=g) for n in (20, 30))
+    a, b = (torch.randn(n, 75, generator=g) * 10.0 ** torch.randint(-3, 4, (n, 1), generator=g) for n in (20, width))
     a, b = a.to(DEVICE), b.to(DEVICE)
     exact, norms = a.double() @ b.double().T, a.norm(dim=1, keepdim=True) * b.norm(dim=1)
     for left in (a, a.T.contiguous().T):
