@@ -1023,7 +1023,7 @@ def split_kernel(
     low = (value - high.to(tl.float32)).to(tl.bfloat16)
     out = parts + row * row_stride + col
     for i in tl.static_range(COPIES):
-        tl.store(out + i * part_stride, low if i == LOW else high, mask=col < num_cols)
+        tl.store(out + i * tl.cast(part_stride, tl.int64), low if i == LOW else high, mask=col < num_cols)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
