@@ -131,7 +131,8 @@ def saved_sae(folder: Path) -> Path | None:
 
 
 def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
-    """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU).
+    """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU). Relative paths
+    in its cfg are those of paths_from_here.
 
     Raises InputError if the folder holds no SAE, the weights do not fit its config, or their SHA-256 differs from that
     in cfg.json (older files have none), or the device has too little memory. Memory use is bounded by the size of the
@@ -148,6 +149,7 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
         if recorded is not None and recorded != sha256_of(weights):
             raise InputError(f"{weights} is corrupt: its SHA-256 differs from that in {folder / 'cfg.json'}")
         cfg = post_init_cfg(cfg | {"device": device or "cpu"})
+        cfg |= paths_from_here(folder.parent, cfg)
         check_memory(weights, cfg["device"])
         tensors = load_file(weights)
         # Before an SAE of that size is allocated.
@@ -161,6 +163,19 @@ def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
             raise
         raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
     return sae.eval()
+
+
+def paths_from_here(run: Path, cfg: dict) -> dict:
+    """The paths in a run's config that are relative to the folder in which it was trained and do not exist from here,
+    as paths that do. That folder is known if output_dir is relative too and the run has not been moved.
+    """
+    inside = Path(cfg["output_dir"], cfg["sweep"], cfg["name"]).parts
+    parts = run.resolve().parts
+    if parts[-len(inside) :] != inside:
+        return {}
+    folder = Path(*parts[: -len(inside)])
+    paths = {key: folder / cfg[key] for key in ("model_name", "dataset_path")}
+    return {key: str(path) for key, path in paths.items() if path.exists() and not Path(cfg[key]).exists()}
 
 
 def check_memory(weights: Path, device: str) -> None:

@@ -405,7 +405,7 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
         raise InputError(
             f"{run}: this BatchTopK SAE has no inference threshold yet (evaluation.calibrate_threshold sets it)"
         )
-    cfg = sae.cfg = sae.cfg | paths_from_here(run, sae.cfg)
+    cfg = sae.cfg
     if dataset_path is not None:  # its split and column are not those of the run's own dataset
         cfg = cfg | {key: KEYS[key].default for key in KEYS if key.startswith("dataset_")}
         cfg["dataset_path"] = dataset_path
@@ -417,19 +417,6 @@ def open_run(run: Path, dataset_path: str | None = None) -> tuple:
     if dataset_path is None and trained_on not in (None, activation_store.fingerprint()):
         tell(f"warning: {sae.cfg['dataset_path']} has changed since training: the SAE may have seen held-out text")
     return sae, model, activation_store
-
-
-def paths_from_here(run: Path, cfg: dict) -> dict:
-    """The paths in a run's config that are relative to the folder in which it was trained and do not exist from here,
-    as paths that do. That folder is known if output_dir is relative too and the run has not been moved.
-    """
-    inside = Path(cfg["output_dir"], cfg["sweep"], cfg["name"]).parts
-    parts = run.resolve().parts
-    if parts[-len(inside) :] != inside:
-        return {}
-    folder = Path(*parts[: -len(inside)])
-    paths = {key: folder / cfg[key] for key in ("model_name", "dataset_path")}
-    return {key: str(path) for key, path in paths.items() if path.exists() and not Path(cfg[key]).exists()}
 
 
 def recorded_metrics(run: Path) -> dict:

@@ -29,7 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import evaluation
 from activation_store import ActivationsStore
-from checkpoint import save_sae
+from checkpoint import load_sae, save_sae
 from config import best_device, get_default_cfg, post_init_cfg
 from console import InputError, run_command
 from demo.text import documents
@@ -515,6 +515,8 @@ def test_a_run_opens_from_any_folder(group, tmp_path):
     assert opened.cfg["model_name"] == str(tmp_path / "lm") and store.cfg["dataset_path"] == str(
         tmp_path / "text.jsonl"
     )
+    for folder in (run, run / "sae"):
+        assert load_sae(folder).cfg["model_name"] == str(tmp_path / "lm")  # so load_model(sae.cfg) works
     run.rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="model_name = 'lm'"):
         evaluation.open_run(tmp_path / "elsewhere")
