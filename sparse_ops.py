@@ -675,7 +675,7 @@ def screen_dtype(device: torch.device) -> torch.dtype:
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b. Where the kernels are used, the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖ (triton_ops.matmul)."""
+    """a @ b. Where the kernels are used, the error is at most 2⁻¹⁵ ‖a_i‖ ‖b_j‖ (triton_ops.matmul)."""
     if not uses_triton(a) or 0 in (*a.shape, *b.shape):  # a shard may have no dead feature, or none of a prefix
         return a @ b
     import triton_ops

@@ -308,9 +308,9 @@ class StepGraphs:
     step with a key runs eagerly, the second is recorded.
     """
 
-    # Memory pool for the intermediate results of all graphs. It holds the gradients between the two graphs of a step,
-    # so no other graph may run between them.
-    memory, graphs = None, weakref.WeakSet()  # the pool, and the graphs that use it
+    # By device: the memory pool for the intermediate results of all graphs, and these graphs. It holds the gradients
+    # between the two graphs of a step, so no other graph may run between them.
+    pools = {}
     streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 
     def __init__(self, sae: BaseAutoencoder, optimizer: torch.optim.Optimizer, cfg: dict):
@@ -360,25 +360,26 @@ class StepGraphs:
         begin, finish, rate = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), group["lr"]
         self.lr = x.new_zeros(()) if self.lr is None else self.lr
         output = {key: torch.empty_like(value) for key, value in like.items()}
-        if not (StepGraphs.memory and StepGraphs.graphs):  # torch may refuse a pool whose graphs are all gone
-            StepGraphs.memory = torch.cuda.graph_pool_handle()
+        pool, graphs = self.pools.get(x.device, (None, ()))
+        if not graphs:  # torch may refuse a pool whose graphs are all gone
+            pool, graphs = self.pools[x.device] = torch.cuda.graph_pool_handle(), weakref.WeakSet()
         torch.cuda.empty_cache()  # torch cannot free cached memory while it records
         group["lr"] = self.lr
         try:
-            with torch.cuda.device(x.device), torch.cuda.graph(begin, StepGraphs.memory, stream, "thread_local"):
+            with torch.cuda.device(x.device), torch.cuda.graph(begin, pool, stream, "thread_local"):
                 full = compute_gradients(sae, self.optimizer, x, self.cfg)
                 written = scalars(full)
                 for dtype in {value.dtype for value in output.values()}:  # one kernel for all of a type
                     keys = [key for key, value in output.items() if value.dtype == dtype]
                     torch._foreach_copy_([output[key] for key in keys], [written[key] for key in keys])
-            with torch.cuda.device(x.device), torch.cuda.graph(finish, StepGraphs.memory, stream, "thread_local"):
+            with torch.cuda.device(x.device), torch.cuda.graph(finish, pool, stream, "thread_local"):
                 apply_update(sae, self.optimizer, self.cfg, full)
         except RuntimeError as error:
-            StepGraphs.memory = None  # the pool is unusable after a failure
+            del self.pools[x.device]  # the pool is unusable after a failure
             raise (error.__context__ or error) from None  # the error of ending the graph hides the cause
         finally:
             group["lr"], self.optimizer.is_updating = rate, False  # recording changes nothing
-        StepGraphs.graphs |= {begin, finish}
+        graphs |= {begin, finish}
         return begin, finish, output, HostCopy(output["status"])
 
 

@@ -1029,14 +1029,15 @@ def split_kernel(
 def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [M, K] @ b [K, N], float32, as products of bfloat16: high·high + low·high + high·low.
 
-    low·low and the rounding error of the low parts are neglected: the error is at most 2⁻¹⁶ ‖a_i‖ ‖b_j‖.
+    low·low and the rounding error of the low parts are neglected: the error is at most 2⁻¹⁵ ‖a_i‖ ‖b_j‖, besides that
+    of sums in float32.
 
-    One product, [M, 3 K] @ [3 K, N], gives the sum. If a is larger than the result, its parts take most of the memory.
-    Then there are two, for which its high parts are stored once.
+    One product, [M, 3 K] @ [3 K, N], gives the sum. If K > 2 N, two products need less memory: for them, the high parts
+    of a are stored once.
     """
     K, N = b.shape
     b = parts(b, inner=0, copies=3, low=2)
-    if N > K:
+    if K <= 2 * N:
         return product(parts(a, inner=1, copies=3, low=1), b)
     a = parts(a, inner=1, copies=2, low=1)
     return product(a, b[: 2 * K]).add_(product(a[:, :K], b[2 * K :]))
