@@ -131,8 +131,8 @@ def saved_sae(folder: Path) -> Path | None:
 
 
 def load_sae(folder: str | Path, device: str | None = None) -> BaseAutoencoder:
-    """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU). Relative paths
-    in its cfg are those of paths_from_here.
+    """The SAE in a run's folder or its sae/ folder, in eval mode, on `device` (default: CPU). Relative
+    model and dataset paths in its cfg are found from any folder (paths_from_here).
 
     Raises InputError if the folder holds no SAE, the weights do not fit its config, or their SHA-256 differs from that
     in cfg.json (older files have none), or the device has too little memory. Memory use is bounded by the size of the

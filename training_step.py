@@ -46,7 +46,7 @@ def make_optimizer(sae: BaseAutoencoder, cfg: dict) -> torch.optim.Optimizer:
     if sparse_ops.uses_triton(sae.W_enc):
         import triton_ops
 
-        # Now, because among the intermediate results of the first step they would fragment its memory.
+        # Allocated in the first step, between its intermediate results, they would fragment the memory.
         optimizer.state |= {p: triton_ops.adam_state(p) for p in parameters if p.ndim == 2}
 
     def check(*_):
@@ -308,8 +308,8 @@ class StepGraphs:
     step with a key runs eagerly, the second is recorded.
     """
 
-    # By device: the memory pool for the intermediate results of all graphs, and these graphs. It holds the gradients
-    # between the two graphs of a step, so no other graph may run between them.
+    # By device: the memory pool for the intermediate results of all graphs, and these graphs. The pool holds the
+    # gradients between the two graphs of a step, so no other graph may run between them.
     pools = {}
     streams = {}  # device: stream; autograd requires that a step is recorded on the stream on which it ran before
 

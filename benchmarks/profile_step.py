@@ -23,7 +23,7 @@ def main() -> None:
     setup = PAPER | dict(sae_type=args.sae_type, top_k=args.top_k, dict_size=args.dict_size)
     setup["l0"] = args.top_k if args.sae_type in ("jumprelu", "vanilla") else None
     bench = Bench(setup, ["ours"], "cuda")
-    bench.hold_dead("ours")  # here: no feature dies
+    bench.hold_dead("ours")  # no dead features
     x = bench.batches[0]
     for _ in range(20):
         bench.step["ours"](x)

@@ -322,7 +322,7 @@ def test_sums_of_activations_do_not_depend_on_the_zeros_after_them(programs, len
 
 
 @pytest.mark.fast
-def test_the_l1_penalty_is_such_a_sum(monkeypatch):
+def test_the_l1_penalty_uses_total(monkeypatch):
     sae, _, _ = trained("vanilla", True, monkeypatch, steps=0)
     x = make_x(6, 12, 0, torch.float32).to(DEVICE)
     before = sae(x)["l1_loss"].item()
